@@ -1,0 +1,23 @@
+"""UIFace in diffusers: synthetic face recognition data by two-stage, identity-conditioned latent diffusion.
+
+Everything that a saved pipeline may name is imported here: diffusers resolves the components of a `model_index.json`
+only in modules that are already imported.
+"""
+
+from .convert_original import convert_original_state_dict
+from .identities import IdentityBank
+from .models import EmptyContext, IdentityProjector, UIFaceUNet2DModel
+from .pipeline_uiface import UIFacePipeline, UIFacePipelineOutput
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EmptyContext",
+    "IdentityBank",
+    "IdentityProjector",
+    "UIFacePipeline",
+    "UIFacePipelineOutput",
+    "UIFaceUNet2DModel",
+    "convert_original_state_dict",
+]

@@ -1,0 +1,168 @@
+"""Attention processors that record what the adaptive boundary needs and inject the empty branch's attention.
+
+They read the step's `RowPlan` from the UNet's `cross_attention_kwargs` and work on any UNet made of diffusers'
+`Attention` modules.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
+from .two_stage import ATTENTION_MAP_SIZE, RowPlan, block_attention_map, cross_temperature
+
+
+class AttentionMapRecorder:
+    """Collects the attention map's share of every cross-attention in one UNet call.
+
+    Args:
+        height, width (`int`): spatial shape of the UNet's input.
+        map_size (`int`, defaults to 32): height and width of the attention map.
+    """
+
+    def __init__(self, height: int, width: int, map_size: int = ATTENTION_MAP_SIZE):
+        self.height, self.width, self.map_size = height, width, map_size
+        self.block_maps: list[torch.Tensor] = []
+
+    @property
+    def map_shape(self) -> tuple[int, int]:
+        return (self.map_size, self.map_size)
+
+    def record(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
+        """Takes `(rows, heads, positions, dim)` queries and `(rows, heads, tokens, dim)` keys; float32 under any dtype,
+        autocast included."""
+        positions = query.shape[2]
+        # every halving of the UNet rounds up
+        height, width = self.height, self.width
+        while height * width > positions:
+            height, width = math.ceil(height / 2), math.ceil(width / 2)
+        if height * width != positions:
+            raise ValueError(
+                f"{positions} positions of a cross-attention are no halving of {self.height}x{self.width} latents: the"
+                " adaptive boundary does not know their spatial shape."
+            )
+        with torch.autocast(query.device.type, enabled=False):
+            logits = scale * (query.float() @ key.float().transpose(-2, -1))
+            self.block_maps.append(block_attention_map(logits, height, width, self.map_size))
+
+
+class UIFaceAttnProcessor(AttnProcessor2_0):
+    """Shared course of the two processors: norms, projections, fused scaled-dot-product attention, output.
+
+    Works for self-attention and cross-attention as `AttnProcessor2_0` does; what the plan changes is in
+    `_query_key`.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+        row_plan: RowPlan | None = None,
+        injection_strength: float = 0.5,
+        recorder: AttentionMapRecorder | None = None,
+    ) -> torch.Tensor:
+        if row_plan is None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        residual = hidden_states
+        if hidden_states.ndim == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        if encoder_hidden_states is None:
+            context = hidden_states
+        elif attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(encoder_hidden_states)
+        else:
+            context = encoder_hidden_states
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(hidden_states))
+            attention_mask = attention_mask.view(len(hidden_states), attn.heads, -1, attention_mask.shape[-1])
+
+        query, key = self._query_key(attn, hidden_states, context, row_plan, injection_strength, recorder)
+        value = self._heads(attn, attn.to_v(context))
+        hidden_states = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=attn.scale)
+        hidden_states = hidden_states.transpose(1, 2).flatten(2)
+        hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
+        if residual.ndim == 4:
+            hidden_states = hidden_states.transpose(1, 2).reshape(residual.shape)
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        return hidden_states / attn.rescale_output_factor
+
+    @staticmethod
+    def _heads(attn: Attention, projected: torch.Tensor) -> torch.Tensor:
+        return projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+    def _project(self, attn: Attention, hidden_states: torch.Tensor, context: torch.Tensor):
+        """Queries `(rows, heads, positions, dim)` and keys `(rows, heads, tokens, dim)`."""
+        query = self._heads(attn, attn.to_q(hidden_states))
+        key = self._heads(attn, attn.to_k(context))
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        return query, key
+
+
+class SelfInjectionAttnProcessor(UIFaceAttnProcessor):
+    """Self-attention in which the identity rows attend as their empty rows do: softmax(Q_e K_e^T) V (sec. 3.4).
+
+    Their own queries and keys are not computed, no attention map is materialised.
+    """
+
+    def _query_key(self, attn, hidden_states, context, row_plan, injection_strength, recorder):
+        if not row_plan.self_injection:
+            return self._project(attn, hidden_states, context)
+        num_empty = len(row_plan.empty)
+        query, key = self._project(attn, hidden_states[:num_empty], context[:num_empty])
+        return torch.cat([query, query[row_plan.source]]), torch.cat([key, key[row_plan.source]])
+
+
+class CrossInjectionAttnProcessor(UIFaceAttnProcessor):
+    """Cross-attention that records the rows which seek their boundary, and renormalises the identity rows' logits
+    towards those of their empty rows, as the temperature that this is (`two_stage.cross_temperature`)."""
+
+    def _query_key(self, attn, hidden_states, context, row_plan, injection_strength, recorder):
+        query, key = self._project(attn, hidden_states, context)
+        if recorder is not None and row_plan.recorded is not None:
+            recorder.record(query[row_plan.recorded], key[row_plan.recorded], attn.scale)
+        if row_plan.cross_injection:
+            num_empty = len(row_plan.empty)
+            with torch.autocast(query.device.type, enabled=False):
+                temperature = cross_temperature(
+                    query[num_empty:],
+                    key[num_empty:],
+                    query[row_plan.source],
+                    key[row_plan.source],
+                    injection_strength,
+                )
+            query = torch.cat([query[:num_empty], query[num_empty:] * temperature.to(query.dtype)])
+        return query, key
+
+
+def cross_attention_names(unet: torch.nn.Module) -> list[str]:
+    """Names of the UNet's cross-attention modules; empty for a UNet without any."""
+    return [name for name, module in unet.named_modules() if isinstance(module, Attention) and module.is_cross_attention]
+
+
+def two_stage_processors(unet: AttentionMixin) -> dict[str, UIFaceAttnProcessor]:
+    """The processors of a UNet for two-stage sampling, to be given to `unet.set_attn_processor`.
+
+    Raises:
+        ValueError: an attention module has projections of its own for the context (`added_kv_proj_dim`) or a spatial
+            norm, which the method does not define.
+    """
+    processors = {}
+    for name, module in unet.named_modules():
+        if not isinstance(module, Attention):
+            continue
+        if module.added_kv_proj_dim is not None or module.spatial_norm is not None:
+            raise ValueError(f"attention `{name}` has added key/value projections or a spatial norm: not supported.")
+        kind = CrossInjectionAttnProcessor if module.is_cross_attention else SelfInjectionAttnProcessor
+        processors[f"{name}.processor"] = kind()
+    return processors

@@ -1,0 +1,488 @@
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from .attention_processor import AttentionMapRecorder, cross_attention_names, two_stage_processors
+from .identities import IdentityBank
+from .latents import FirstStage, decode_latents
+from .models.empty_context import EmptyContext
+from .models.identity_projector import IdentityProjector
+from .models.unet_uiface import UIFaceUNet2DModel
+from .two_stage import attention_map, combine_rows, map_distance, plan_rows, update_flags
+
+
+INJECTIONS = (None, "self", "cross", "both")
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import torch
+        >>> from uiface_diffusers import UIFacePipeline
+
+        >>> pipe = UIFacePipeline.from_pretrained("path/to/pipeline")
+        >>> identity = torch.randn(512)  # better: the embedding of a face, see uiface_diffusers.faces
+        >>> generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
+        >>> out = pipe(identity, num_images_per_prompt=8, generator=generators)
+        >>> out.images[0].save("face.png")
+        >>> out.boundary_timesteps
+        ```
+"""
+
+
+@dataclass
+class UIFacePipelineOutput(BaseOutput):
+    """
+    Args:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): B pictures, or latents, by `output_type`.
+        boundary_timesteps (`torch.LongTensor` of shape `(B,)`): the first timestep that each sample predicts from its
+            identity; -1 for a sample that never does.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    boundary_timesteps: torch.Tensor
+
+
+def replace_history(
+    scheduler, switched: torch.Tensor, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
+) -> None:
+    """Rewrites what a multistep scheduler remembers of some samples, as if the present prediction had been theirs at
+    every remembered step, so that no update mixes two contexts. To be called before `scheduler.step`.
+
+    Args:
+        scheduler: a diffusers scheduler; one without history is left alone.
+        switched (`torch.LongTensor`): the samples whose context changed.
+        model_output, sample (`torch.Tensor` of shape `(B, C, H, W)`), timestep: what `scheduler.step` will get.
+    """
+    for name in ("model_outputs", "ets", "derivatives"):
+        history = getattr(scheduler, name, None)
+        if not history or all(entry is None for entry in history):
+            continue
+        # each scheduler remembers predictions in a form of its own: let a copy of it make that form
+        probe = copy.deepcopy(scheduler)
+        kwargs = {}
+        if "generator" in inspect.signature(scheduler.step).parameters:
+            kwargs["generator"] = torch.Generator(sample.device).manual_seed(0)
+        probe.step(model_output, timestep, sample, **kwargs)
+        present = [entry for entry in getattr(probe, name) if entry is not None][-1]
+        for entry in history:
+            if entry is not None:
+                entry[switched] = present[switched].to(entry.dtype)
+
+
+class UIFacePipeline(DiffusionPipeline):
+    r"""Synthetic faces by two-stage, identity-conditioned latent diffusion (UIFace, arXiv 2502.19803).
+
+    Every sample starts under the empty context, which lays out pose, light and expression. From a boundary that is
+    found for each sample in its cross-attention, it follows its identity, with attention injected from the empty
+    branch.
+
+    Args:
+        vae ([`AutoencoderKL`], [`AutoencoderTiny`] or [`VQModel`]): the first stage.
+        unet ([`UIFaceUNet2DModel`] or [`UNet2DConditionModel`]): the denoiser; it must have cross-attention.
+        scheduler ([`SchedulerMixin`]): any diffusers scheduler with an epsilon or v prediction.
+        identity_projector ([`IdentityProjector`]): identity embedding -> identity context.
+        empty_context ([`EmptyContext`]): the learned context of nobody.
+    """
+
+    model_cpu_offload_seq = "identity_projector->empty_context->unet->vae"
+    _callback_tensor_inputs = ["latents", "stage_two"]
+
+    def __init__(
+        self,
+        vae: FirstStage,
+        unet: UIFaceUNet2DModel | UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        identity_projector: IdentityProjector,
+        empty_context: EmptyContext,
+    ):
+        super().__init__()
+        self._check_components(vae, unet, identity_projector, empty_context)
+        self.register_modules(
+            vae=vae,
+            unet=unet,
+            scheduler=scheduler,
+            identity_projector=identity_projector,
+            empty_context=empty_context,
+        )
+        self.image_processor = VaeImageProcessor()
+
+    @staticmethod
+    def _check_components(vae, unet, identity_projector, empty_context) -> None:
+        if unet is not None:
+            name = type(unet).__name__
+            if not cross_attention_names(unet):
+                raise ValueError(f"`unet` ({name}) has no cross-attention: it cannot follow a context.")
+            if unet.config.out_channels != unet.config.in_channels:
+                raise ValueError(
+                    f"`unet` ({name}) predicts {unet.config.out_channels} channels for {unet.config.in_channels} latent"
+                    " channels; learned variances are not supported."
+                )
+        if vae is not None and unet is not None and vae.config.latent_channels != unet.config.in_channels:
+            raise ValueError(
+                f"`vae` ({type(vae).__name__}) has {vae.config.latent_channels} latent channels, `unet` takes"
+                f" {unet.config.in_channels}: they do not belong together."
+            )
+        for context_name, module in (("identity_projector", identity_projector), ("empty_context", empty_context)):
+            if module is None or unet is None:
+                continue
+            if module.config.context_dim != unet.config.cross_attention_dim:
+                raise ValueError(
+                    f"`{context_name}` gives contexts of width {module.config.context_dim}, `unet` attends to width"
+                    f" {unet.config.cross_attention_dim}: they do not belong together."
+                )
+        if identity_projector is not None and empty_context is not None:
+            tokens = (identity_projector.config.num_tokens, empty_context.config.num_tokens)
+            if tokens[0] != tokens[1]:
+                raise ValueError(f"`identity_projector` gives {tokens[0]} tokens, `empty_context` {tokens[1]}.")
+
+    def check_inputs(
+        self,
+        identity_embeds,
+        num_images_per_prompt,
+        num_inference_steps,
+        boundary,
+        latest_boundary,
+        injection,
+        injection_strength,
+        generator,
+        latents,
+        output_type,
+        callback_on_step_end_tensor_inputs,
+    ) -> None:
+        for name, value in {
+            "num_images_per_prompt": num_images_per_prompt,
+            "num_inference_steps": num_inference_steps,
+        }.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` has to be a positive integer but is {value!r}.")
+        is_timestep = isinstance(boundary, int) and not isinstance(boundary, bool) and boundary >= 0
+        if boundary is not None and boundary != "adaptive" and not is_timestep:
+            raise ValueError(
+                f'`boundary` has to be "adaptive", a timestep (an integer from 0) or None but is {boundary!r}.'
+            )
+        if injection not in INJECTIONS:
+            raise ValueError(f"`injection` has to be one of {INJECTIONS} but is {injection!r}.")
+        if not 0 <= injection_strength <= 1:
+            raise ValueError(f"`injection_strength` has to be in [0, 1] but is {injection_strength!r}.")
+        if latest_boundary < 0:
+            raise ValueError(f"`latest_boundary` has to be a timestep from 0 but is {latest_boundary!r}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f'`output_type` has to be "pil", "np", "pt" or "latent" but is {output_type!r}.')
+        prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(
+                f"{type(self.scheduler).__name__} has prediction_type={prediction_type!r}: the contexts are combined"
+                " as epsilon or v_prediction."
+            )
+        if callback_on_step_end_tensor_inputs is not None:
+            unknown = [k for k in callback_on_step_end_tensor_inputs if k not in self._callback_tensor_inputs]
+            if unknown:
+                raise ValueError(
+                    f"`callback_on_step_end_tensor_inputs` has {unknown}, possible are {self._callback_tensor_inputs}."
+                )
+
+        batch_size = (1 if identity_embeds is None else len(identity_embeds)) * num_images_per_prompt
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` is a list of {len(generator)} for a batch of {batch_size}: give one generator a sample,"
+                " or a single one."
+            )
+        if latents is not None:
+            channels = self.unet.config.in_channels
+            if latents.ndim != 4 or latents.shape[0] != batch_size or latents.shape[1] != channels:
+                raise ValueError(
+                    f"`latents` has shape {tuple(latents.shape)}, expected is ({batch_size}, {channels}, height, width)."
+                )
+        elif self.unet.config.sample_size is None:
+            raise ValueError("`unet.config.sample_size` is not set: give `latents`.")
+
+    def prepare_identity_embeds(self, identity_embeds: Any) -> torch.Tensor | None:
+        """Brings identity embeddings into one form: `(batch, identity_dim)`, float32, of unit length.
+
+        Args:
+            identity_embeds: see `__call__`.
+
+        Raises:
+            ValueError: another width than the projector's, NaN or infinite values, a zero vector, an empty batch, or a
+                bank of another encoder than the projector's.
+        """
+        if identity_embeds is None:
+            return None
+        config = self.identity_projector.config
+        if isinstance(identity_embeds, IdentityBank):
+            encoder = identity_embeds.identity_encoder
+            if None not in (encoder, config.identity_encoder) and encoder != config.identity_encoder:
+                raise ValueError(
+                    f"the identity embeddings come from the encoder `{encoder}`, but this pipeline was trained on those"
+                    f" of `{config.identity_encoder}` ({config.identity_dim}-d): embed the faces with that one."
+                )
+            identity_embeds = identity_embeds.embeddings
+        if isinstance(identity_embeds, list | tuple):
+            if not len(identity_embeds):
+                raise ValueError("`identity_embeds` is an empty list.")
+            rows = [torch.as_tensor(row, dtype=torch.float32) for row in identity_embeds]
+            shapes = {tuple(row.shape) for row in rows}
+            if len(shapes) > 1:
+                raise ValueError(f"`identity_embeds` is a list of vectors of different shapes: {sorted(shapes)}.")
+            identity_embeds = torch.stack(rows)
+        embeds = torch.as_tensor(identity_embeds, dtype=torch.float32)
+        if embeds.ndim == 1:
+            embeds = embeds[None]
+        if embeds.ndim != 2 or embeds.shape[1] != config.identity_dim or not len(embeds):
+            raise ValueError(
+                f"`identity_embeds` has shape {tuple(embeds.shape)}, the identity projector takes (batch,"
+                f" {config.identity_dim})" + (f" from `{config.identity_encoder}`." if config.identity_encoder else ".")
+            )
+        bad = (~embeds.isfinite().all(dim=1)).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(f"`identity_embeds` has NaN or infinite values in row(s) {bad}.")
+        norm = embeds.norm(dim=1, keepdim=True)
+        zero = (norm.flatten() == 0).nonzero().flatten().tolist()
+        if zero:
+            raise ValueError(f"`identity_embeds` is zero in row(s) {zero}: a zero vector has no direction.")
+        return embeds / norm
+
+    def encode_identity(
+        self,
+        identity_embeds: torch.Tensor,
+        num_images_per_prompt: int = 1,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Identity embeddings -> identity contexts.
+
+        Args:
+            identity_embeds (`torch.Tensor` of shape `(batch, identity_dim)`): of unit length.
+            num_images_per_prompt (`int`): samples an identity.
+
+        Returns:
+            `torch.Tensor` of shape `(batch * num_images_per_prompt, num_tokens, context_dim)`.
+        """
+        identity_embeds = identity_embeds.to(device=device or self._execution_device, dtype=dtype)
+        context = self.identity_projector(identity_embeds, return_dict=False)[0]
+        return context.repeat_interleave(num_images_per_prompt, dim=0)
+
+    def prepare_latents(self, batch_size, dtype, device, generator, latents=None) -> torch.Tensor:
+        if latents is None:
+            size = self.unet.config.sample_size
+            height, width = (size, size) if isinstance(size, int) else size
+            shape = (batch_size, self.unet.config.in_channels, height, width)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        identity_embeds: torch.Tensor | np.ndarray | list | IdentityBank | None = None,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 2.0,
+        boundary: str | int | None = "adaptive",
+        boundary_threshold: float = 0.006,
+        latest_boundary: int = 500,
+        guide_from_boundary: bool = False,
+        injection: str | None = "both",
+        injection_strength: float = 0.5,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature
+    ) -> UIFacePipelineOutput | tuple:
+        r"""Samples faces. B below is the number of identities times `num_images_per_prompt`.
+
+        Args:
+            identity_embeds (`torch.Tensor`, `np.ndarray`, `list` or `IdentityBank`, *optional*): `(batch, 512)` face
+                recognition embeddings, one `(512,)` vector, or a list of such vectors. Another length than 1 is
+                normalised. `None` follows the empty context to the end: faces of nobody in particular.
+            num_images_per_prompt (`int`, defaults to 1): samples an identity; those of one identity are neighbours.
+            num_inference_steps (`int`, defaults to 50): steps of the scheduler.
+            guidance_scale (`float`, defaults to 2.0): diffusers' scale, the paper's w plus 1:
+                e_empty + guidance_scale * (e_identity - e_empty). 1 is no guidance.
+            boundary (`str`, `int` or `None`, defaults to `"adaptive"`): `"adaptive"` finds each sample's boundary in its
+                cross-attention (paper, sec. 3.3); a timestep is the same boundary for all, the first timestep
+                predicted from the identity; `None` is the single stage that the paper compares with: the identity with
+                guidance from the first step on, nothing injected.
+            boundary_threshold (`float`, defaults to 0.006): the adaptive boundary is reached when the attention maps of
+                two steps differ by less, as a mean absolute difference of maps in [0, 1].
+            latest_boundary (`int`, defaults to 500): below this timestep every sample follows its identity, whether the
+                adaptive boundary was reached or not.
+            guide_from_boundary (`bool`, defaults to `False`): `False` is the reference code: guidance and
+                cross-attention injection only below `latest_boundary`, between a sample's boundary and that the bare
+                identity with self-attention injection. `True` is the paper's reading: both from the sample's boundary.
+            injection (`str`, *optional*, defaults to `"both"`): attention injected from the empty branch: `"self"`,
+                `"cross"`, `"both"` or `None` (paper, sec. 3.4).
+            injection_strength (`float`, defaults to 0.5): of the cross-attention injection, in [0, 1].
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): one, or one a sample. With one a sample,
+                a sample does not depend on the others in its batch.
+            latents (`torch.Tensor` of shape `(B, channels, height, width)`, *optional*): the start noise, drawn from
+                `generator` if not given.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (`(B, height, width, 3)` in [0, 1]), `"pt"`
+                (`(B, 3, height, width)` in [0, 1]) or `"latent"`.
+            return_dict (`bool`, defaults to `True`): a tuple `(images, boundary_timesteps)` when `False`.
+            callback_on_step_end (`Callable`, *optional*): called as `callback(pipe, step, timestep, callback_kwargs)`
+                after every step; what it returns under `"latents"` is taken over.
+            callback_on_step_end_tensor_inputs (`list[str]`): of `latents` and `stage_two`, the `(B,)` booleans of the
+                samples that followed their identity in this step.
+
+        Examples:
+
+        Returns:
+            [`UIFacePipelineOutput`] or `tuple`: the pictures and each sample's boundary timestep.
+
+        Raises:
+            ValueError: before the first step, with the name of the argument that does not fit.
+        """
+        # 1. inputs
+        identity_embeds = self.prepare_identity_embeds(identity_embeds)
+        self.check_inputs(
+            identity_embeds,
+            num_images_per_prompt,
+            num_inference_steps,
+            boundary,
+            latest_boundary,
+            injection,
+            injection_strength,
+            generator,
+            latents,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        processors = two_stage_processors(self.unet)
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+        device, dtype = self._execution_device, self.unet.dtype
+        batch_size = (1 if identity_embeds is None else len(identity_embeds)) * num_images_per_prompt
+
+        # 2. contexts: the empty one, then every sample's own
+        contexts = self.empty_context(1, return_dict=False)[0].to(device=device, dtype=dtype)
+        if identity_embeds is not None:
+            identity_context = self.encode_identity(identity_embeds, num_images_per_prompt, device, dtype)
+            contexts = torch.cat([contexts, identity_context.to(dtype)])
+
+        # 3. timesteps, start noise
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        timesteps = self.scheduler.timesteps
+        schedule = [float(t) for t in timesteps]
+        self._num_timesteps = len(timesteps)
+        latents = self.prepare_latents(batch_size, dtype, device, generator, latents)
+        step_kwargs = {}
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            step_kwargs["generator"] = generator
+
+        # 4. denoise
+        flags = torch.zeros(batch_size, dtype=torch.bool)
+        stage_two = torch.zeros(batch_size, dtype=torch.bool)
+        boundary_timesteps = torch.full((batch_size,), -1)
+        previous_map = None
+        plan = None
+        unet_processors = self.unet.attn_processors
+        try:
+            self.unet.set_attn_processor(processors)
+            with self.progress_bar(total=len(timesteps)) as progress_bar:
+                for i, t in enumerate(timesteps):
+                    if self.interrupt:
+                        continue
+
+                    # a second-order solver's inner evaluation belongs to the step that is under way
+                    starts_step = getattr(self.scheduler, "state_in_first_order", True)
+                    previous_stage_two = stage_two
+                    if starts_step and identity_embeds is not None:
+                        stage_two = self._stage_two(schedule[i], boundary, latest_boundary, flags)
+                        boundary_timesteps[stage_two & ~previous_stage_two] = int(schedule[i])
+                    below_cap = boundary is None or guide_from_boundary or schedule[i] < latest_boundary
+                    guided = below_cap and self.guidance_scale != 1
+                    injected = injection if boundary is not None else None
+                    # the flags that a map can still set take effect in the next step, if that is not below the cap
+                    seeks = identity_embeds is not None and boundary == "adaptive" and starts_step
+                    seeks = seeks and any(latest_boundary <= later < schedule[i] for later in schedule[i + 1 :])
+
+                    plan = plan_rows(
+                        stage_two,
+                        guided=guided,
+                        self_injection=injected in ("self", "both"),
+                        cross_injection=injected in ("cross", "both") and below_cap,
+                        record=seeks,
+                    ).to(device)
+                    recorder = AttentionMapRecorder(*latents.shape[-2:]) if plan.recorded is not None else None
+                    # row 0 of the contexts is the empty one
+                    context_rows = torch.cat([torch.zeros_like(plan.empty), plan.identity + 1])
+                    model_input = self.scheduler.scale_model_input(latents, t)
+                    rows = self.unet(
+                        model_input[plan.samples],
+                        t,
+                        encoder_hidden_states=contexts[context_rows],
+                        cross_attention_kwargs={
+                            "row_plan": plan,
+                            "injection_strength": injection_strength,
+                            "recorder": recorder,
+                        },
+                        return_dict=False,
+                    )[0]
+                    noise_pred = combine_rows(rows, plan, self.guidance_scale if guided else None)
+
+                    if recorder is not None:
+                        # the seeking samples' rows only; a sample's first map has no predecessor
+                        seeking = plan.empty[plan.recorded]
+                        current = torch.full((batch_size, *recorder.map_shape), torch.nan, device=device)
+                        current[seeking] = attention_map(recorder.block_maps)
+                        if previous_map is not None:
+                            distance = map_distance(current, previous_map)
+                            flags = update_flags(flags, distance.cpu(), boundary_threshold)
+                        previous_map = current
+
+                    switched = (stage_two & ~previous_stage_two).nonzero().flatten()
+                    if i > 0 and len(switched):
+                        replace_history(self.scheduler, switched.to(device), noise_pred, t, latents)
+                    latents = self.scheduler.step(noise_pred, t, latents, **step_kwargs, return_dict=False)[0]
+                    latents = latents.to(dtype)
+
+                    if callback_on_step_end is not None:
+                        tensors = {"latents": latents, "stage_two": stage_two}
+                        callback_kwargs = {k: tensors[k] for k in callback_on_step_end_tensor_inputs}
+                        callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
+                        latents = callback_outputs.pop("latents", latents)
+                    progress_bar.update()
+        finally:
+            self.unet.set_attn_processor(unet_processors)
+
+        # 5. pictures
+        images = latents
+        if output_type != "latent":
+            images = decode_latents(self.vae, latents.to(self.vae.dtype))
+            images = self.image_processor.postprocess(images, output_type=output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images, boundary_timesteps)
+        return UIFacePipelineOutput(images=images, boundary_timesteps=boundary_timesteps)
+
+    @staticmethod
+    def _stage_two(t: float, boundary: str | int | None, latest_boundary: int, flags: torch.Tensor) -> torch.Tensor:
+        """The samples that follow their identity at timestep `t`, `(B,)` booleans."""
+        if boundary == "adaptive":
+            return flags | (t < latest_boundary)
+        return torch.full_like(flags, boundary is None or t <= boundary)
