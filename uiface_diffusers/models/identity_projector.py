@@ -41,6 +41,8 @@ class IdentityProjector(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.proj = nn.Linear(identity_dim, num_tokens * context_dim)
+        # unit variance for embeddings of unit length, on a par with the empty context
+        nn.init.normal_(self.proj.weight)
         self.context_dropout = nn.Dropout(dropout)
 
     def forward(

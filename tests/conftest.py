@@ -1,0 +1,199 @@
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import PIL.Image
+import PIL.ImageDraw
+import pytest
+import torch
+from diffusers import AutoencoderTiny, DDIMScheduler
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import load_file
+
+from uiface_diffusers import (
+    EmptyContext,
+    IdentityProjector,
+    UIFacePipeline,
+    UIFaceUNet2DModel,
+    convert_original_state_dict,
+)
+
+
+REPOSITORY = Path(__file__).parents[1]
+FIXTURES = Path(__file__).parent / "fixtures"
+ASSETS = Path(os.environ.get("UIFACE_ASSETS", REPOSITORY.parent / "shared" / "assets"))
+
+# METHOD section 3: the sampler of the published code
+DDIM = {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True, "clip_sample": False}
+BETAS = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """Real photographs and models beside the repository; tests that need them skip without."""
+    if not ASSETS.is_dir():
+        pytest.skip(f"{ASSETS} is missing: set UIFACE_ASSETS to run on real photographs")
+    return ASSETS
+
+
+class Reference:
+    """The reference implementation's tensors and its model, converted."""
+
+    def __init__(self):
+        options = json.loads((FIXTURES / "reference_a.json").read_text())
+        self.model_config, self.sampling = options["model"], options["sampling"]
+        self.state_dict = load_file(FIXTURES / "reference_a.weights.safetensors")
+        self.tensors = load_file(FIXTURES / "reference_a.io.safetensors")
+        self.components = convert_original_state_dict(self.state_dict, self.model_config)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name].clone()
+
+    def pipeline(self, scheduler=None) -> UIFacePipeline:
+        unet, identity_projector, empty_context = self.components
+        vae = AutoencoderTiny(latent_channels=3, encoder_block_out_channels=(8,), decoder_block_out_channels=(8,),
+                              num_encoder_blocks=(1,), num_decoder_blocks=(1,)).eval()  # fmt: skip
+        pipe = UIFacePipeline(vae, unet, scheduler or DDIMScheduler(**BETAS, **DDIM), identity_projector, empty_context)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+@pytest.fixture(scope="session")
+def reference() -> Reference:
+    return Reference()
+
+
+TINY_UNET = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (32, 64),
+    "attention_levels": (False, True),
+    "layers_per_block": 1,
+    "attention_head_dim": 16,
+    "cross_attention_dim": 32,
+    "num_context_tokens": 4,
+}
+
+
+def tiny_autoencoder() -> AutoencoderTiny:
+    torch.manual_seed(0)
+    blocks = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    return AutoencoderTiny(latent_channels=4, **blocks, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).eval()
+
+
+def tiny_components() -> dict:
+    torch.manual_seed(0)
+    return {
+        "vae": tiny_autoencoder(),
+        "unet": UIFaceUNet2DModel(**TINY_UNET).eval(),
+        "scheduler": DDIMScheduler(**BETAS, **DDIM),
+        "identity_projector": IdentityProjector(16, 32, identity_encoder="toy").eval(),
+        "empty_context": EmptyContext(32).eval(),
+    }
+
+
+@pytest.fixture
+def tiny_pipeline() -> UIFacePipeline:
+    pipe = UIFacePipeline(**tiny_components())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _constant(name: str, value) -> onnx.TensorProto:
+    return numpy_helper.from_array(np.asarray(value), name)
+
+
+def _save_onnx(path: Path, nodes, inputs, outputs, constants) -> None:
+    graph = helper.make_graph(nodes, path.stem, inputs, outputs, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+
+
+def write_toy_pack(root: Path, name: str = "toy") -> None:
+    """An insightface model pack whose faces are red discs: a detector of red in SCRFD's form (scores, box distances,
+    landmark distances at strides 8, 16, 32), and a fixed random projection of the 112x112 face as the recogniser."""
+    folder = root / "models" / name
+    folder.mkdir(parents=True)
+    # five points about the centre of a disc, in units of the stride
+    points = np.array([[-2, -2], [2, -2], [0, 0], [-1.6, 2], [1.6, 2]], np.float32).reshape(1, 10)
+    constants = [
+        _constant("red", np.array([0.5, -0.25, -0.25], np.float32).reshape(1, 3, 1, 1)),
+        _constant("column", np.array([-1, 1], np.int64)),
+        _constant("zero", np.float32(0)),
+        _constant("gain", np.float32(4)),
+        _constant("offset", np.float32(-2.3)),
+        _constant("box", np.full((1, 4), 5, np.float32)),
+        _constant("points", points),
+    ]
+    nodes = [helper.make_node("Conv", ["image", "red"], ["redness"])]
+    scores, boxes, landmarks = [], [], []
+    for stride in (8, 16, 32):
+        cell, blurred, flat, pair, score = (f"{kind}{stride}" for kind in ("cell", "blur", "flat", "pair", "score"))
+        nodes += [
+            helper.make_node("AveragePool", ["redness"], [cell], kernel_shape=[stride] * 2, strides=[stride] * 2),
+            helper.make_node(
+                "AveragePool", [cell], [blurred], kernel_shape=[11, 11], pads=[5] * 4, count_include_pad=1
+            ),
+            # a disc fills three quarters of the window only when it is in its middle
+            helper.make_node("Mul", [blurred, "gain"], [f"gained{stride}"]),
+            helper.make_node("Add", [f"gained{stride}", "offset"], [f"sharp{stride}"]),
+            helper.make_node("Reshape", [f"sharp{stride}", "column"], [flat]),
+            helper.make_node("Concat", [flat, flat], [pair], axis=1),
+            helper.make_node("Reshape", [pair, "column"], [f"raw{stride}"]),
+            helper.make_node("Mul", [f"raw{stride}", "zero"], [f"nothing{stride}"]),
+            # only the finest level finds anything
+            helper.make_node("Identity", [f"raw{stride}" if stride == 8 else f"nothing{stride}"], [score]),
+            helper.make_node("Add", [f"nothing{stride}", "box"], [f"box{stride}"]),
+            helper.make_node("Add", [f"nothing{stride}", "points"], [f"points{stride}"]),
+        ]
+        scores.append(helper.make_tensor_value_info(score, TensorProto.FLOAT, ["n", 1]))
+        boxes.append(helper.make_tensor_value_info(f"box{stride}", TensorProto.FLOAT, ["n", 4]))
+        landmarks.append(helper.make_tensor_value_info(f"points{stride}", TensorProto.FLOAT, ["n", 10]))
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, "height", "width"])
+    _save_onnx(folder / "detector.onnx", nodes, [image], scores + boxes + landmarks, constants)
+
+    projection = np.random.default_rng(0).normal(size=(3 * 14 * 14, 16)).astype(np.float32)
+    nodes = [
+        helper.make_node("AveragePool", ["face"], ["pooled"], kernel_shape=[8, 8], strides=[8, 8]),
+        helper.make_node("Flatten", ["pooled"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "projection"], ["embedding"]),
+    ]
+    face = helper.make_tensor_value_info("face", TensorProto.FLOAT, ["n", 3, 112, 112])
+    embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", 16])
+    _save_onnx(folder / "recogniser.onnx", nodes, [face], [embedding], [_constant("projection", projection)])
+
+
+@pytest.fixture(scope="session")
+def toy_root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("insightface")
+    write_toy_pack(root)
+    return root
+
+
+def draw_person(colour: tuple[int, int, int], discs=((80, 80, 44),), size=(160, 160)) -> PIL.Image.Image:
+    """A red disc for a face, with a patch of the person's colour below the centre."""
+    image = PIL.Image.new("RGB", size, (90, 90, 90))
+    draw = PIL.ImageDraw.Draw(image)
+    for x, y, radius in discs:
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(255, 0, 0))
+        draw.rectangle((x - 6, y + 10, x + 6, y + 18), fill=colour)
+    return image
+
+
+@pytest.fixture(scope="session")
+def toy_photographs(tmp_path_factory) -> Path:
+    """ROOT/IDENTITY/*.png of 4 people x 6 photographs."""
+    root = tmp_path_factory.mktemp("photographs")
+    generator = np.random.default_rng(0)
+    for person in range(4):
+        folder = root / f"person_{person}"
+        folder.mkdir()
+        colour = tuple(int(value) for value in generator.integers(0, 255, 3))
+        for index in range(6):
+            x, y = (int(value) for value in generator.integers(70, 90, 2))
+            draw_person(colour, ((x, y, 44),)).save(folder / f"{index}.png")
+    return root

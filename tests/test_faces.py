@@ -1,0 +1,194 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import draw_person
+
+from uiface_diffusers.data import FaceCache, prepare_faces
+from uiface_diffusers.faces import FaceEncoder, NoFaceError, align_face, load_photograph
+
+
+@pytest.fixture(scope="module")
+def encoder(toy_root):
+    return FaceEncoder("toy", str(toy_root), det_size=160)
+
+
+def test_detects_aligns_and_embeds(encoder):
+    photograph = np.asarray(draw_person((0, 255, 0), ((90, 70, 44),)))
+    (face,) = encoder.detect(photograph)
+    assert np.abs((face.box[:2] + face.box[2:]) / 2 - [90, 70]).max() <= 8  # a cell of the detector
+    aligned = align_face(photograph, face.landmarks)
+    assert aligned.shape == (112, 112, 3) and aligned[72, 56, 0] > 200  # red where the template has the nose
+    bank = encoder.embed([PIL.Image.fromarray(photograph)])
+    assert bank.identity_encoder == "toy"
+    assert bank.embeddings.shape == (1, 16)
+    assert abs(bank.embeddings.norm().item() - 1) < 1e-6
+
+
+def test_alignment_at_another_size_is_the_same_crop_resized():
+    photograph = np.zeros((300, 300, 3), np.uint8)
+    photograph[...] = np.linspace(0, 255, 300).astype(np.uint8)[None, :, None]
+    landmarks = np.array([[110, 120], [180, 118], [146, 160], [118, 200], [176, 199]], np.float32)
+    small = PIL.Image.fromarray(align_face(photograph, landmarks, 112))
+    large = align_face(photograph, landmarks, 224)
+    resized = np.asarray(PIL.Image.fromarray(large).resize((112, 112), PIL.Image.Resampling.BILINEAR))
+    assert np.abs(resized.astype(int) - np.asarray(small)).max() <= 3
+
+
+def test_which_of_several_faces(toy_root):
+    encoder = FaceEncoder("toy", str(toy_root), det_size=320)
+    photograph = np.asarray(draw_person((0, 0, 0), ((60, 60, 44), (230, 110, 44)), size=(320, 200)))
+    faces = encoder.detect(photograph)
+    assert len(faces) == 2
+    # boxes of the toy detector are of one size: the nearer one to the centre (160, 100) is the second disc
+    central = encoder.select(faces, photograph.shape, "central")
+    assert central.box[0] > 120
+    faces[0].box[2] += 10
+    assert encoder.select(faces, photograph.shape, "largest") is faces[0]
+    with pytest.raises(ValueError, match="selection"):
+        encoder.select(faces, photograph.shape, "nicest")
+
+
+def test_no_face_is_an_error_that_names_the_photograph(encoder):
+    face, nothing = draw_person((0, 0, 0)), PIL.Image.new("RGB", (160, 160))
+    with pytest.raises(NoFaceError, match="photograph 1"):
+        encoder.embed([face, nothing])
+
+
+def test_embeddings_need_112_pixels(encoder):
+    with pytest.raises(ValueError, match="128x128"):
+        encoder.embed_aligned([np.zeros((128, 128, 3), np.uint8)])
+
+
+def test_photographs_are_turned_as_exif_says(tmp_path):
+    image = PIL.Image.new("RGB", (20, 10))
+    image.putpixel((0, 0), (255, 255, 255))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # turn by 270 degrees
+    image.save(tmp_path / "turned.png", exif=exif)
+    assert load_photograph(tmp_path / "turned.png").shape == (20, 10, 3)
+
+
+def test_prepare_reports_what_it_skips(encoder, toy_photographs, tmp_path):
+    source = tmp_path / "source"
+    for person in ("a", "b"):
+        (source / person).mkdir(parents=True)
+        for index in range(2):
+            photograph = PIL.Image.open(toy_photographs / "person_0" / f"{index}.png")
+            photograph.save(source / person / f"{index}.png")
+    PIL.Image.new("RGB", (160, 160)).save(source / "a" / "nobody.png")
+    (source / "b" / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    (source / "b" / "cut.png").write_bytes((source / "b" / "0.png").read_bytes()[:300])
+    (source / "b" / "notes.txt").write_text("not a picture")
+
+    report = prepare_faces(source, tmp_path / "cache", encoder, image_size=64)
+    assert report["faces"] == 4 and report["photographs"] == 7 and report["identities"] == 2
+    assert report["skipped"] == {"a/nobody.png": "no face", "b/broken.jpg": "unreadable", "b/cut.png": "unreadable"}
+    cache = FaceCache(tmp_path / "cache")
+    bank = cache.embeddings()
+    images = [image for shard in cache.shards for image in cache.shard_images(shard)]
+    assert len(cache) == len(images) == len(bank) == 4
+    assert images[0].shape == (64, 64, 3) and cache.identity_encoder == "toy"
+    assert bank.names == ["a", "a", "b", "b"]
+    # an embedding is that of the 112x112 crop of the same photograph
+    expected = encoder.embed([load_photograph(source / "a" / "0.png")]).embeddings[0]
+    assert torch.equal(bank.embeddings[0], expected)
+
+
+def test_prepared_faces_load_with_datasets(encoder, toy_photographs, tmp_path):
+    from datasets import load_dataset
+
+    prepare_faces(toy_photographs, tmp_path / "cache", encoder, image_size=64)
+    files = [str(path) for path in FaceCache(tmp_path / "cache").shards]
+    rows = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "arrow"))
+    assert len(rows) == 24 and rows[0]["image"].size == (64, 64) and rows[23]["identity"] == "person_3"
+
+
+def test_aligned_faces_are_not_detected_again(encoder, tmp_path):
+    source = tmp_path / "source" / "a"
+    source.mkdir(parents=True)
+    PIL.Image.new("RGB", (112, 112), (0, 0, 255)).save(source / "blue.png")
+    PIL.Image.new("RGB", (160, 112)).save(source / "wide.png")
+    PIL.Image.new("RGB", (96, 96)).save(source / "small.png")
+    report = prepare_faces(source.parent, tmp_path / "cache", encoder, image_size=128, aligned=True)
+    assert report["faces"] == 1
+    assert report["skipped"]["a/wide.png"] == "not aligned: 160x112 is not square"
+    assert "112x112" in report["skipped"]["a/small.png"]
+
+
+def test_prepare_goes_on_after_sigkill(toy_root, tmp_path):
+    """Several shards of real work, killed at a moment that depends on the first finished shard only."""
+    source = tmp_path / "source"
+    for person in range(4):
+        (source / f"p{person}").mkdir(parents=True)
+        draw_person((person * 60, 0, 200)).save(source / f"p{person}" / "0000.png")
+        for index in range(1, 270):
+            os.link(source / f"p{person}" / "0000.png", source / f"p{person}" / f"{index:04d}.png")
+    arguments = ["--encoder", "toy", "--encoder-root", str(toy_root), "--det-size", "160", "--image-size", "32"]
+    command = [sys.executable, "-m", "uiface_diffusers.cli", "prepare", str(source), *arguments, "--output"]
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
+    first = tmp_path / "killed" / "faces-00000.parquet"
+    while not first.exists() and process.poll() is None:
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "report.json").exists()
+    with pytest.raises(ValueError, match="not finished"):
+        FaceCache(tmp_path / "killed")
+    written = first.stat().st_mtime_ns
+    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    assert first.stat().st_mtime_ns == written  # nothing twice
+    killed, whole = FaceCache(tmp_path / "killed"), FaceCache(tmp_path / "whole")
+    assert len(killed) == len(whole) == 1080 and killed.embeddings().names == whole.embeddings().names
+    assert torch.equal(killed.embeddings().embeddings, whole.embeddings().embeddings)
+
+
+def test_other_settings_in_a_begun_cache_are_refused(encoder, toy_photographs, tmp_path):
+    prepare_faces(toy_photographs, tmp_path / "cache", encoder, image_size=64)
+    with pytest.raises(ValueError, match="image_size: 64 there, 96 now"):
+        prepare_faces(toy_photographs, tmp_path / "cache", encoder, image_size=96)
+
+
+@pytest.mark.parametrize("missing", ["folder", "photographs", "identity"])
+def test_nothing_to_prepare_is_an_error(encoder, tmp_path, missing):
+    (tmp_path / "empty").mkdir()
+    source = tmp_path / ("nowhere" if missing == "folder" else "empty")
+    identities = ["nobody"] if missing == "identity" else None
+    with pytest.raises(ValueError, match="no photographs|no folder"):
+        prepare_faces(source, tmp_path / "cache", encoder, identities=identities)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_command_line_names_the_problem(toy_root, tmp_path):
+    arguments = ["--encoder", "toy", "--encoder-root", str(toy_root), "--output", str(tmp_path / "cache")]
+    command = [sys.executable, "-m", "uiface_diffusers.cli", "prepare", str(tmp_path / "nowhere"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and "nowhere has no photographs" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_real_photographs(assets, tmp_path):
+    """Genuine pairs of LFW are alike to EdgeFace, impostors are not: the alignment feeds the recogniser as it should."""
+    encoder = FaceEncoder("edgeface", str(assets / "insightface"), det_size=320)
+    people = ["Aaron_Peirsol", "Abdullah_Gul", "Al_Gore", "Alejandro_Toledo"]
+    (tmp_path / "people.txt").write_text("\n".join(people))
+    source = tmp_path / "source"
+    for name in people:
+        (source / name).mkdir(parents=True)
+        for file in sorted((assets / "lfw" / "images" / name).iterdir())[:4]:
+            (source / name / file.name).symlink_to(file)
+    report = prepare_faces(source, tmp_path / "cache", encoder, face="central")
+    assert report["skipped"] == {} and json.loads((tmp_path / "cache" / "report.json").read_text()) == report
+    bank = FaceCache(tmp_path / "cache").embeddings()
+    similarity = bank.embeddings @ bank.embeddings.T
+    labels = np.array(bank.names)
+    same = torch.from_numpy(labels[:, None] == labels[None])
+    genuine = similarity[same & ~torch.eye(len(labels), dtype=torch.bool)]
+    assert genuine.mean() > 0.5 and similarity[~same].mean() < 0.15

@@ -1,0 +1,176 @@
+"""Photographs -> aligned faces -> identity embeddings, with insightface's model packs."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from insightface.app import FaceAnalysis
+from insightface.utils import face_align
+
+from .identities import IdentityBank
+
+
+ALIGNED_SIZE = 112
+SELECTIONS = ("largest", "central")
+
+
+class NoFaceError(ValueError):
+    """A photograph in which the detector finds no face."""
+
+
+@dataclass
+class DetectedFace:
+    """
+    Args:
+        box (`np.ndarray` of shape `(4,)`): left, top, right, bottom in pixels.
+        landmarks (`np.ndarray` of shape `(5, 2)`): eyes, nose, corners of the mouth, in pixels.
+        score (`float`): the detector's confidence in [0, 1].
+    """
+
+    box: np.ndarray
+    landmarks: np.ndarray
+    score: float
+
+
+def load_photograph(path: str | os.PathLike) -> np.ndarray:
+    """Reads a picture as `(height, width, 3)` RGB bytes, turned as its EXIF tag says.
+
+    Raises:
+        OSError: the file is missing, truncated or not a picture.
+    """
+    with PIL.Image.open(path) as image:
+        return np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def align_face(photograph: np.ndarray, landmarks: np.ndarray, size: int = ALIGNED_SIZE) -> np.ndarray:
+    """Warps a face to the five-point template of ArcFace (Deng et al. 2019) by a similarity transform.
+
+    Args:
+        photograph (`np.ndarray` of shape `(height, width, 3)`): bytes.
+        landmarks (`np.ndarray` of shape `(5, 2)`): in pixels.
+        size (`int`, defaults to 112): height and width of the result. The field of view is that of the 112x112
+            template at any size, as if that were resized.
+
+    Returns:
+        `np.ndarray` of shape `(size, size, 3)`: bytes; black outside the photograph.
+    """
+    with warnings.catch_warnings():
+        # insightface calls an interface that scikit-image has deprecated
+        warnings.simplefilter("ignore", FutureWarning)
+        matrix = face_align.estimate_norm(landmarks, ALIGNED_SIZE)
+    scale = size / ALIGNED_SIZE
+    # resizing keeps the corners of the pixels in place, not their centres
+    resize = np.array([[scale, 0, (scale - 1) / 2], [0, scale, (scale - 1) / 2]])
+    matrix = resize @ np.vstack([matrix, [0, 0, 1]])
+    return cv2.warpAffine(photograph, matrix, (size, size), flags=cv2.INTER_LINEAR, borderValue=0)
+
+
+class FaceEncoder:
+    """Detects, aligns and embeds faces with an insightface model pack.
+
+    Args:
+        name (`str`, defaults to `"buffalo_l"`): the model pack. It is also the name by which embeddings are marked
+            (`IdentityBank.identity_encoder`).
+        root (`str`, defaults to `"~/.insightface"`): the folder with `models/NAME`.
+        providers (`list[str]`, *optional*): onnxruntime's execution providers; insightface's choice if not given.
+        det_size (`int`, *optional*): side of the detector's input; insightface's choice if not given.
+        det_thresh (`float`, defaults to 0.5): the detector's least confidence.
+
+    Raises:
+        ValueError: the pack has no detector with landmarks or no recognition model for 112x112 faces.
+    """
+
+    def __init__(
+        self,
+        name: str = "buffalo_l",
+        root: str = "~/.insightface",
+        providers: list[str] | None = None,
+        det_size: int | None = None,
+        det_thresh: float = 0.5,
+    ):
+        self.name, self.det_size, self.det_thresh = name, det_size, det_thresh
+        analysis = FaceAnalysis(
+            name=name, root=root, allowed_modules=["detection", "recognition"], providers=providers
+        )
+        if "recognition" not in analysis.models:
+            raise ValueError(f"model pack `{name}` in {root} has no recognition model.")
+        analysis.prepare(
+            ctx_id=0, det_thresh=det_thresh, det_size=None if det_size is None else (det_size, det_size)
+        )
+        self.detector, self.recognizer = analysis.det_model, analysis.models["recognition"]
+        if tuple(self.recognizer.input_size) != (ALIGNED_SIZE, ALIGNED_SIZE):
+            raise ValueError(f"model pack `{name}` embeds faces of {self.recognizer.input_size}, expected is 112x112.")
+
+    def detect(self, photograph: np.ndarray) -> list[DetectedFace]:
+        """All faces of a `(height, width, 3)` RGB photograph in bytes, most confident first."""
+        boxes, landmarks = self.detector.detect(np.ascontiguousarray(photograph[:, :, ::-1]))
+        if landmarks is None:
+            raise ValueError(f"model pack `{self.name}` detects no landmarks: faces cannot be aligned.")
+        faces = [DetectedFace(box[:4], points, float(box[4])) for box, points in zip(boxes, landmarks, strict=True)]
+        return sorted(faces, key=lambda face: -face.score)
+
+    def select(self, faces: Sequence[DetectedFace], shape: tuple[int, ...], selection: str = "largest") -> DetectedFace:
+        """The face that a photograph of one person is about: the largest, or the one nearest to the centre.
+
+        Args:
+            faces: of one photograph.
+            shape: the photograph's, height and width first.
+            selection: `"largest"` or `"central"`.
+
+        Raises:
+            NoFaceError: there is none.
+        """
+        if selection not in SELECTIONS:
+            raise ValueError(f"`selection` has to be one of {SELECTIONS} but is {selection!r}.")
+        if not faces:
+            raise NoFaceError("no face found")
+        if selection == "largest":
+            return max(faces, key=lambda face: float(np.prod(face.box[2:] - face.box[:2])))
+        centre = np.array([shape[1], shape[0]]) / 2
+        return min(faces, key=lambda face: float(np.linalg.norm((face.box[:2] + face.box[2:]) / 2 - centre)))
+
+    def embed_aligned(self, faces: Sequence[np.ndarray]) -> np.ndarray:
+        """Embeds aligned faces.
+
+        Args:
+            faces: `(112, 112, 3)` RGB bytes each.
+
+        Returns:
+            `np.ndarray` of shape `(N, identity_dim)`, float32, unit length.
+
+        Raises:
+            ValueError: a face has another shape.
+        """
+        for face in faces:
+            if face.shape != (ALIGNED_SIZE, ALIGNED_SIZE, 3):
+                raise ValueError(f"aligned faces are 112x112x3, this one is {'x'.join(map(str, face.shape))}.")
+        features = self.recognizer.get_feat([np.ascontiguousarray(face[:, :, ::-1]) for face in faces])
+        return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+    def embed(
+        self, photographs: Sequence[np.ndarray | PIL.Image.Image], selection: str = "largest"
+    ) -> IdentityBank:
+        """Embeds the people in photographs, for `UIFacePipeline.__call__`.
+
+        Args:
+            photographs: RGB, `(height, width, 3)` bytes or `PIL.Image.Image`.
+            selection: which face of a photograph, see `select`.
+
+        Raises:
+            NoFaceError: a photograph without a face; the message has its position.
+        """
+        aligned = []
+        for position, photograph in enumerate(photographs):
+            photograph = np.asarray(photograph.convert("RGB") if isinstance(photograph, PIL.Image.Image) else photograph)
+            try:
+                face = self.select(self.detect(photograph), photograph.shape, selection)
+            except NoFaceError as error:
+                raise NoFaceError(f"no face found in photograph {position}") from error
+            aligned.append(align_face(photograph, face.landmarks))
+        return IdentityBank(torch.from_numpy(self.embed_aligned(aligned)), self.name)
