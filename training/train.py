@@ -217,7 +217,12 @@ def make_lr_scheduler(args, optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         return torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
             optimizer, T_0=args.lr_restart_steps, T_mult=args.lr_restart_factor
         )
-    return get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
 
 
 def checkpoint_step(path: Path) -> int:

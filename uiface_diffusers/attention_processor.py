@@ -158,7 +158,8 @@ def two_stage_processors(unet: AttentionMixin) -> dict[str, UIFaceAttnProcessor]
             norm, which the method does not define.
     """
     processors = {}
-    for name, module in unet.named_modules():
+    # names inside a compiled module, as `set_attn_processor` sees them
+    for name, module in getattr(unet, "_orig_mod", unet).named_modules():
         if not isinstance(module, Attention):
             continue
         if module.added_kv_proj_dim is not None or module.spatial_norm is not None:
