@@ -20,12 +20,11 @@ from uiface_diffusers import (
     convert_original_state_dict,
 )
 
-
 REPOSITORY = Path(__file__).parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
 ASSETS = Path(os.environ.get("UIFACE_ASSETS", REPOSITORY.parent / "shared" / "assets"))
 
-# METHOD section 3: the sampler of the published code
+# the sampler that the published code means
 DDIM = {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True, "clip_sample": False}
 BETAS = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 
@@ -55,7 +54,9 @@ class Reference:
         unet, identity_projector, empty_context = self.components
         vae = AutoencoderTiny(latent_channels=3, encoder_block_out_channels=(8,), decoder_block_out_channels=(8,),
                               num_encoder_blocks=(1,), num_decoder_blocks=(1,)).eval()  # fmt: skip
-        pipe = UIFacePipeline(vae, unet, scheduler or DDIMScheduler(**BETAS, **DDIM), identity_projector, empty_context)
+        pipe = UIFacePipeline(
+            vae, unet, scheduler or DDIMScheduler(**BETAS, **DDIM), identity_projector, empty_context
+        )
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

@@ -175,7 +175,8 @@ def test_command_line_names_the_problem(toy_root, tmp_path):
 
 
 def test_real_photographs(assets, tmp_path):
-    """Genuine pairs of LFW are alike to EdgeFace, impostors are not: the alignment feeds the recogniser as it should."""
+    """Genuine pairs of LFW are alike to EdgeFace, impostors are not: the alignment feeds the recogniser as it
+    should."""
     encoder = FaceEncoder("edgeface", str(assets / "insightface"), det_size=320)
     people = ["Aaron_Peirsol", "Abdullah_Gul", "Al_Gore", "Alejandro_Toledo"]
     (tmp_path / "people.txt").write_text("\n".join(people))

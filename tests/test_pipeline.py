@@ -157,7 +157,9 @@ def test_nothing_is_recorded_when_nothing_needs_it(reference, monkeypatch):
     recorded = []
     record = AttentionMapRecorder.record
     monkeypatch.setattr(
-        AttentionMapRecorder, "record", lambda self, query, *args: (recorded.append(len(query)), record(self, query, *args))
+        AttentionMapRecorder,
+        "record",
+        lambda self, query, *args: (recorded.append(len(query)), record(self, query, *args)),
     )
     trace = Trace()
     reference_call(reference, reference.pipeline(), **trace.options())
@@ -247,8 +249,8 @@ def stock_unet(cross_attention_dim=16) -> UNet2DConditionModel:
 
 
 class MaterialisingProcessor:
-    """METHOD section 3 with every attention map in memory: first an empty pass that keeps the logits, then the identity's
-    pass that takes them."""
+    """The published code with every attention map in memory: first an empty pass that keeps the logits, then the
+    identity's pass that takes them."""
 
     def __init__(self):
         self.mode, self.logits, self.injection, self.strength = "plain", None, None, 0.5
@@ -374,7 +376,7 @@ def test_latents_go_through_scale_and_shift(first_stage):
         assert torch.allclose(decode_latents(vae, latents), decoded, atol=1e-5)
 
 
-# --- schedulers ----------------------------------------------------------------------------------------------------
+# --- schedulers ------------------------------------------------------------------------------------------------------
 
 SCHEDULERS = [
     DDIMScheduler,
@@ -414,8 +416,8 @@ def test_any_scheduler_and_one_image_one_seed(tiny_pipeline, scheduler_class, pr
     "scheduler_class", [DPMSolverMultistepScheduler, DEISMultistepScheduler, PNDMScheduler, LMSDiscreteScheduler]
 )
 def test_a_switch_does_not_mix_the_contexts(tiny_pipeline, scheduler_class):
-    """At the switch the multistep update is the first-order one: that of a scheduler which has only ever seen the present
-    prediction. It must not depend on what the empty context predicted before."""
+    """At the switch the multistep update is the first-order one: that of a scheduler which has only ever seen the
+    present prediction. It must not depend on what the empty context predicted before."""
     options = {"skip_prk_steps": True} if scheduler_class is PNDMScheduler else {}
     embeds = torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -461,12 +463,15 @@ def test_dpm_solver_restarts_at_the_switch(tiny_pipeline):
     pipe = tiny_pipeline
     with torch.no_grad():
         identity = pipe.identity_projector(F.normalize(embeds)).context
-        e_empty, e_identity = pipe.unet(latents, t, pipe.empty_context(1).context).sample, pipe.unet(latents, t, identity).sample
+        e_empty, e_identity = (
+            pipe.unet(latents, t, pipe.empty_context(1).context).sample,
+            pipe.unet(latents, t, identity).sample,
+        )
         expected = fresh.step(e_empty + 2 * (e_identity - e_empty), t, latents).prev_sample
     assert max_difference(expected, trace.latents[switch]) <= 1e-6 * expected.abs().max()
 
 
-# --- behaves like diffusers' pipelines ---------------------------------------------------------------------------------
+# --- behaves like diffusers' pipelines -------------------------------------------------------------------------------
 
 
 def call_tiny(pipe, embeds=None, seeds=(0, 1), **options):
@@ -557,7 +562,7 @@ def test_compiles_without_changing_the_result(tiny_pipeline):
     assert max_difference(call_tiny(tiny_pipeline).images, expected) <= 1e-5
 
 
-# --- bad input ----------------------------------------------------------------------------------------------------------
+# --- bad input -------------------------------------------------------------------------------------------------------
 
 NAN = torch.eye(16)[:2].clone()
 NAN[1, 3] = torch.nan

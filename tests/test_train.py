@@ -15,7 +15,6 @@ from uiface_diffusers import UIFacePipeline
 from uiface_diffusers.data import prepare_faces
 from uiface_diffusers.faces import FaceEncoder
 
-
 TRAIN = REPOSITORY / "training" / "train.py"
 
 

@@ -107,7 +107,7 @@ def test_flags_never_fall_back():
 
 
 def reference_cross_injection(logits, empty_logits, strength):
-    """METHOD section 3, literally."""
+    """The published code, literally."""
     mean, std = logits.mean(-1, keepdim=True), logits.std(-1, keepdim=True)
     empty_mean, empty_std = empty_logits.mean(-1, keepdim=True), empty_logits.std(-1, keepdim=True)
     s = strength * empty_std + (1 - strength) * std
@@ -122,7 +122,9 @@ def test_temperature_equals_the_renormalised_logits(strength):
     key, empty_key = torch.randn(2, 2, 3, 20, 32).unbind()
     temperature = cross_temperature(query, key, empty_query, empty_key, strength)
     ours = (temperature * query @ key.transpose(-2, -1)).softmax(-1)
-    theirs = reference_cross_injection(query @ key.transpose(-2, -1), empty_query @ empty_key.transpose(-2, -1), strength)
+    theirs = reference_cross_injection(
+        query @ key.transpose(-2, -1), empty_query @ empty_key.transpose(-2, -1), strength
+    )
     assert max_difference(ours, theirs) <= 1e-5
 
 

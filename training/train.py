@@ -5,9 +5,10 @@
     accelerate launch training/train.py --config training/configs/uiface_casia.yaml \
         --train_data cache/photos --vae path/to/vq-f4 --output_dir runs/casia
 
-The same command with `--resume_from_checkpoint latest` goes on after an interruption and gives the same parameters as an
-uninterrupted run: all randomness of a step is drawn from the seed, the step and the process, and the order of the data
-from the seed and the epoch. What is saved is a pipeline for `UIFacePipeline.from_pretrained`, with the EMA weights.
+The same command with `--resume_from_checkpoint latest` goes on after an interruption and gives the same parameters as
+an uninterrupted run: all randomness of a step is drawn from the seed, the step and the process, and the order of the
+data from the seed and the epoch. What is saved is a pipeline for `UIFacePipeline.from_pretrained`, with the EMA
+weights.
 """
 
 import argparse
@@ -36,10 +37,9 @@ from tqdm import tqdm
 from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline, UIFaceUNet2DModel
 from uiface_diffusers.data import FaceCache, cache_latents, load_latents
 
-
 logger = get_logger(__name__)
 
-# betas of METHOD: linear, 1e-4 .. 0.02, T = 1000; the sampler steps t = 980, 960, .., 0
+# the published code's: linear betas, T = 1000; the sampler steps t = 980, 960, .., 0
 NOISE_SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 SAMPLER = {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True, "clip_sample": False}
 
@@ -123,8 +123,8 @@ class LatentFaces(Dataset):
 
 
 class EndlessBatchSampler(Sampler):
-    """Batches of one process, epoch after epoch, from batch `start` on. An epoch's order depends on seed and epoch only,
-    so that a resumed run sees what it has not seen yet; processes take turns in that order."""
+    """Batches of one process, epoch after epoch, from batch `start` on. An epoch's order depends on seed and epoch
+    only, so that a resumed run sees what it has not seen yet; processes take turns in that order."""
 
     def __init__(self, length: int, batch_size: int, seed: int, rank: int, world_size: int, start: int):
         self.length, self.batch_size, self.seed = length, batch_size, seed
@@ -170,8 +170,8 @@ def denoising_loss(
     empty_probability: float,
     snr_gamma: float | None,
 ) -> torch.Tensor:
-    """Loss of every sample, `(batch,)` (METHOD section 2): MSE of the predicted noise (or v) at a uniform timestep, under
-    the identity or, with `empty_probability` and always in row 0, under the empty context.
+    """Loss of every sample, `(batch,)`: MSE of the predicted noise (or v) at a uniform timestep, under the identity
+    or, with `empty_probability` and always in row 0, under the empty context (UIFace, sec. 3.2; the published code).
 
     Args:
         latents (`torch.Tensor` of shape `(batch, 2, C, h, w)`): both flips; one is chosen for each sample.
@@ -261,7 +261,9 @@ def find_checkpoint(args) -> Path | None:
         return checkpoints[-1] if checkpoints else None
     path = Path(args.resume_from_checkpoint)
     if not path.is_dir():
-        raise ValueError(f"checkpoint {path} does not exist; in {args.output_dir} are {list_checkpoints(args.output_dir)}")
+        raise ValueError(
+            f"checkpoint {path} does not exist; in {args.output_dir} are {list_checkpoints(args.output_dir)}"
+        )
     return path
 
 
@@ -293,7 +295,9 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=log_with,
-        project_config=ProjectConfiguration(project_dir=str(args.output_dir), logging_dir=str(args.output_dir / "logs")),
+        project_config=ProjectConfiguration(
+            project_dir=str(args.output_dir), logging_dir=str(args.output_dir / "logs")
+        ),
     )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = find_checkpoint(args)
@@ -322,17 +326,19 @@ def main(argv: list[str] | None = None) -> None:
         denoiser.to(memory_format=torch.channels_last)
     noise_scheduler = DDPMScheduler(**NOISE_SCHEDULE, prediction_type=args.prediction_type)
 
-    # 3. optimiser; METHOD's Adam is AdamW without weight decay
+    # 3. optimiser; the published code's Adam is AdamW without weight decay
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     lr_scheduler = make_lr_scheduler(args, optimizer)
     denoiser.to(accelerator.device)
-    # METHOD: decay min(1 - (1 + s)^-0.75, 0.9999)
+    # the published code's decay: min(1 - (1 + s)^-0.75, 0.9999)
     ema = EMAModel(denoiser.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
     model, optimizer = accelerator.prepare(denoiser, optimizer)
     # not given to `prepare`: that would step the schedule once a process
     accelerator.register_for_checkpointing(lr_scheduler, ema)
     if log_with is not None:
-        accelerator.init_trackers("train", config={k: v for k, v in vars(args).items() if isinstance(v, int | float | str)})
+        accelerator.init_trackers(
+            "train", config={k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
+        )
 
     step = 0
     if checkpoint is not None:
@@ -398,7 +404,9 @@ def main(argv: list[str] | None = None) -> None:
             mean_loss = accelerator.reduce(running_loss, "mean").item() / ((step - 1) % args.logging_steps + 1)
             running_loss.zero_()
             if not math.isfinite(mean_loss):
-                raise RuntimeError(f"the loss is {mean_loss} at step {step}: lower the learning rate, or train in bf16.")
+                raise RuntimeError(
+                    f"the loss is {mean_loss} at step {step}: lower the learning rate, or train in bf16."
+                )
             samples = step * args.train_batch_size * world_size
             accelerator.log({"loss": mean_loss, "lr": lr_scheduler.get_last_lr()[0], "samples": samples}, step=step)
             progress.set_postfix(loss=f"{mean_loss:.4f}", samples=samples)

@@ -9,7 +9,6 @@ from .identities import IdentityBank
 from .models import EmptyContext, IdentityProjector, UIFaceUNet2DModel
 from .pipeline_uiface import UIFacePipeline, UIFacePipelineOutput
 
-
 __version__ = "0.1.0"
 
 __all__ = [

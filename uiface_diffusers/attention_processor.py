@@ -31,8 +31,8 @@ class AttentionMapRecorder:
         return (self.map_size, self.map_size)
 
     def record(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
-        """Takes `(rows, heads, positions, dim)` queries and `(rows, heads, tokens, dim)` keys; float32 under any dtype,
-        autocast included."""
+        """Takes `(rows, heads, positions, dim)` queries and `(rows, heads, tokens, dim)` keys; float32 under any
+        dtype, autocast included."""
         positions = query.shape[2]
         # every halving of the UNet rounds up
         height, width = self.height, self.width
@@ -147,7 +147,9 @@ class CrossInjectionAttnProcessor(UIFaceAttnProcessor):
 
 def cross_attention_names(unet: torch.nn.Module) -> list[str]:
     """Names of the UNet's cross-attention modules; empty for a UNet without any."""
-    return [name for name, module in unet.named_modules() if isinstance(module, Attention) and module.is_cross_attention]
+    return [
+        name for name, module in unet.named_modules() if isinstance(module, Attention) and module.is_cross_attention
+    ]
 
 
 def two_stage_processors(unet: AttentionMixin) -> dict[str, UIFaceAttnProcessor]:

@@ -7,7 +7,6 @@ import torch
 
 from .models import EmptyContext, IdentityProjector, UIFaceUNet2DModel
 
-
 ORIGINAL_PREFIXES = ("module.", "eps_model.")
 
 
@@ -94,7 +93,8 @@ def _module_names(unet: UIFaceUNet2DModel) -> dict[str, str]:
 
 
 def _fold_time_projection(state: dict[str, torch.Tensor], resnet: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """scale(W e + b) and shift(W e + b) as one linear layer; computed in float64, so that folding costs no accuracy."""
+    """scale(W e + b) and shift(W e + b) as one linear layer; computed in float64, so that folding costs no
+    accuracy."""
     inner_weight, inner_bias = (state[f"{resnet}.time_emb.1.{name}"].double() for name in ("weight", "bias"))
     weights, biases = [], []
     for part in ("scale_emb", "shift_emb"):

@@ -15,7 +15,6 @@ from insightface.utils import face_align
 
 from .identities import IdentityBank
 
-
 ALIGNED_SIZE = 112
 SELECTIONS = ("largest", "central")
 
@@ -100,9 +99,7 @@ class FaceEncoder:
         )
         if "recognition" not in analysis.models:
             raise ValueError(f"model pack `{name}` in {root} has no recognition model.")
-        analysis.prepare(
-            ctx_id=0, det_thresh=det_thresh, det_size=None if det_size is None else (det_size, det_size)
-        )
+        analysis.prepare(ctx_id=0, det_thresh=det_thresh, det_size=None if det_size is None else (det_size, det_size))
         self.detector, self.recognizer = analysis.det_model, analysis.models["recognition"]
         if tuple(self.recognizer.input_size) != (ALIGNED_SIZE, ALIGNED_SIZE):
             raise ValueError(f"model pack `{name}` embeds faces of {self.recognizer.input_size}, expected is 112x112.")
@@ -115,7 +112,9 @@ class FaceEncoder:
         faces = [DetectedFace(box[:4], points, float(box[4])) for box, points in zip(boxes, landmarks, strict=True)]
         return sorted(faces, key=lambda face: -face.score)
 
-    def select(self, faces: Sequence[DetectedFace], shape: tuple[int, ...], selection: str = "largest") -> DetectedFace:
+    def select(
+        self, faces: Sequence[DetectedFace], shape: tuple[int, ...], selection: str = "largest"
+    ) -> DetectedFace:
         """The face that a photograph of one person is about: the largest, or the one nearest to the centre.
 
         Args:
@@ -153,9 +152,7 @@ class FaceEncoder:
         features = self.recognizer.get_feat([np.ascontiguousarray(face[:, :, ::-1]) for face in faces])
         return features / np.linalg.norm(features, axis=1, keepdims=True)
 
-    def embed(
-        self, photographs: Sequence[np.ndarray | PIL.Image.Image], selection: str = "largest"
-    ) -> IdentityBank:
+    def embed(self, photographs: Sequence[np.ndarray | PIL.Image.Image], selection: str = "largest") -> IdentityBank:
         """Embeds the people in photographs, for `UIFacePipeline.__call__`.
 
         Args:
@@ -167,7 +164,9 @@ class FaceEncoder:
         """
         aligned = []
         for position, photograph in enumerate(photographs):
-            photograph = np.asarray(photograph.convert("RGB") if isinstance(photograph, PIL.Image.Image) else photograph)
+            photograph = np.asarray(
+                photograph.convert("RGB") if isinstance(photograph, PIL.Image.Image) else photograph
+            )
             try:
                 face = self.select(self.detect(photograph), photograph.shape, selection)
             except NoFaceError as error:

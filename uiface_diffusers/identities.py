@@ -27,7 +27,9 @@ class IdentityBank:
     def __post_init__(self):
         self.embeddings = torch.as_tensor(self.embeddings, dtype=torch.float32)
         if self.embeddings.ndim != 2:
-            raise ValueError(f"an identity bank holds (N, identity_dim) embeddings, not {tuple(self.embeddings.shape)}.")
+            raise ValueError(
+                f"an identity bank holds (N, identity_dim) embeddings, not {tuple(self.embeddings.shape)}."
+            )
         self.names = list(self.names) or [f"{i:06d}" for i in range(len(self.embeddings))]
         if len(self.names) != len(self.embeddings):
             raise ValueError(f"{len(self.names)} names for {len(self.embeddings)} embeddings.")

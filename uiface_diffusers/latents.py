@@ -3,7 +3,6 @@
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 
-
 FirstStage = AutoencoderKL | AutoencoderTiny | VQModel
 
 

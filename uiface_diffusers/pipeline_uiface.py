@@ -21,7 +21,6 @@ from .models.identity_projector import IdentityProjector
 from .models.unet_uiface import UIFaceUNet2DModel
 from .two_stage import attention_map, combine_rows, map_distance, plan_rows, update_flags
 
-
 INJECTIONS = (None, "self", "cross", "both")
 
 EXAMPLE_DOC_STRING = """
@@ -125,8 +124,8 @@ class UIFacePipeline(DiffusionPipeline):
                 raise ValueError(f"`unet` ({name}) has no cross-attention: it cannot follow a context.")
             if unet.config.out_channels != unet.config.in_channels:
                 raise ValueError(
-                    f"`unet` ({name}) predicts {unet.config.out_channels} channels for {unet.config.in_channels} latent"
-                    " channels; learned variances are not supported."
+                    f"`unet` ({name}) predicts {unet.config.out_channels} channels for {unet.config.in_channels}"
+                    " latent channels; learned variances are not supported."
                 )
         if vae is not None and unet is not None and vae.config.latent_channels != unet.config.in_channels:
             raise ValueError(
@@ -202,7 +201,8 @@ class UIFacePipeline(DiffusionPipeline):
             channels = self.unet.config.in_channels
             if latents.ndim != 4 or latents.shape[0] != batch_size or latents.shape[1] != channels:
                 raise ValueError(
-                    f"`latents` has shape {tuple(latents.shape)}, expected is ({batch_size}, {channels}, height, width)."
+                    f"`latents` has shape {tuple(latents.shape)}, expected is ({batch_size}, {channels},"
+                    " height, width)."
                 )
         elif self.unet.config.sample_size is None:
             raise ValueError("`unet.config.sample_size` is not set: give `latents`.")
@@ -224,8 +224,8 @@ class UIFacePipeline(DiffusionPipeline):
             encoder = identity_embeds.identity_encoder
             if None not in (encoder, config.identity_encoder) and encoder != config.identity_encoder:
                 raise ValueError(
-                    f"the identity embeddings come from the encoder `{encoder}`, but this pipeline was trained on those"
-                    f" of `{config.identity_encoder}` ({config.identity_dim}-d): embed the faces with that one."
+                    f"the identity embeddings come from the encoder `{encoder}`, but this pipeline was trained on"
+                    f" those of `{config.identity_encoder}` ({config.identity_dim}-d): embed the faces with that one."
                 )
             identity_embeds = identity_embeds.embeddings
         if isinstance(identity_embeds, list | tuple):
@@ -242,7 +242,8 @@ class UIFacePipeline(DiffusionPipeline):
         if embeds.ndim != 2 or embeds.shape[1] != config.identity_dim or not len(embeds):
             raise ValueError(
                 f"`identity_embeds` has shape {tuple(embeds.shape)}, the identity projector takes (batch,"
-                f" {config.identity_dim})" + (f" from `{config.identity_encoder}`." if config.identity_encoder else ".")
+                f" {config.identity_dim})"
+                + (f" from `{config.identity_encoder}`." if config.identity_encoder else ".")
             )
         bad = (~embeds.isfinite().all(dim=1)).nonzero().flatten().tolist()
         if bad:
@@ -323,22 +324,22 @@ class UIFacePipeline(DiffusionPipeline):
             num_inference_steps (`int`, defaults to 50): steps of the scheduler.
             guidance_scale (`float`, defaults to 2.0): diffusers' scale, the paper's w plus 1:
                 e_empty + guidance_scale * (e_identity - e_empty). 1 is no guidance.
-            boundary (`str`, `int` or `None`, defaults to `"adaptive"`): `"adaptive"` finds each sample's boundary in its
-                cross-attention (paper, sec. 3.3); a timestep is the same boundary for all, the first timestep
+            boundary (`str`, `int` or `None`, defaults to `"adaptive"`): `"adaptive"` finds each sample's boundary in
+                its cross-attention (paper, sec. 3.3); a timestep is the same boundary for all, the first timestep
                 predicted from the identity; `None` is the single stage that the paper compares with: the identity with
                 guidance from the first step on, nothing injected.
-            boundary_threshold (`float`, defaults to 0.006): the adaptive boundary is reached when the attention maps of
-                two steps differ by less, as a mean absolute difference of maps in [0, 1].
-            latest_boundary (`int`, defaults to 500): below this timestep every sample follows its identity, whether the
-                adaptive boundary was reached or not.
+            boundary_threshold (`float`, defaults to 0.006): the adaptive boundary is reached when the attention maps
+                of two steps differ by less, as a mean absolute difference of maps in [0, 1].
+            latest_boundary (`int`, defaults to 500): below this timestep every sample follows its identity, whether
+                the adaptive boundary was reached or not.
             guide_from_boundary (`bool`, defaults to `False`): `False` is the reference code: guidance and
                 cross-attention injection only below `latest_boundary`, between a sample's boundary and that the bare
                 identity with self-attention injection. `True` is the paper's reading: both from the sample's boundary.
             injection (`str`, *optional*, defaults to `"both"`): attention injected from the empty branch: `"self"`,
                 `"cross"`, `"both"` or `None` (paper, sec. 3.4).
             injection_strength (`float`, defaults to 0.5): of the cross-attention injection, in [0, 1].
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): one, or one a sample. With one a sample,
-                a sample does not depend on the others in its batch.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): one, or one a sample. With one a
+                sample, a sample does not depend on the others in its batch.
             latents (`torch.Tensor` of shape `(B, channels, height, width)`, *optional*): the start noise, drawn from
                 `generator` if not given.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (`(B, height, width, 3)` in [0, 1]), `"pt"`

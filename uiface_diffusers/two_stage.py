@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-
 ATTENTION_MAP_SIZE = 32
 
 
@@ -27,8 +26,8 @@ def block_attention_map(
         map_size (`int`, defaults to 32): height and width of the attention map.
 
     Returns:
-        `torch.Tensor` of shape `(rows, map_size, map_size)`, float32, in [0, 1]: softmax over the positions, mean over tokens and
-        heads, divided by its maximum, resized.
+        `torch.Tensor` of shape `(rows, map_size, map_size)`, float32, in [0, 1]: softmax over the positions, mean
+        over tokens and heads, divided by its maximum, resized.
     """
     # tokens have the same number in every head, so one mean over both is the mean of means
     saliency = logits.float().softmax(dim=2).mean(dim=(1, 3))
@@ -107,7 +106,8 @@ def plan_rows(
     from its empty branch).
 
     Args:
-        stage_two (`torch.BoolTensor` of shape `(B,)`, on the CPU): the samples that follow their identity in this step.
+        stage_two (`torch.BoolTensor` of shape `(B,)`, on the CPU): the samples that follow their identity in this
+            step.
         guided (`bool`): whether those are guided away from the empty context's prediction.
         self_injection, cross_injection (`bool`): what is injected into the identity branch.
         record (`bool`): whether the samples still in stage one seek their boundary.
@@ -140,7 +140,8 @@ def combine_rows(rows: torch.Tensor, plan: RowPlan, guidance_scale: float | None
             `None`: the identity's prediction as it is.
 
     Returns:
-        `torch.Tensor` of shape `(B, C, H, W)`: the empty prediction in stage one, the (guided) identity's in stage two.
+        `torch.Tensor` of shape `(B, C, H, W)`: the empty prediction in stage one, the (guided) identity's in stage
+        two.
     """
     num_empty = len(plan.empty)
     empty_rows, identity_rows = rows[:num_empty], rows[num_empty:]

@@ -23,7 +23,6 @@ from tqdm import tqdm
 from ..faces import ALIGNED_SIZE, FaceEncoder, NoFaceError, align_face, load_photograph
 from ..identities import IdentityBank
 
-
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 SHARD_SIZE = 1000
 BATCH_SIZE = 64
@@ -165,7 +164,9 @@ def prepare_faces(
                     raise ValueError(f"{shard_path} does not hold the photographs of its shard: delete it.")
                 progress.update(len(shard))
             else:
-                prepare = partial(_prepare_photograph, encoder=encoder, image_size=image_size, face=face, aligned=aligned)
+                prepare = partial(
+                    _prepare_photograph, encoder=encoder, image_size=image_size, face=face, aligned=aligned
+                )
                 shard_skipped = _write_shard(shard_path, schema, source, shard, prepare, encoder, progress)
             skipped |= shard_skipped
 

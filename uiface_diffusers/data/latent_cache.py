@@ -38,8 +38,8 @@ def cache_latents(
         device: where to encode.
 
     Returns:
-        The files, in order. Each has `latents` of shape `(n, 2, latent_channels, h, w)` in half precision: the face and
-        its mirror image.
+        The files, in order. Each has `latents` of shape `(n, 2, latent_channels, h, w)` in half precision: the face
+        and its mirror image.
     """
     key = first_stage_key(vae)
     # twice as fast as contiguous convolutions, on the CPU too; a copy, so that the caller's stays as it is

@@ -37,8 +37,7 @@ class EmptyContext(ModelMixin, ConfigMixin):
             return_dict (`bool`, defaults to `True`): a plain tuple when `False`.
 
         Returns:
-            `EmptyContextOutput` with `context` of shape `(batch_size, num_tokens, context_dim)`, a view of the one
-            parameter.
+            `EmptyContextOutput` with `context` of shape `(batch_size, num_tokens, context_dim)`.
         """
-        context = self.embedding.expand(batch_size, -1, -1)
+        context = self.embedding.repeat(batch_size, 1, 1)
         return EmptyContextOutput(context=context) if return_dict else (context,)

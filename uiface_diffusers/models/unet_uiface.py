@@ -15,7 +15,7 @@ from torch import nn
 
 
 class UIFaceAttentionBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward behind one shared group norm (METHOD: `attn`).
+    """Self-attention, cross-attention and feed-forward behind one shared group norm (the reference's `attn`).
 
     Every context token becomes `num_context_tokens` keys by a linear layer of the block's own.
     """

@@ -1,0 +1,3 @@
+from .consistency import identity_consistency
+
+__all__ = ["identity_consistency"]
