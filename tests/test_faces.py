@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import draw_person
+from conftest import draw_person, write_toy_pack
 
 from uiface_diffusers.data import FaceCache, prepare_faces
 from uiface_diffusers.faces import FaceEncoder, NoFaceError, align_face, load_photograph
@@ -59,6 +59,14 @@ def test_no_face_is_an_error_that_names_the_photograph(encoder):
     face, nothing = draw_person((0, 0, 0)), PIL.Image.new("RGB", (160, 160))
     with pytest.raises(NoFaceError, match="photograph 1"):
         encoder.embed([face, nothing])
+
+
+@pytest.mark.parametrize(("removed", "message"), [("detector", "no detection"), ("recogniser", "no recognition")])
+def test_incomplete_model_packs_are_named(tmp_path, removed, message):
+    write_toy_pack(tmp_path, "half")
+    (tmp_path / "models" / "half" / f"{removed}.onnx").unlink()
+    with pytest.raises(ValueError, match=f"`half`.*{message}"):
+        FaceEncoder("half", str(tmp_path))
 
 
 def test_embeddings_need_112_pixels(encoder):

@@ -238,6 +238,10 @@ def test_bank_refuses_what_is_none(tmp_path):
         IdentityBank(torch.randn(3, 8), names=["a", "b"])
     with pytest.raises(ValueError, match=r"\(8,\)"):
         IdentityBank(torch.randn(8))
+    IdentityBank(torch.randn(30, 8)).save(tmp_path / "bank.safetensors")
+    (tmp_path / "half.safetensors").write_bytes((tmp_path / "bank.safetensors").read_bytes()[:500])
+    with pytest.raises(ValueError, match="half.safetensors is no safetensors file, or a part of one"):
+        IdentityBank.load(tmp_path / "half.safetensors")
     EmptyContext(8).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="not an identity bank"):
         IdentityBank.load(tmp_path / "diffusion_pytorch_model.safetensors")

@@ -248,7 +248,9 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total
         if not target.exists():
             beside.rename(target)
         for old in list_checkpoints(output_dir)[:-total_limit]:
-            shutil.rmtree(old)
+            # by the same road: what has a checkpoint's name is whole
+            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(old.rename(beside))
 
 
 def find_checkpoint(args) -> Path | None:
@@ -373,7 +375,7 @@ def main(argv: list[str] | None = None) -> None:
     progress = tqdm(
         initial=step, total=args.max_train_steps, desc="train", unit="step", disable=not accelerator.is_main_process
     )
-    running_loss = torch.zeros((), device=accelerator.device)
+    running_loss, logged_step = torch.zeros((), device=accelerator.device), step
     denoiser.train()
     stop = False
     while step < args.max_train_steps and not stop:
@@ -401,8 +403,9 @@ def main(argv: list[str] | None = None) -> None:
             stop = bool(accelerator.reduce(torch.tensor(float(late and rank == 0), device=accelerator.device), "sum"))
         is_last = stop or step == args.max_train_steps
         if step % args.logging_steps == 0 or is_last:
-            mean_loss = accelerator.reduce(running_loss, "mean").item() / ((step - 1) % args.logging_steps + 1)
+            mean_loss = accelerator.reduce(running_loss, "mean").item() / (step - logged_step)
             running_loss.zero_()
+            logged_step = step
             if not math.isfinite(mean_loss):
                 raise RuntimeError(
                     f"the loss is {mean_loss} at step {step}: lower the learning rate, or train in bf16."

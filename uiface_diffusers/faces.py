@@ -94,9 +94,16 @@ class FaceEncoder:
         det_thresh: float = 0.5,
     ):
         self.name, self.det_size, self.det_thresh = name, det_size, det_thresh
-        analysis = FaceAnalysis(
-            name=name, root=root, allowed_modules=["detection", "recognition"], providers=providers
-        )
+        try:
+            analysis = FaceAnalysis(
+                name=name, root=root, allowed_modules=["detection", "recognition"], providers=providers
+            )
+        except OSError as error:
+            raise ValueError(
+                f"model pack `{name}` is not in {root}/models and cannot be downloaded: {error}"
+            ) from error
+        except AssertionError as error:
+            raise ValueError(f"model pack `{name}` in {root} has no detection model.") from error
         if "recognition" not in analysis.models:
             raise ValueError(f"model pack `{name}` in {root} has no recognition model.")
         analysis.prepare(ctx_id=0, det_thresh=det_thresh, det_size=None if det_size is None else (det_size, det_size))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
@@ -49,7 +49,11 @@ class IdentityBank:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "IdentityBank":
-        with safe_open(path, framework="pt") as file:
+        try:
+            file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no safetensors file, or a part of one: {error}") from error
+        with file:
             if "embeddings" not in file.keys():
                 raise ValueError(f"{path} has no tensor `embeddings`: not an identity bank.")
             metadata = file.metadata() or {}

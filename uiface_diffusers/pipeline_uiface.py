@@ -265,13 +265,14 @@ class UIFacePipeline(DiffusionPipeline):
 
         Args:
             identity_embeds (`torch.Tensor` of shape `(batch, identity_dim)`): of unit length.
-            num_images_per_prompt (`int`): samples an identity.
+            num_images_per_prompt (`int`, defaults to 1): samples an identity.
+            device, dtype (*optional*): of the context; the pipeline's device, the projector's dtype if not given.
 
         Returns:
             `torch.Tensor` of shape `(batch * num_images_per_prompt, num_tokens, context_dim)`.
         """
-        identity_embeds = identity_embeds.to(device=device or self._execution_device, dtype=dtype)
-        context = self.identity_projector(identity_embeds, return_dict=False)[0]
+        identity_embeds = identity_embeds.to(device or self._execution_device, self.identity_projector.dtype)
+        context = self.identity_projector(identity_embeds, return_dict=False)[0].to(dtype)
         return context.repeat_interleave(num_images_per_prompt, dim=0)
 
     def prepare_latents(self, batch_size, dtype, device, generator, latents=None) -> torch.Tensor:
@@ -383,7 +384,7 @@ class UIFacePipeline(DiffusionPipeline):
         contexts = self.empty_context(1, return_dict=False)[0].to(device=device, dtype=dtype)
         if identity_embeds is not None:
             identity_context = self.encode_identity(identity_embeds, num_images_per_prompt, device, dtype)
-            contexts = torch.cat([contexts, identity_context.to(dtype)])
+            contexts = torch.cat([contexts, identity_context])
 
         # 3. timesteps, start noise
         self.scheduler.set_timesteps(num_inference_steps, device=device)
