@@ -2,12 +2,13 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, PNDMScheduler, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
@@ -165,7 +166,7 @@ class UIFacePipeline(DiffusionPipeline):
         }.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` has to be a positive integer but is {value!r}.")
-        is_timestep = isinstance(boundary, int) and not isinstance(boundary, bool) and boundary >= 0
+        is_timestep = isinstance(boundary, Integral) and not isinstance(boundary, bool) and boundary >= 0
         if boundary is not None and boundary != "adaptive" and not is_timestep:
             raise ValueError(
                 f'`boundary` has to be "adaptive", a timestep (an integer from 0) or None but is {boundary!r}.'
@@ -410,8 +411,7 @@ class UIFacePipeline(DiffusionPipeline):
                     if self.interrupt:
                         continue
 
-                    # a second-order solver's inner evaluation belongs to the step that is under way
-                    starts_step = getattr(self.scheduler, "state_in_first_order", True)
+                    starts_step = self._starts_step()
                     previous_stage_two = stage_two
                     if starts_step and identity_embeds is not None:
                         stage_two = self._stage_two(schedule[i], boundary, latest_boundary, flags)
@@ -481,6 +481,14 @@ class UIFacePipeline(DiffusionPipeline):
         if not return_dict:
             return (images, boundary_timesteps)
         return UIFacePipelineOutput(images=images, boundary_timesteps=boundary_timesteps)
+
+    def _starts_step(self) -> bool:
+        """Whether the scheduler's next evaluation begins a step. An inner evaluation of a Runge-Kutta or second-order
+        step belongs to the step that is under way: there no sample switches and no map is taken."""
+        if isinstance(self.scheduler, PNDMScheduler):
+            counter, warm_up = self.scheduler.counter, len(self.scheduler.prk_timesteps)
+            return counter % 4 == 0 if counter < warm_up else counter != 1
+        return getattr(self.scheduler, "state_in_first_order", True)
 
     @staticmethod
     def _stage_two(t: float, boundary: str | int | None, latest_boundary: int, flags: torch.Tensor) -> torch.Tensor:

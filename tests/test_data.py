@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_autoencoder
+from diffusers import AutoencoderKL, VQModel
+
+from uiface_diffusers.data import FaceCache, cache_latents, load_latents, prepare_faces
+from uiface_diffusers.data.latent_cache import first_stage_key
+from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.latents import encode_images
+
+
+@pytest.fixture
+def faces(toy_root, toy_photographs, tmp_path) -> FaceCache:
+    encoder = FaceEncoder("toy", str(toy_root), det_size=160)
+    prepare_faces(toy_photographs, tmp_path / "cache", encoder, image_size=16)
+    return FaceCache(tmp_path / "cache")
+
+
+def first_stage(kind: str):
+    torch.manual_seed(0)
+    options = {"latent_channels": 4, "norm_num_groups": 4, "block_out_channels": (8,)}
+    return {
+        "tiny": tiny_autoencoder,
+        "kl": lambda: AutoencoderKL(**options, scaling_factor=0.5).eval(),
+        "vq": lambda: VQModel(**options, scaling_factor=1.0).eval(),
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["tiny", "kl", "vq"])
+def test_latents_of_both_flips(faces, kind):
+    vae = first_stage(kind)
+    latents = load_latents(cache_latents(faces, vae, batch_size=7))
+    images = np.stack(list(faces.shard_images(faces.shards[0])))
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    assert latents.shape[:3] == (24, 2, 4) and latents.dtype == torch.float16
+    if kind == "kl":  # sampled: near the mean, by the deviation
+        with torch.no_grad():
+            expected = torch.stack([vae.encode(flip).latent_dist.mean * 0.5 for flip in (pixels, pixels.flip(-1))], 1)
+            deviation = 0.5 * vae.encode(pixels).latent_dist.std
+        assert (latents - expected).abs().mean() < 1.5 * deviation.mean()
+    else:
+        with torch.no_grad():
+            expected = torch.stack([encode_images(vae, flip) for flip in (pixels, pixels.flip(-1))], 1)
+        assert (latents - expected).abs().max() < 2e-3 * expected.abs().max()
+
+
+def test_latents_are_made_once_a_first_stage(faces, tmp_path):
+    vae = tiny_autoencoder()
+    (file,) = cache_latents(faces, vae)
+    written = file.stat().st_mtime_ns
+    # the same first stage from anywhere
+    vae.save_pretrained(tmp_path / "vae")
+    same = type(vae).from_pretrained(tmp_path / "vae").eval()
+    assert cache_latents(faces, same) == [file] and file.stat().st_mtime_ns == written
+    with torch.no_grad():
+        next(same.parameters()).add_(1e-3)
+    assert first_stage_key(same) != first_stage_key(vae)
+    assert cache_latents(faces, same) != [file]
+
+
+def test_an_unfinished_cache_is_named(faces, tmp_path):
+    (faces.folder / "report.json").unlink()
+    with pytest.raises(ValueError, match="cache is not finished: run `uiface prepare`"):
+        FaceCache(faces.folder)
+    with pytest.raises(ValueError, match="is no cache of prepared faces"):
+        FaceCache(tmp_path)
