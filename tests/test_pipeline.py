@@ -20,6 +20,7 @@ from diffusers import (
     KDPM2DiscreteScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
+    SASolverScheduler,
     UNet2DConditionModel,
     UNet2DModel,
     UniPCMultistepScheduler,
@@ -389,6 +390,7 @@ SCHEDULERS = [
     KDPM2DiscreteScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
+    SASolverScheduler,
     UniPCMultistepScheduler,
 ]
 
@@ -417,6 +419,10 @@ def test_any_scheduler_and_one_image_one_seed(tiny_pipeline, scheduler_class, pr
     [
         (DPMSolverMultistepScheduler, {}, 500),
         (DPMSolverMultistepScheduler, {"solver_order": 3}, 500),
+        (DPMSolverSinglestepScheduler, {}, 500),
+        (DPMSolverSinglestepScheduler, {}, 420),
+        (UniPCMultistepScheduler, {}, 500),
+        (SASolverScheduler, {}, 500),
         (DEISMultistepScheduler, {}, 500),
         (LMSDiscreteScheduler, {}, 500),
         (PNDMScheduler, {"skip_prk_steps": True}, 500),
@@ -444,8 +450,16 @@ def test_a_switch_does_not_mix_the_contexts(tiny_pipeline, scheduler_class, opti
             return {}
 
         tiny_pipeline.scheduler = scheduler_class(**BETAS, **options)
-        tiny_pipeline(embeds, latents=latents, callback_on_step_end=callback,
-                      callback_on_step_end_tensor_inputs=["latents", "stage_two"], **call)  # fmt: skip
+        generator = torch.Generator().manual_seed(2)
+        inputs = ["latents", "stage_two"]
+        tiny_pipeline(
+            embeds,
+            latents=latents,
+            generator=generator,
+            callback_on_step_end=callback,
+            callback_on_step_end_tensor_inputs=inputs,
+            **call,
+        )
         return seen
 
     calm, disturbed = run(0.0), run(1.0)

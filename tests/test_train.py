@@ -11,11 +11,13 @@ import yaml
 from conftest import REPOSITORY, TINY_UNET, tiny_autoencoder
 from safetensors.torch import load_file
 
-from uiface_diffusers import UIFacePipeline
-from uiface_diffusers.data import prepare_faces
+from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline, UIFaceUNet2DModel
+from uiface_diffusers.data import FaceCache, cache_latents, load_latents, prepare_faces
 from uiface_diffusers.faces import FaceEncoder
 
 TRAIN = REPOSITORY / "training" / "train.py"
+sys.path.insert(0, str(TRAIN.parent))
+import train as train_script  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,29 @@ def test_sigkill_and_resume_gives_the_same_parameters(uninterrupted, workspace):
     assert_equal_parameters(workspace / "killed", uninterrupted)
 
 
+def test_an_unfinished_checkpoint_is_not_resumed(uninterrupted, workspace):
+    """What a kill within the writing of a checkpoint, or within the removal of an old one, leaves behind."""
+    folder = workspace / "part"
+    assert train(workspace, "part", "--max_train_steps", "14").returncode == 0
+    for name in ("optimizer.bin", "training.json"):
+        (folder / "checkpoint-14" / name).unlink()
+    (folder / "checkpoint-14").rename(folder / "checkpoint.part")
+    result = train(workspace, "part", "--resume_from_checkpoint", "latest")
+    assert result.returncode == 0 and "| 7/60" in result.stderr, result.stderr
+    assert_equal_parameters(folder, uninterrupted)
+
+
+def test_checkpoints_hold_no_pickled_weights(uninterrupted):
+    checkpoints = sorted(uninterrupted.glob("checkpoint*"))
+    assert [p.name for p in checkpoints] == ["checkpoint-56", "checkpoint-60"]  # the limit is 2
+    # the pipeline has the EMA weights, which are not those of the optimiser
+    ema = load_file(checkpoints[-1] / "ema.safetensors")
+    model = load_file(checkpoints[-1] / "model.safetensors")
+    saved = parameters(uninterrupted)["empty_context/embedding"]
+    assert any(tensor.shape == saved.shape and torch.equal(tensor, saved) for tensor in ema.values())
+    assert not torch.equal(model["empty_context.embedding"], saved)
+
+
 def test_workers_change_nothing(uninterrupted, workspace):
     result = train(workspace, "workers", "--dataloader_num_workers", "2")
     assert result.returncode == 0, result.stderr
@@ -125,24 +150,148 @@ def test_another_seed_gives_other_parameters(uninterrupted, workspace):
     )
 
 
+LAUNCH_TWO = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
+LAUNCH_TWO += ("--mixed_precision", "no", "--dynamo_backend", "no")
+
+
 def test_two_processes_train_one_model(workspace):
-    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
-    launch += ("--mixed_precision", "no", "--dynamo_backend", "no")
-    options = ("--validation_steps", "4", "--validation_inference_steps", "2", "--max_train_steps", "6")
-    options += ("--checkpointing_steps", "3")
-    result = train(workspace, "two", *options, "--report_to", "tensorboard", launch=launch)
+    options = ("--validation_steps", "4", "--validation_inference_steps", "2", "--checkpointing_steps", "3")
+    options += ("--report_to", "tensorboard")
+    result = train(workspace, "two", *options, "--max_train_steps", "3", launch=LAUNCH_TWO)
+    assert result.returncode == 0, result.stderr
+    options += ("--resume_from_checkpoint", "latest")
+    result = train(workspace, "two", *options, "--max_train_steps", "6", launch=LAUNCH_TWO)
     assert result.returncode == 0, result.stderr
     folder = workspace / "two"
     assert sorted(p.name for p in folder.glob("checkpoint*")) == ["checkpoint-3", "checkpoint-6"]
-    assert sorted(p.name for p in (folder / "validation").iterdir()) == ["step-0000004.png", "step-0000006.png"]
+    grids = sorted(p.name for p in (folder / "validation").iterdir())
+    assert grids == ["step-0000003.png", "step-0000004.png", "step-0000006.png"]
     assert len(list((folder / "logs").rglob("events.out.tfevents*"))) >= 1
     UIFacePipeline.from_pretrained(folder)
+
+
+def test_the_gradients_of_two_processes_are_averaged(workspace):
+    """A step of two processes against the same step by hand: both batches, mean gradient, one AdamW step."""
+    result = train(workspace, "one_step", "--max_train_steps", "1", launch=LAUNCH_TWO)
+    assert result.returncode == 0, result.stderr
+    theirs = load_file(workspace / "one_step" / "checkpoint-1" / "model.safetensors")
+
+    cache = FaceCache(workspace / "cache")
+    vae = tiny_autoencoder()
+    dataset = train_script.LatentFaces(load_latents(cache_latents(cache, vae)), cache.embeddings().embeddings)
+    torch.manual_seed(0)
+    unet = UIFaceUNet2DModel(**TINY_UNET)
+    unet.zero_init_residual_branches()
+    model = train_script.ConditionalDenoiser(unet, IdentityProjector(16, 32), EmptyContext(32))
+    scheduler = train_script.DDPMScheduler(**train_script.NOISE_SCHEDULE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    for rank in range(2):
+        sampler = train_script.EndlessBatchSampler(24, 4, seed=0, rank=rank, world_size=2, start=0)
+        latents, embeds = dataset.__getitems__(next(iter(sampler)))
+        torch.manual_seed(train_script.mix_seed(0, 0, rank))
+        (train_script.denoising_loss(model, scheduler, latents, embeds, 0.2, None).mean() / 2).backward()
+    optimizer.step()
+    ours = model.state_dict()
+    assert ours.keys() == theirs.keys()
+    # AdamW's first step is the sign of the gradient: compare where that is not a matter of rounding
+    for name, parameter in model.named_parameters():
+        clear = parameter.grad.abs() > 1e-6
+        assert torch.allclose(ours[name][clear], theirs[name][clear], atol=1e-5), name
+
+
+class Oracle(torch.nn.Module):
+    """Knows the noise and sees what it is asked."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer, self.asked = answer, None
+
+    def forward(self, noisy, timesteps, identity_embeds, is_empty):
+        self.asked = {"noisy": noisy, "timesteps": timesteps, "embeds": identity_embeds, "is_empty": is_empty}
+        return self.answer(noisy, timesteps)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_objective(prediction_type):
+    """The loss is zero for the right prediction, and the mean square of the error otherwise."""
+    scheduler = train_script.DDPMScheduler(**train_script.NOISE_SCHEDULE, prediction_type=prediction_type)
+    face = torch.randn(1, 1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    latents, embeds = face.expand(512, 2, -1, -1, -1).contiguous(), torch.randn(512, 8)
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
+
+    def right(noisy, timesteps):
+        a = alpha_bar[timesteps][:, None, None, None]
+        noise = (noisy - a.sqrt() * face[0]) / (1 - a).sqrt()
+        return noise if prediction_type == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * face[0]
+
+    torch.manual_seed(1)
+    oracle = Oracle(right)
+    loss = train_script.denoising_loss(oracle, scheduler, latents, embeds, 0.2, None)
+    assert loss.shape == (512,) and loss.max() < 1e-4
+    wrong = train_script.denoising_loss(
+        Oracle(lambda *args: right(*args) + 0.5), scheduler, latents, embeds, 0.2, None
+    )
+    assert torch.allclose(wrong, torch.full((512,), 0.25), atol=1e-2)
+    assert oracle.asked["is_empty"][0] and abs(oracle.asked["is_empty"].float().mean() - 0.2) < 0.06
+    assert oracle.asked["timesteps"].min() < 50 and oracle.asked["timesteps"].max() > 950
+    # min-SNR (Hang et al. 2023, sec. 3.4): min(snr, gamma) / snr, for the velocity / (snr + 1)
+    torch.manual_seed(1)
+    oracle = Oracle(lambda *args: right(*args) + 0.5)
+    weighted = train_script.denoising_loss(oracle, scheduler, latents, embeds, 0.2, 5.0)
+    snr = alpha_bar / (1 - alpha_bar)
+    weight = snr.clamp(max=5) / (snr if prediction_type == "epsilon" else snr + 1)
+    assert torch.allclose(weighted, 0.25 * weight[oracle.asked["timesteps"]], atol=1e-2)
+
+
+def test_both_flips_are_trained():
+    scheduler = train_script.DDPMScheduler(**train_script.NOISE_SCHEDULE)
+    latents = torch.stack([torch.full((400, 1, 2, 2), 3.0), torch.full((400, 1, 2, 2), -3.0)], 1)
+    oracle = Oracle(lambda noisy, timesteps: noisy)
+    train_script.denoising_loss(oracle, scheduler, latents, torch.zeros(400, 4), 0.0, None)
+    early = oracle.asked["timesteps"] < 100
+    signs = oracle.asked["noisy"][early].mean(dim=(1, 2, 3)).sign()
+    assert 0.2 < (signs > 0).float().mean() < 0.8
+
+
+def test_denoiser_follows_the_context_it_is_told():
+    torch.manual_seed(0)
+    model = train_script.ConditionalDenoiser(
+        UIFaceUNet2DModel(**TINY_UNET), IdentityProjector(16, 32), EmptyContext(32)
+    ).eval()
+    noisy, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([5, 900])
+    with torch.no_grad():
+        first, second = (model(noisy, timesteps, torch.randn(2, 16), torch.tensor([True, False])) for _ in range(2))
+    assert torch.equal(first[0], second[0]) and not torch.allclose(first[1], second[1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--mixed_precision", "bf16"),
+        ("--gradient_checkpointing", "--channels_last"),
+        ("--prediction_type", "v_prediction", "--snr_gamma", "5", "--lr_scheduler", "cosine", "--max_grad_norm", "1"),
+    ],
+)
+def test_options_train_and_save(workspace, options):
+    result = train(workspace, "options_" + options[0].strip("-"), *options, "--max_train_steps", "2")
+    assert result.returncode == 0, result.stderr
+    pipe = UIFacePipeline.from_pretrained(workspace / ("options_" + options[0].strip("-")))
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(num_inference_steps=2, output_type="pt").images.isfinite().all()
+
+
+def test_a_time_limit_saves_and_stops(workspace):
+    result = train(workspace, "limit", "--max_train_hours", "0")
+    assert result.returncode == 0, result.stderr
+    assert [p.name for p in (workspace / "limit").glob("checkpoint*")] == ["checkpoint-1"]
+    UIFacePipeline.from_pretrained(workspace / "limit")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--resume_from_checkpoint", "nowhere"), "nowhere does not exist"),
+        (("--resume_from_checkpoint", "nowhere"), "nowhere is no checkpoint"),
+        (("--unet", '{"attention_head_dim": 24}'), "`attention_head_dim` is 24"),
         (("--train_data", "nowhere"), "no cache of prepared faces"),
         (("--train_batch_size", "64"), "24 faces do not fill"),
     ],
@@ -152,7 +301,22 @@ def test_bad_input_is_named(workspace, options, message):
     assert result.returncode != 0 and message in result.stderr
 
 
-def test_unknown_options_in_a_recipe_are_refused(workspace):
-    (workspace / "typo.yaml").write_text("learning_rat: 1\n")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "go on with --resume_from_checkpoint latest"),
+        (("--resume_from_checkpoint", "latest", "--seed", "3"), "seed: 0 then, 3 now"),
+    ],
+)
+def test_an_earlier_training_is_not_overwritten(uninterrupted, workspace, options, message):
+    before = sorted(p.name for p in uninterrupted.iterdir())
+    result = train(workspace, "whole", *options)
+    assert result.returncode != 0 and message in result.stderr
+    assert sorted(p.name for p in uninterrupted.iterdir()) == before
+
+
+@pytest.mark.parametrize("entry", ["learning_rat: 1", "prediction_type: velocity", "train_batch_size: many"])
+def test_recipes_are_checked_as_the_command_line(workspace, entry):
+    (workspace / "typo.yaml").write_text(entry + "\n")
     result = train(workspace, "typo", "--config", str(workspace / "typo.yaml"))
-    assert result.returncode == 2 and "learning_rat" in result.stderr
+    assert result.returncode == 2 and entry.split(":")[0] in result.stderr

@@ -20,7 +20,7 @@ import torch
 from diffusers.utils import make_image_grid
 from tqdm import tqdm
 
-from uiface_diffusers import UIFacePipeline
+from uiface_diffusers import IdentityBank, UIFacePipeline
 from uiface_diffusers.data import FaceCache
 from uiface_diffusers.evaluation import identity_consistency
 from uiface_diffusers.faces import ALIGNED_SIZE, FaceEncoder
@@ -45,7 +45,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def pick_identities(cache: FaceCache, number: int) -> tuple[torch.Tensor, list[PIL.Image.Image]]:
+def pick_identities(cache: FaceCache, number: int) -> tuple[IdentityBank, list[PIL.Image.Image]]:
     """Embedding and picture of the first face of `number` identities, spread evenly over the cache."""
     bank = cache.embeddings()
     first = {name: position for position, name in reversed(list(enumerate(bank.names)))}
@@ -59,19 +59,23 @@ def pick_identities(cache: FaceCache, number: int) -> tuple[torch.Tensor, list[P
             if offset + i in chosen:
                 pictures[offset + i] = PIL.Image.fromarray(image)
         offset += cache.shard_length(shard)
-    return bank.embeddings[chosen], [pictures[position] for position in chosen]
+    names = [bank.names[position] for position in chosen]
+    embeddings = IdentityBank(bank.embeddings[chosen], bank.identity_encoder, names)
+    return embeddings, [pictures[position] for position in chosen]
 
 
-def sample(pipe: UIFacePipeline, embeds: torch.Tensor, args: argparse.Namespace, boundary) -> tuple[list, list[int]]:
+def sample(
+    pipe: UIFacePipeline, identities: IdentityBank, args: argparse.Namespace, boundary
+) -> tuple[list, list[int]]:
     """`images_per_identity` pictures of each identity, those of an identity together, and their boundaries."""
     images, boundaries = [], []
-    numbers = [(i, n) for i in range(len(embeds)) for n in range(args.images_per_identity)]
+    numbers = [(i, n) for i in range(len(identities)) for n in range(args.images_per_identity)]
     starts = range(0, len(numbers), args.batch_size)
     for start in tqdm(starts, desc="single stage" if boundary is None else "two stages", unit="batch"):
         batch = numbers[start : start + args.batch_size]
         seeds = [int(np.random.SeedSequence((args.seed, i, n)).generate_state(1)[0]) for i, n in batch]
         out = pipe(
-            embeds[[i for i, _ in batch]],
+            IdentityBank(identities.embeddings[[i for i, _ in batch]], identities.identity_encoder),
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
             boundary=boundary,
@@ -94,7 +98,7 @@ def embed_pictures(encoder: FaceEncoder, pictures: list[PIL.Image.Image]) -> tor
 def main() -> None:
     args = parse_args()
     encoders = [FaceEncoder(name, args.encoder_root, det_size=160) for name in args.encoders]
-    embeds, photographs = pick_identities(FaceCache(args.faces), args.num_identities)
+    identities, photographs = pick_identities(FaceCache(args.faces), args.num_identities)
     pipe = UIFacePipeline.from_pretrained(args.pipeline)
     pipe.set_progress_bar_config(disable=True)
 
@@ -102,7 +106,7 @@ def main() -> None:
     results, pictures = {"settings": settings}, {}
     for name, boundary in (("single stage", None), ("two stages", "adaptive")):
         started = time.monotonic()
-        images, boundaries = sample(pipe, embeds, args, boundary)
+        images, boundaries = sample(pipe, identities, args, boundary)
         pictures[name] = images
         found = np.mean([bool(encoders[0].detect(np.asarray(image))) for image in images]).item()
         results[name] = {"images": len(images), "seconds": time.monotonic() - started, "faces_found": found}

@@ -13,10 +13,12 @@ weights.
 
 import argparse
 import json
-import math
+import logging
 import shutil
+import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +27,12 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers import AutoModel, DDIMScheduler, DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
@@ -76,7 +79,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--ema_decay", type=float, default=0.9999)
 
     group = parser.add_argument_group("machine")
-    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
+    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's")
     group.add_argument("--gradient_checkpointing", action="store_true")
     group.add_argument("--channels_last", action="store_true", help="memory format of the convolutions")
     group.add_argument("--dataloader_num_workers", type=int, default=0)
@@ -92,20 +95,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--validation_seeds", type=int, default=4, help="pictures a row of the grid")
     group.add_argument("--validation_inference_steps", type=int, default=50)
 
+    argv = sys.argv[1:] if argv is None else argv
     known, _ = parser.parse_known_args(argv)
     if known.config is not None:
         config = yaml.safe_load(known.config.read_text()) or {}
         unknown = sorted(config.keys() - vars(known).keys())
         if unknown:
             parser.error(f"{known.config} has unknown options: {', '.join(unknown)}")
-        for name in ("output_dir",):
-            config |= {name: Path(config[name])} if name in config else {}
-        parser.set_defaults(**config)
+        # as if they stood in front on the command line, so that they are checked alike
+        argv = [word for name, value in config.items() for word in option_words(name, value)] + argv
     args = parser.parse_args(argv)
     for name in ("train_data", "vae", "output_dir"):
         if not getattr(args, name):
             parser.error(f"--{name} is required")
     return args
+
+
+def option_words(name: str, value) -> list[str]:
+    """An entry of the YAML file as words of the command line."""
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [f"--{name}"]
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
 class LatentFaces(Dataset):
@@ -120,6 +134,11 @@ class LatentFaces(Dataset):
     def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         index = torch.tensor(indices)
         return self.latents[index], self.embeddings[index]
+
+
+def keep_batch(batch):
+    """What `LatentFaces` fetches is a batch already."""
+    return batch
 
 
 class EndlessBatchSampler(Sampler):
@@ -208,7 +227,13 @@ def load_training_data(args, accelerator: Accelerator, vae) -> tuple[LatentFaces
         files = [file for cache in caches for file in cache_latents(cache, vae, accelerator.device)]
     banks = [cache.embeddings() for cache in caches]
     names = [f"{cache.folder.name}/{name}" for cache, bank in zip(caches, banks, strict=True) for name in bank.names]
-    dataset = LatentFaces(load_latents(files), torch.cat([bank.embeddings for bank in banks]))
+    latents, embeddings = load_latents(files), torch.cat([bank.embeddings for bank in banks])
+    if len(latents) != len(embeddings):
+        raise ValueError(
+            f"{len(latents)} cached latents for {len(embeddings)} faces in {args.train_data}: delete the latents-*"
+            " files to encode them again."
+        )
+    dataset = LatentFaces(latents, embeddings)
     return dataset, names, caches[0].identity_encoder
 
 
@@ -230,12 +255,14 @@ def checkpoint_step(path: Path) -> int:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first: an unfinished one has another name."""
+    """Complete checkpoints by their step: an unfinished one has another name."""
     paths = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     return sorted(paths, key=checkpoint_step)
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total_limit: int) -> None:
+def save_checkpoint(
+    accelerator: Accelerator, ema: EMAModel, output_dir: Path, step: int, order: dict, total_limit: int
+) -> None:
     """Writes beside and renames, so that a kill at any moment leaves complete checkpoints only."""
     beside = output_dir / "checkpoint.part"
     if accelerator.is_main_process:
@@ -244,27 +271,55 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total
     accelerator.save_state(beside)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        target = output_dir / f"checkpoint-{step}"
-        if not target.exists():
-            beside.rename(target)
+        shadow = {str(i): parameter.contiguous() for i, parameter in enumerate(ema.shadow_params)}
+        save_file(shadow, beside / "ema.safetensors")
+        state = {"step": step, "ema_step": ema.optimization_step, "order": order}
+        (beside / "training.json").write_text(json.dumps(state, indent=1) + "\n")
+        beside.rename(output_dir / f"checkpoint-{step}")
         for old in list_checkpoints(output_dir)[:-total_limit]:
             # by the same road: what has a checkpoint's name is whole
             shutil.rmtree(beside, ignore_errors=True)
             shutil.rmtree(old.rename(beside))
 
 
+def load_checkpoint(accelerator: Accelerator, ema: EMAModel, checkpoint: Path, order: dict) -> int:
+    """Restores the state of a checkpoint and returns its step.
+
+    Raises:
+        ValueError: the order of the data has changed since: some faces would be seen twice, others never.
+    """
+    state = json.loads((checkpoint / "training.json").read_text())
+    changed = [f"{k}: {state['order'][k]} then, {v} now" for k, v in order.items() if state["order"][k] != v]
+    if changed:
+        raise ValueError(f"{checkpoint} cannot be resumed with another order of the data ({'; '.join(changed)}).")
+    accelerator.load_state(checkpoint)
+    shadow = load_file(checkpoint / "ema.safetensors", device=str(accelerator.device))
+    for i, parameter in enumerate(ema.shadow_params):
+        parameter.copy_(shadow[str(i)])
+    ema.optimization_step = state["ema_step"]
+    return state["step"]
+
+
 def find_checkpoint(args) -> Path | None:
-    if args.resume_from_checkpoint is None:
-        return None
+    """The checkpoint to go on from.
+
+    Raises:
+        ValueError: it does not exist, or a later one of another course of training would be in the way of new ones.
+    """
+    checkpoints = list_checkpoints(args.output_dir)
     if args.resume_from_checkpoint == "latest":
-        checkpoints = list_checkpoints(args.output_dir)
         if not checkpoints:
-            logger.info(f"no checkpoint in {args.output_dir}: a new training starts")
+            logger.warning(f"no checkpoint in {args.output_dir}: a new training starts")
         return checkpoints[-1] if checkpoints else None
-    path = Path(args.resume_from_checkpoint)
-    if not path.is_dir():
+    path = None if args.resume_from_checkpoint is None else Path(args.resume_from_checkpoint)
+    if path is not None and not (path / "training.json").is_file():
+        raise ValueError(f"{path} is no checkpoint; in {args.output_dir} are {[p.name for p in checkpoints]}.")
+    step = -1 if path is None else json.loads((path / "training.json").read_text())["step"]
+    later = [p for p in checkpoints if checkpoint_step(p) > step]
+    if later:
         raise ValueError(
-            f"checkpoint {path} does not exist; in {args.output_dir} are {list_checkpoints(args.output_dir)}"
+            f"{args.output_dir} has {[p.name for p in later]}: go on with --resume_from_checkpoint latest, delete"
+            " them, or choose another --output_dir."
         )
     return path
 
@@ -297,16 +352,22 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=log_with,
+        # the other processes wait while the first one encodes
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
         project_config=ProjectConfiguration(
             project_dir=str(args.output_dir), logging_dir=str(args.output_dir / "logs")
         ),
     )
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     checkpoint = find_checkpoint(args)
+    with torch.device("meta"):
+        UIFaceUNet2DModel(**args.unet)  # wrong options are named before anything is encoded
     rank, world_size = accelerator.process_index, accelerator.num_processes
 
     # 1. data
     vae = AutoModel.from_pretrained(args.vae, subfolder=args.vae_subfolder).eval().requires_grad_(False)
+    vae.to(accelerator.device)
     dataset, names, identity_encoder = load_training_data(args, accelerator, vae)
     channels, height, width = dataset.latents.shape[2:]
     identity_dim = dataset.embeddings.shape[1]
@@ -336,16 +397,18 @@ def main(argv: list[str] | None = None) -> None:
     ema = EMAModel(denoiser.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
     model, optimizer = accelerator.prepare(denoiser, optimizer)
     # not given to `prepare`: that would step the schedule once a process
-    accelerator.register_for_checkpointing(lr_scheduler, ema)
+    accelerator.register_for_checkpointing(lr_scheduler)
     if log_with is not None:
         accelerator.init_trackers(
             "train", config={k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
         )
 
+    # what the data's order depends on, besides the step
+    order = {"seed": args.seed, "train_batch_size": args.train_batch_size, "num_processes": world_size}
+    order["faces"] = len(dataset)
     step = 0
     if checkpoint is not None:
-        accelerator.load_state(checkpoint)
-        step = checkpoint_step(checkpoint)
+        step = load_checkpoint(accelerator, ema, checkpoint, order)
         logger.info(f"resumed from {checkpoint}")
 
     # 4. train
@@ -354,7 +417,7 @@ def main(argv: list[str] | None = None) -> None:
         dataset,
         batch_sampler=sampler,
         num_workers=args.dataloader_num_workers,
-        collate_fn=lambda batch: batch,
+        collate_fn=keep_batch,
         pin_memory=accelerator.device.type == "cuda",
     )
     batches = iter(loader)
@@ -375,7 +438,9 @@ def main(argv: list[str] | None = None) -> None:
     progress = tqdm(
         initial=step, total=args.max_train_steps, desc="train", unit="step", disable=not accelerator.is_main_process
     )
-    running_loss, logged_step = torch.zeros((), device=accelerator.device), step
+    # sum of the finite losses and their number since the last log
+    running = torch.zeros(2, device=accelerator.device)
+    logged_step = step
     denoiser.train()
     stop = False
     while step < args.max_train_steps and not stop:
@@ -395,26 +460,28 @@ def main(argv: list[str] | None = None) -> None:
         ema.step(denoiser.parameters())
         step += 1
         progress.update()
-        running_loss += loss.detach()
+        finite = loss.detach().isfinite()
+        running += torch.stack([loss.detach().nan_to_num(0, 0, 0) * finite, finite.to(loss.dtype)])
 
         if args.max_train_hours is not None:
             late = time.monotonic() - started > args.max_train_hours * 3600
             # the main process decides for all
             stop = bool(accelerator.reduce(torch.tensor(float(late and rank == 0), device=accelerator.device), "sum"))
         is_last = stop or step == args.max_train_steps
-        if step % args.logging_steps == 0 or is_last:
-            mean_loss = accelerator.reduce(running_loss, "mean").item() / (step - logged_step)
-            running_loss.zero_()
+        saves = step % args.checkpointing_steps == 0 or is_last
+        if step % args.logging_steps == 0 or saves:
+            loss_sum, finite = accelerator.reduce(running, "sum").tolist()
+            # fp16 skips a step that overflows; anything else is beyond repair, and is not to be saved
+            if finite < (1 if accelerator.mixed_precision == "fp16" else (step - logged_step) * world_size):
+                raise RuntimeError(f"the loss is not finite at step {step}: lower the learning rate, or use bf16.")
+            running.zero_()
             logged_step = step
-            if not math.isfinite(mean_loss):
-                raise RuntimeError(
-                    f"the loss is {mean_loss} at step {step}: lower the learning rate, or train in bf16."
-                )
             samples = step * args.train_batch_size * world_size
-            accelerator.log({"loss": mean_loss, "lr": lr_scheduler.get_last_lr()[0], "samples": samples}, step=step)
-            progress.set_postfix(loss=f"{mean_loss:.4f}", samples=samples)
-        if step % args.checkpointing_steps == 0 or is_last:
-            save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
+            logs = {"loss": loss_sum / finite, "lr": lr_scheduler.get_last_lr()[0], "samples": samples}
+            accelerator.log(logs, step=step)
+            progress.set_postfix(loss=f"{logs['loss']:.4f}", samples=samples)
+        if saves:
+            save_checkpoint(accelerator, ema, args.output_dir, step, order, args.checkpoints_total_limit)
         if args.validation_steps and (step % args.validation_steps == 0 or is_last) and accelerator.is_main_process:
             grid = with_ema(
                 lambda pipeline: validation_grid(

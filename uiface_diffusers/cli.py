@@ -19,8 +19,10 @@ def _prepare(args: argparse.Namespace) -> None:
     identities = None
     if args.identities is not None:
         # LFW's lists have a count in the first line and behind every name
-        lines = [line.split("\t")[0].strip() for line in args.identities.read_text().splitlines()]
-        identities = [line for line in lines if line and not line.isdigit()]
+        identities = [line.split("\t")[0].strip() for line in args.identities.read_text().splitlines()]
+        if identities and identities[0].isdigit() and not (args.source / identities[0]).exists():
+            del identities[0]
+        identities = [name for name in identities if name]
     report = prepare_faces(
         args.source,
         args.output,

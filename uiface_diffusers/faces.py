@@ -19,7 +19,11 @@ ALIGNED_SIZE = 112
 SELECTIONS = ("largest", "central")
 
 
-class NoFaceError(ValueError):
+class UnusableFaceError(ValueError):
+    """A photograph that can be read but gives no aligned face."""
+
+
+class NoFaceError(UnusableFaceError):
     """A photograph in which the detector finds no face."""
 
 
@@ -43,8 +47,13 @@ def load_photograph(path: str | os.PathLike) -> np.ndarray:
     Raises:
         OSError: the file is missing, truncated or not a picture.
     """
-    with PIL.Image.open(path) as image:
-        return np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB"))
+    try:
+        with PIL.Image.open(path) as image:
+            return np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB"))
+    except OSError:
+        raise
+    except Exception as error:  # damaged files raise nearly anything in Pillow's plug-ins
+        raise OSError(f"{path} cannot be read: {error}") from error
 
 
 def align_face(photograph: np.ndarray, landmarks: np.ndarray, size: int = ALIGNED_SIZE) -> np.ndarray:
@@ -98,12 +107,14 @@ class FaceEncoder:
             analysis = FaceAnalysis(
                 name=name, root=root, allowed_modules=["detection", "recognition"], providers=providers
             )
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             raise ValueError(
                 f"model pack `{name}` is not in {root}/models and cannot be downloaded: {error}"
             ) from error
         except AssertionError as error:
             raise ValueError(f"model pack `{name}` in {root} has no detection model.") from error
+        if not getattr(analysis.det_model, "use_kps", True):
+            raise ValueError(f"model pack `{name}` in {root} detects no landmarks: faces cannot be aligned.")
         if "recognition" not in analysis.models:
             raise ValueError(f"model pack `{name}` in {root} has no recognition model.")
         analysis.prepare(ctx_id=0, det_thresh=det_thresh, det_size=None if det_size is None else (det_size, det_size))
@@ -113,9 +124,11 @@ class FaceEncoder:
 
     def detect(self, photograph: np.ndarray) -> list[DetectedFace]:
         """All faces of a `(height, width, 3)` RGB photograph in bytes, most confident first."""
-        boxes, landmarks = self.detector.detect(np.ascontiguousarray(photograph[:, :, ::-1]))
-        if landmarks is None:
-            raise ValueError(f"model pack `{self.name}` detects no landmarks: faces cannot be aligned.")
+        try:
+            boxes, landmarks = self.detector.detect(np.ascontiguousarray(photograph[:, :, ::-1]))
+        except cv2.error as error:
+            shape = f"{photograph.shape[1]}x{photograph.shape[0]}"
+            raise UnusableFaceError(f"a picture of {shape} cannot be searched for faces") from error
         faces = [DetectedFace(box[:4], points, float(box[4])) for box, points in zip(boxes, landmarks, strict=True)]
         return sorted(faces, key=lambda face: -face.score)
 
@@ -135,7 +148,7 @@ class FaceEncoder:
         if selection not in SELECTIONS:
             raise ValueError(f"`selection` has to be one of {SELECTIONS} but is {selection!r}.")
         if not faces:
-            raise NoFaceError("no face found")
+            raise NoFaceError("no face")
         if selection == "largest":
             return max(faces, key=lambda face: float(np.prod(face.box[2:] - face.box[:2])))
         centre = np.array([shape[1], shape[0]]) / 2
@@ -168,7 +181,10 @@ class FaceEncoder:
 
         Raises:
             NoFaceError: a photograph without a face; the message has its position.
+            ValueError: no photographs.
         """
+        if not len(photographs):
+            raise ValueError("`photographs` is empty.")
         aligned = []
         for position, photograph in enumerate(photographs):
             photograph = np.asarray(

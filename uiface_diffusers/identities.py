@@ -1,13 +1,14 @@
-"""Identity banks: unit embeddings with the name of the encoder that they come from."""
+"""Identity banks: embeddings with the name of the encoder that they come from."""
 
 import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from .files import complete_file
 
 
 @dataclass
@@ -39,13 +40,11 @@ class IdentityBank:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a safetensors file; it is complete or not there at all."""
-        path = Path(path)
         metadata = {"names": json.dumps(self.names)}
         if self.identity_encoder is not None:
             metadata["identity_encoder"] = self.identity_encoder
-        beside = path.with_name(path.name + ".part")
-        save_file({"embeddings": self.embeddings.contiguous()}, beside, metadata=metadata)
-        beside.replace(path)
+        with complete_file(path) as file:
+            save_file({"embeddings": self.embeddings.contiguous()}, file, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "IdentityBank":

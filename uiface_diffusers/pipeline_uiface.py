@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline, PNDMScheduler, UNet2DConditionModel
+from diffusers import DiffusionPipeline, DPMSolverSinglestepScheduler, PNDMScheduler, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
 from .attention_processor import AttentionMapRecorder, cross_attention_names, two_stage_processors
@@ -53,31 +53,60 @@ class UIFacePipelineOutput(BaseOutput):
     boundary_timesteps: torch.Tensor
 
 
-def replace_history(
-    scheduler, switched: torch.Tensor, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
-) -> None:
-    """Rewrites what a multistep scheduler remembers of some samples, as if the present prediction had been theirs at
-    every remembered step, so that no update mixes two contexts. To be called before `scheduler.step`.
+def step_after_switch(
+    scheduler,
+    switched: torch.Tensor,
+    model_output: torch.Tensor,
+    timestep: torch.Tensor,
+    sample: torch.Tensor,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> torch.Tensor:
+    """`scheduler.step` where the context of some samples has just changed. What a multistep scheduler remembers of
+    them is replaced, as if the present prediction had been theirs at every remembered step: their update is the
+    first-order one and mixes no two contexts. A corrector does not go back on their last step.
 
     Args:
-        scheduler: a diffusers scheduler; one without history is left alone.
+        scheduler: a diffusers scheduler, with history or without.
         switched (`torch.LongTensor`): the samples whose context changed.
-        model_output, sample (`torch.Tensor` of shape `(B, C, H, W)`), timestep: what `scheduler.step` will get.
+        model_output, timestep, sample, generator: what `scheduler.step` takes.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C, H, W)`: the previous sample.
     """
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    kwargs = {"return_dict": False, **({"generator": generator} if takes_generator else {})}
+
+    def step_copy(copied) -> torch.Tensor:
+        # the copy draws the noise that the scheduler itself will draw after it
+        generators = generator if isinstance(generator, list) else [generator or torch.default_generator]
+        states = [each.get_state() for each in generators]
+        previous = copied.step(model_output, timestep, sample, **kwargs)[0]
+        for each, state in zip(generators, states, strict=True):
+            each.set_state(state)
+        return previous
+
     for name in ("model_outputs", "ets", "derivatives"):
         history = getattr(scheduler, name, None)
         if not history or all(entry is None for entry in history):
             continue
         # each scheduler remembers predictions in a form of its own: let a copy of it make that form
         probe = copy.deepcopy(scheduler)
-        kwargs = {}
-        if "generator" in inspect.signature(scheduler.step).parameters:
-            kwargs["generator"] = torch.Generator(sample.device).manual_seed(0)
-        probe.step(model_output, timestep, sample, **kwargs)
+        step_copy(probe)
         present = [entry for entry in getattr(probe, name) if entry is not None][-1]
         for entry in history:
             if entry is not None:
                 entry[switched] = present[switched].to(entry.dtype)
+
+    if getattr(scheduler, "last_sample", None) is None:
+        return scheduler.step(model_output, timestep, sample, **kwargs)[0]
+    # predictor-correctors (UniPC, SA): the rows of a copy that has no last step to correct
+    restarted = copy.deepcopy(scheduler)
+    restarted.last_sample = None
+    restarted_previous = step_copy(restarted)
+    previous = scheduler.step(model_output, timestep, sample, **kwargs)[0]
+    previous[switched] = restarted_previous[switched]
+    scheduler.last_sample[switched] = restarted.last_sample[switched]
+    return previous
 
 
 class UIFacePipeline(DiffusionPipeline):
@@ -297,6 +326,7 @@ class UIFacePipeline(DiffusionPipeline):
         return self._interrupt
 
     @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         identity_embeds: torch.Tensor | np.ndarray | list | IdentityBank | None = None,
@@ -333,7 +363,8 @@ class UIFacePipeline(DiffusionPipeline):
             boundary_threshold (`float`, defaults to 0.006): the adaptive boundary is reached when the attention maps
                 of two steps differ by less, as a mean absolute difference of maps in [0, 1].
             latest_boundary (`int`, defaults to 500): below this timestep every sample follows its identity, whether
-                the adaptive boundary was reached or not.
+                the adaptive boundary was reached or not. Of a fixed boundary it only says from where the guidance
+                and the cross-attention injection act.
             guide_from_boundary (`bool`, defaults to `False`): `False` is the reference code: guidance and
                 cross-attention injection only below `latest_boundary`, between a sample's boundary and that the bare
                 identity with self-attention injection. `True` is the paper's reading: both from the sample's boundary.
@@ -416,7 +447,8 @@ class UIFacePipeline(DiffusionPipeline):
                     if starts_step and identity_embeds is not None:
                         stage_two = self._stage_two(schedule[i], boundary, latest_boundary, flags)
                         boundary_timesteps[stage_two & ~previous_stage_two] = int(schedule[i])
-                    below_cap = boundary is None or guide_from_boundary or schedule[i] < latest_boundary
+                    if starts_step:
+                        below_cap = boundary is None or guide_from_boundary or schedule[i] < latest_boundary
                     guided = below_cap and self.guidance_scale != 1
                     injected = injection if boundary is not None else None
                     # the flags that a map can still set take effect in the next step, if that is not below the cap
@@ -459,8 +491,11 @@ class UIFacePipeline(DiffusionPipeline):
 
                     switched = (stage_two & ~previous_stage_two).nonzero().flatten()
                     if i > 0 and len(switched):
-                        replace_history(self.scheduler, switched.to(device), noise_pred, t, latents)
-                    latents = self.scheduler.step(noise_pred, t, latents, **step_kwargs, return_dict=False)[0]
+                        latents = step_after_switch(
+                            self.scheduler, switched.to(device), noise_pred, t, latents, generator
+                        )
+                    else:
+                        latents = self.scheduler.step(noise_pred, t, latents, **step_kwargs, return_dict=False)[0]
                     latents = latents.to(dtype)
 
                     if callback_on_step_end is not None:
@@ -488,6 +523,8 @@ class UIFacePipeline(DiffusionPipeline):
         if isinstance(self.scheduler, PNDMScheduler):
             counter, warm_up = self.scheduler.counter, len(self.scheduler.prk_timesteps)
             return counter % 4 == 0 if counter < warm_up else counter != 1
+        if isinstance(self.scheduler, DPMSolverSinglestepScheduler):
+            return self.scheduler.order_list[self.scheduler.step_index or 0] == 1
         return getattr(self.scheduler, "state_in_first_order", True)
 
     @staticmethod

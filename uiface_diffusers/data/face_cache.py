@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from ..faces import ALIGNED_SIZE, FaceEncoder, NoFaceError, align_face, load_photograph
+from ..faces import ALIGNED_SIZE, SELECTIONS, FaceEncoder, UnusableFaceError, align_face, load_photograph
+from ..files import complete_file
 from ..identities import IdentityBank
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -74,9 +75,8 @@ def _arrow_schema() -> pa.Schema:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    beside.replace(path)
+    with complete_file(path) as beside:
+        beside.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _check_settings(path: Path, settings: dict) -> None:
@@ -102,9 +102,9 @@ def _prepare_photograph(
         at_112 = align_face(photograph, found.landmarks)
         return align_face(photograph, found.landmarks, image_size), at_112, found.score
     if photograph.shape[0] != photograph.shape[1]:
-        raise ValueError(f"not aligned: {photograph.shape[1]}x{photograph.shape[0]} is not square")
+        raise UnusableFaceError(f"not aligned: {photograph.shape[1]}x{photograph.shape[0]} is not square")
     if photograph.shape[0] < ALIGNED_SIZE:
-        raise ValueError(f"smaller than {ALIGNED_SIZE}x{ALIGNED_SIZE}")
+        raise UnusableFaceError(f"smaller than {ALIGNED_SIZE}x{ALIGNED_SIZE}")
     picture = PIL.Image.fromarray(photograph)
 
     def resized(size: int) -> np.ndarray:
@@ -140,8 +140,10 @@ def prepare_faces(
         The report: `photographs`, `faces`, `identities`, `reasons` (a count a reason) and `skipped` (file -> reason).
 
     Raises:
-        ValueError: nothing to prepare, or `output` was begun with other settings.
+        ValueError: nothing to prepare, no face in any photograph, or `output` was begun with other settings.
     """
+    if face not in SELECTIONS:
+        raise ValueError(f"`face` has to be one of {SELECTIONS} but is {face!r}.")
     source, output = Path(source), Path(output)
     photographs = list_photographs(source, identities, min_images)
     files_hash = hashlib.sha256("\n".join(file for _, file in photographs).encode()).hexdigest()
@@ -170,6 +172,8 @@ def prepare_faces(
                 shard_skipped = _write_shard(shard_path, schema, source, shard, prepare, encoder, progress)
             skipped |= shard_skipped
 
+    if len(skipped) == len(photographs):
+        raise ValueError(f"none of {len(photographs)} photographs gave a face: {dict(Counter(skipped.values()))}.")
     kept = [identity for identity, file in photographs if file not in skipped]
     report = {
         "photographs": len(photographs),
@@ -189,11 +193,9 @@ def _write_shard(shard_path, schema, source, shard, prepare, encoder, progress) 
         try:
             progress.update()
             picture, for_encoder, score = prepare(source / file)
-        except NoFaceError:
-            skipped[file] = "no face"
         except OSError:
             skipped[file] = "unreadable"
-        except ValueError as error:
+        except UnusableFaceError as error:
             skipped[file] = str(error)
         else:
             png = io.BytesIO()
@@ -206,9 +208,8 @@ def _write_shard(shard_path, schema, source, shard, prepare, encoder, progress) 
         for row, embedding in zip(rows[start : start + BATCH_SIZE], embeddings, strict=True):
             row["embedding"] = embedding
     metadata = {**(schema.metadata or {}), b"skipped": json.dumps(skipped).encode()}
-    beside = shard_path.with_name(shard_path.name + ".part")
-    pq.write_table(pa.Table.from_pylist(rows, schema.with_metadata(metadata)), beside)
-    beside.replace(shard_path)
+    with complete_file(shard_path) as beside:
+        pq.write_table(pa.Table.from_pylist(rows, schema.with_metadata(metadata)), beside)
     return skipped
 
 
@@ -230,7 +231,9 @@ class FaceCache:
         settings = json.loads((self.folder / "prepare.json").read_text())
         self.identity_encoder: str = settings["identity_encoder"]
         self.image_size: int = settings["image_size"]
-        self.shards = sorted(self.folder.glob("faces-*.parquet"))
+        # a shard can hold nothing but skipped photographs
+        shards = sorted(self.folder.glob("faces-*.parquet"))
+        self.shards = [shard for shard in shards if self.shard_length(shard)]
 
     def __len__(self) -> int:
         return sum(self.shard_length(shard) for shard in self.shards)
@@ -243,7 +246,7 @@ class FaceCache:
         """One embedding a face, `(N, identity_dim)`, in the order of `images`; the names are the identities'."""
         columns = [pq.read_table(shard, columns=["embedding", "identity"]) for shard in self.shards]
         table = pa.concat_tables(columns)
-        embeddings = np.stack(table["embedding"].to_numpy()) if len(table) else np.zeros((0, 512), np.float32)
+        embeddings = np.stack(table["embedding"].to_numpy())
         return IdentityBank(torch.from_numpy(embeddings), self.identity_encoder, table["identity"].to_pylist())
 
     def shard_images(self, shard: Path) -> Iterator[np.ndarray]:

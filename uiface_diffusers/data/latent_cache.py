@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from ..files import complete_file
 from ..latents import FirstStage, encode_images
 from .face_cache import FaceCache
 
@@ -60,9 +61,8 @@ def cache_latents(
                 both = [encode_images(vae, flip, generator) for flip in (pixels, pixels.flip(-1))]
                 latents.append(torch.stack(both, dim=1).half().cpu())
                 progress.update(len(batch))
-            beside = file.with_name(file.name + ".part")
-            save_file({"latents": torch.cat(latents).contiguous()}, beside)
-            beside.replace(file)
+            with complete_file(file) as beside:
+                save_file({"latents": torch.cat(latents).contiguous()}, beside)
     return files
 
 

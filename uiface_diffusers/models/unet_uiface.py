@@ -164,7 +164,8 @@ class UIFaceUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     """The conditional UNet of UIFace (arXiv 2502.19803, appendix), made of diffusers' blocks.
 
     It predicts the noise (or v) of a latent from the latent, the timestep and a context of one or more tokens. The
-    default configuration is the published one with 216.3M parameters.
+    default configuration is the published one: 210.3M parameters, to which the reference's form adds 5.9M by leaving
+    two linear layers in a row in every time projection.
 
     Args:
         sample_size (`int`, defaults to 32): height and width of the latents that the pipeline samples.
@@ -178,6 +179,9 @@ class UIFaceUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         cross_attention_dim (`int`, defaults to 256): width of the context.
         num_context_tokens (`int`, defaults to 32): keys that every attention block makes of one context token.
         norm_num_groups (`int`, defaults to 32): groups of every group norm; divides every width and the context's.
+
+    Raises:
+        ValueError: options that do not fit each other.
     """
 
     _supports_gradient_checkpointing = True
@@ -206,6 +210,16 @@ class UIFaceUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
                 f"`attention_levels` has {len(attention_levels)} entries, `block_out_channels` has {len(widths)}: give"
                 " one entry a level to both."
             )
+        with_attention = [width for width, has in zip(widths, attention_levels, strict=True) if has] + [widths[-1]]
+        # the last block of a level on the way up attends at the next level's width
+        with_attention += [widths[max(i - 1, 0)] for i, has in enumerate(attention_levels) if has]
+        for name, divisor, divided in (
+            ("attention_head_dim", attention_head_dim, with_attention),
+            ("norm_num_groups", norm_num_groups, [*widths, cross_attention_dim]),
+        ):
+            indivisible = sorted({width for width in divided if width % divisor})
+            if indivisible:
+                raise ValueError(f"`{name}` is {divisor}, which does not divide the width(s) {indivisible}.")
         base = widths[0]
         time_embed_dim = 4 * base
         resnet_kwargs = {
