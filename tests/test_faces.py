@@ -1,5 +1,7 @@
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,9 +10,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import draw_person, write_toy_pack
+from conftest import draw_person, tiny_autoencoder, write_toy_pack
 
-from uiface_diffusers.data import FaceCache, prepare_faces
+from uiface_diffusers.data import FaceCache, cache_latents, load_latents, prepare_faces
 from uiface_diffusers.faces import FaceEncoder, NoFaceError, align_face, load_photograph
 
 
@@ -55,6 +57,11 @@ def test_which_of_several_faces(toy_root):
         encoder.select(faces, photograph.shape, "nicest")
 
 
+def test_no_photographs_is_an_error(encoder):
+    with pytest.raises(ValueError, match="`photographs` is empty"):
+        encoder.embed([])
+
+
 def test_no_face_is_an_error_that_names_the_photograph(encoder):
     face, nothing = draw_person((0, 0, 0)), PIL.Image.new("RGB", (160, 160))
     with pytest.raises(NoFaceError, match="photograph 1"):
@@ -83,6 +90,12 @@ def test_photographs_are_turned_as_exif_says(tmp_path):
     assert load_photograph(tmp_path / "turned.png").shape == (20, 10, 3)
 
 
+def bitmap(path) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.open(path).save(buffer, "bmp")
+    return buffer.getvalue()
+
+
 def test_prepare_reports_what_it_skips(encoder, toy_photographs, tmp_path):
     source = tmp_path / "source"
     for person in ("a", "b"):
@@ -94,10 +107,16 @@ def test_prepare_reports_what_it_skips(encoder, toy_photographs, tmp_path):
     (source / "b" / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
     (source / "b" / "cut.png").write_bytes((source / "b" / "0.png").read_bytes()[:300])
     (source / "b" / "notes.txt").write_text("not a picture")
+    PIL.Image.new("RGB", (1, 700)).save(source / "b" / "thin.png")
+    damaged = bytearray(bitmap(source / "b" / "0.png"))
+    damaged[18:26] = b"\xff\xff\x0f\x00\xff\xff\x0f\x00"  # width and height: a decompression bomb
+    (source / "b" / "damaged.bmp").write_bytes(damaged)
 
     report = prepare_faces(source, tmp_path / "cache", encoder, image_size=64)
-    assert report["faces"] == 4 and report["photographs"] == 7 and report["identities"] == 2
-    assert report["skipped"] == {"a/nobody.png": "no face", "b/broken.jpg": "unreadable", "b/cut.png": "unreadable"}
+    assert report["faces"] == 4 and report["photographs"] == 9 and report["identities"] == 2
+    assert report["skipped"].pop("b/thin.png") == "a picture of 1x700 cannot be searched for faces"
+    unreadable = {"b/broken.jpg": "unreadable", "b/cut.png": "unreadable", "b/damaged.bmp": "unreadable"}
+    assert report["skipped"] == {"a/nobody.png": "no face", **unreadable}
     cache = FaceCache(tmp_path / "cache")
     bank = cache.embeddings()
     images = [image for shard in cache.shards for image in cache.shard_images(shard)]
@@ -172,6 +191,46 @@ def test_nothing_to_prepare_is_an_error(encoder, tmp_path, missing):
     with pytest.raises(ValueError, match="no photographs|no folder"):
         prepare_faces(source, tmp_path / "cache", encoder, identities=identities)
     assert not (tmp_path / "cache").exists()
+
+
+def test_no_face_at_all_is_an_error(encoder, tmp_path):
+    (tmp_path / "source" / "a").mkdir(parents=True)
+    PIL.Image.new("RGB", (160, 160)).save(tmp_path / "source" / "a" / "0.png")
+    with pytest.raises(ValueError, match="none of 1 photographs gave a face: {'no face': 1}"):
+        prepare_faces(tmp_path / "source", tmp_path / "cache", encoder)
+
+
+def test_an_unknown_selection_is_an_error(encoder, toy_photographs, tmp_path):
+    with pytest.raises(ValueError, match="`face`.*'nicest'"):
+        prepare_faces(toy_photographs, tmp_path / "cache", encoder, face="nicest")
+
+
+def test_a_shard_without_faces_is_passed_over(encoder, tmp_path):
+    """1,000 photographs and one more without a face: its shard is empty."""
+    source = tmp_path / "source" / "a"
+    source.mkdir(parents=True)
+    draw_person((0, 0, 255)).save(source / "0000.png")
+    for index in range(1, 1000):
+        os.link(source / "0000.png", source / f"{index:04d}.png")
+    PIL.Image.new("RGB", (160, 160)).save(source / "nobody.png")
+    prepare_faces(source.parent, tmp_path / "cache", encoder, image_size=16)
+    cache = FaceCache(tmp_path / "cache")
+    assert len(cache) == len(cache.embeddings()) == 1000
+    assert load_latents(cache_latents(cache, tiny_autoencoder())).shape == (1000, 2, 4, 8, 8)
+
+
+@pytest.mark.parametrize("count", ["", "3\n"])
+def test_lists_of_identities_may_be_numbers(toy_root, toy_photographs, tmp_path, count):
+    source = tmp_path / "source"
+    for number in range(3):
+        shutil.copytree(toy_photographs / f"person_{number}", source / f"{number:07d}")
+    (tmp_path / "people.txt").write_text(count + "0000000\t6\n0000002\t6\n")
+    arguments = ["--encoder", "toy", "--encoder-root", str(toy_root), "--det-size", "160", "--image-size", "16"]
+    arguments += ["--identities", str(tmp_path / "people.txt"), "--output", str(tmp_path / "cache")]
+    command = [sys.executable, "-m", "uiface_diffusers.cli", "prepare", str(source), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "12 faces of 2 identities from 12 photographs" in result.stdout
 
 
 def test_command_line_names_the_problem(toy_root, tmp_path):

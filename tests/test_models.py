@@ -104,6 +104,8 @@ def test_zero_initialised_residual_branches_leave_the_input():
     ("options", "size", "message"),
     [
         ({"attention_levels": (True,)}, 8, "`attention_levels` has 1"),
+        ({"attention_head_dim": 24}, 8, r"`attention_head_dim` is 24.*\[32, 64\]"),
+        ({"cross_attention_dim": 40}, 8, r"`norm_num_groups` is 32.*\[40\]"),
         ({}, 7, "multiples of 2"),
     ],
 )

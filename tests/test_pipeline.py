@@ -559,6 +559,26 @@ def test_processors_are_restored_even_after_an_error(tiny_pipeline):
     assert tiny_pipeline.unet.attn_processors == before
 
 
+def test_an_image_does_not_depend_on_its_batch(tiny_pipeline):
+    """In pixels: the tolerance of the latents in `test_a_sample_does_not_depend_on_its_batch` is for large values."""
+    embeds = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    call = {"num_inference_steps": 10, "boundary_threshold": 0.02}
+    together = call_tiny(tiny_pipeline, embeds, seeds=range(4), **call)
+    for i in range(4):
+        alone = call_tiny(tiny_pipeline, embeds[i], seeds=(i,), **call)
+        assert max_difference(alone.images[0], together.images[i]) <= 1e-4
+        assert alone.boundary_timesteps[0] == together.boundary_timesteps[i]
+
+
+def test_inner_evaluations_keep_their_regime(tiny_pipeline):
+    """Heun's second evaluation of a step is guided exactly if the first one is."""
+    rows = count_rows(tiny_pipeline.unet)
+    tiny_pipeline.scheduler = HeunDiscreteScheduler(**BETAS)
+    call_tiny(tiny_pipeline, num_inference_steps=8, boundary=900, injection=None)
+    # a start and its inner evaluation, but for the last step, which is of first order
+    assert all(start == inner for start, inner in zip(rows[0::2], rows[1::2], strict=False))
+
+
 def test_detector_is_float32_under_half_precision(tiny_pipeline):
     unet = tiny_pipeline.unet.to(torch.bfloat16)
     maps = []

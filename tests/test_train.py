@@ -54,7 +54,7 @@ def train(*args, **kwargs) -> subprocess.CompletedProcess:
 
 def environment() -> dict[str, str]:
     # one thread: nothing is left to the order in which threads add
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
 
 
 def parameters(folder: Path) -> dict[str, torch.Tensor]:
@@ -150,11 +150,22 @@ def test_another_seed_gives_other_parameters(uninterrupted, workspace):
     )
 
 
-LAUNCH_TWO = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
-LAUNCH_TWO += ("--mixed_precision", "no", "--dynamo_backend", "no")
+# `accelerate launch --cpu --num_processes 2` starts a single process without MPI (accelerate 1.15): torchrun, which
+# accelerate itself uses for several GPUs, starts two
+LAUNCH_TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def test_accelerate_launch_trains(workspace):
+    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
+    launch += ("--mixed_precision", "no", "--dynamo_backend", "no")
+    result = train(workspace, "launched", "--max_train_steps", "3", launch=launch)
+    assert result.returncode == 0, result.stderr
+    assert [p.name for p in (workspace / "launched").glob("checkpoint*")] == ["checkpoint-3"]
+    UIFacePipeline.from_pretrained(workspace / "launched")
 
 
 def test_two_processes_train_one_model(workspace):
+    """One set of files, also after a resume: half as many batches an epoch, twice as many samples a step."""
     options = ("--validation_steps", "4", "--validation_inference_steps", "2", "--checkpointing_steps", "3")
     options += ("--report_to", "tensorboard")
     result = train(workspace, "two", *options, "--max_train_steps", "3", launch=LAUNCH_TWO)
@@ -162,11 +173,12 @@ def test_two_processes_train_one_model(workspace):
     options += ("--resume_from_checkpoint", "latest")
     result = train(workspace, "two", *options, "--max_train_steps", "6", launch=LAUNCH_TWO)
     assert result.returncode == 0, result.stderr
+    assert "samples=48" in result.stderr and result.stderr.count("pipeline saved") == 1
     folder = workspace / "two"
     assert sorted(p.name for p in folder.glob("checkpoint*")) == ["checkpoint-3", "checkpoint-6"]
     grids = sorted(p.name for p in (folder / "validation").iterdir())
     assert grids == ["step-0000003.png", "step-0000004.png", "step-0000006.png"]
-    assert len(list((folder / "logs").rglob("events.out.tfevents*"))) >= 1
+    assert len(list((folder / "logs" / "train").glob("events.out.tfevents*"))) == 2  # one a run, of the main process
     UIFacePipeline.from_pretrained(folder)
 
 
@@ -291,7 +303,7 @@ def test_a_time_limit_saves_and_stops(workspace):
     ("options", "message"),
     [
         (("--resume_from_checkpoint", "nowhere"), "nowhere is no checkpoint"),
-        (("--unet", '{"attention_head_dim": 24}'), "`attention_head_dim` is 24"),
+        (("--unet", '{"block_out_channels": [32], "attention_levels": []}'), "`attention_levels` has 0 entries"),
         (("--train_data", "nowhere"), "no cache of prepared faces"),
         (("--train_batch_size", "64"), "24 faces do not fill"),
     ],

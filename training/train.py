@@ -293,7 +293,7 @@ def load_checkpoint(accelerator: Accelerator, ema: EMAModel, checkpoint: Path, o
     if changed:
         raise ValueError(f"{checkpoint} cannot be resumed with another order of the data ({'; '.join(changed)}).")
     accelerator.load_state(checkpoint)
-    shadow = load_file(checkpoint / "ema.safetensors", device=str(accelerator.device))
+    shadow = load_file(checkpoint / "ema.safetensors")
     for i, parameter in enumerate(ema.shadow_params):
         parameter.copy_(shadow[str(i)])
     ema.optimization_step = state["ema_step"]
