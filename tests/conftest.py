@@ -114,7 +114,7 @@ def _save_onnx(path: Path, nodes, inputs, outputs, constants) -> None:
     onnx.save(model, path)
 
 
-def write_toy_pack(root: Path, name: str = "toy") -> None:
+def write_toy_pack(root: Path, name: str = "toy", batch: int | str = "n") -> None:
     """An insightface model pack whose faces are red discs: a detector of red in SCRFD's form (scores, box distances,
     landmark distances at strides 8, 16, 32), and a fixed random projection of the 112x112 face as the recogniser."""
     folder = root / "models" / name
@@ -163,8 +163,8 @@ def write_toy_pack(root: Path, name: str = "toy") -> None:
         helper.make_node("Flatten", ["pooled"], ["flat"]),
         helper.make_node("MatMul", ["flat", "projection"], ["embedding"]),
     ]
-    face = helper.make_tensor_value_info("face", TensorProto.FLOAT, ["n", 3, 112, 112])
-    embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", 16])
+    face = helper.make_tensor_value_info("face", TensorProto.FLOAT, [batch, 3, 112, 112])
+    embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [batch, 16])
     _save_onnx(folder / "recogniser.onnx", nodes, [face], [embedding], [_constant("projection", projection)])
 
 

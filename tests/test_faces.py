@@ -76,6 +76,13 @@ def test_incomplete_model_packs_are_named(tmp_path, removed, message):
         FaceEncoder("half", str(tmp_path))
 
 
+def test_models_exported_for_one_face_embed_many(encoder, tmp_path):
+    write_toy_pack(tmp_path, "single", batch=1)
+    faces = list(np.random.default_rng(0).integers(0, 256, (3, 112, 112, 3)).astype(np.uint8))
+    single = FaceEncoder("single", str(tmp_path), det_size=160)
+    assert np.allclose(single.embed_aligned(faces), encoder.embed_aligned(faces), atol=1e-6)
+
+
 def test_embeddings_need_112_pixels(encoder):
     with pytest.raises(ValueError, match="128x128"):
         encoder.embed_aligned([np.zeros((128, 128, 3), np.uint8)])

@@ -169,7 +169,12 @@ class FaceEncoder:
         for face in faces:
             if face.shape != (ALIGNED_SIZE, ALIGNED_SIZE, 3):
                 raise ValueError(f"aligned faces are 112x112x3, this one is {'x'.join(map(str, face.shape))}.")
-        features = self.recognizer.get_feat([np.ascontiguousarray(face[:, :, ::-1]) for face in faces])
+        bgr = [np.ascontiguousarray(face[:, :, ::-1]) for face in faces]
+        # some models are exported for a batch of one
+        size = self.recognizer.input_shape[0]
+        size = size if isinstance(size, int) and size > 0 else len(bgr)
+        features = [self.recognizer.get_feat(bgr[start : start + size]) for start in range(0, len(bgr), size)]
+        features = np.concatenate(features)
         return features / np.linalg.norm(features, axis=1, keepdims=True)
 
     def embed(self, photographs: Sequence[np.ndarray | PIL.Image.Image], selection: str = "largest") -> IdentityBank:
