@@ -59,7 +59,7 @@ def step_after_switch(
     model_output: torch.Tensor,
     timestep: torch.Tensor,
     sample: torch.Tensor,
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    **step_kwargs: Any,
 ) -> torch.Tensor:
     """`scheduler.step` where the context of some samples has just changed. What a multistep scheduler remembers of
     them is replaced, as if the present prediction had been theirs at every remembered step: their update is the
@@ -68,19 +68,18 @@ def step_after_switch(
     Args:
         scheduler: a diffusers scheduler, with history or without.
         switched (`torch.LongTensor`): the samples whose context changed.
-        model_output, timestep, sample, generator: what `scheduler.step` takes.
+        model_output, timestep, sample, step_kwargs: what `scheduler.step` takes.
 
     Returns:
         `torch.Tensor` of shape `(B, C, H, W)`: the previous sample.
     """
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    kwargs = {"return_dict": False, **({"generator": generator} if takes_generator else {})}
+    generator = step_kwargs.get("generator")
 
     def step_copy(copied) -> torch.Tensor:
         # the copy draws the noise that the scheduler itself will draw after it
         generators = generator if isinstance(generator, list) else [generator or torch.default_generator]
         states = [each.get_state() for each in generators]
-        previous = copied.step(model_output, timestep, sample, **kwargs)[0]
+        previous = copied.step(model_output, timestep, sample, **step_kwargs, return_dict=False)[0]
         for each, state in zip(generators, states, strict=True):
             each.set_state(state)
         return previous
@@ -98,12 +97,12 @@ def step_after_switch(
                 entry[switched] = present[switched].to(entry.dtype)
 
     if getattr(scheduler, "last_sample", None) is None:
-        return scheduler.step(model_output, timestep, sample, **kwargs)[0]
+        return scheduler.step(model_output, timestep, sample, **step_kwargs, return_dict=False)[0]
     # predictor-correctors (UniPC, SA): the rows of a copy that has no last step to correct
     restarted = copy.deepcopy(scheduler)
     restarted.last_sample = None
     restarted_previous = step_copy(restarted)
-    previous = scheduler.step(model_output, timestep, sample, **kwargs)[0]
+    previous = scheduler.step(model_output, timestep, sample, **step_kwargs, return_dict=False)[0]
     previous[switched] = restarted_previous[switched]
     scheduler.last_sample[switched] = restarted.last_sample[switched]
     return previous
@@ -429,11 +428,12 @@ class UIFacePipeline(DiffusionPipeline):
             step_kwargs["generator"] = generator
 
         # 4. denoise
+        # the single stage has nothing to inject
+        injected = injection if boundary is not None else None
         flags = torch.zeros(batch_size, dtype=torch.bool)
         stage_two = torch.zeros(batch_size, dtype=torch.bool)
         boundary_timesteps = torch.full((batch_size,), -1)
         previous_map = None
-        plan = None
         unet_processors = self.unet.attn_processors
         try:
             self.unet.set_attn_processor(processors)
@@ -450,7 +450,6 @@ class UIFacePipeline(DiffusionPipeline):
                     if starts_step:
                         below_cap = boundary is None or guide_from_boundary or schedule[i] < latest_boundary
                     guided = below_cap and self.guidance_scale != 1
-                    injected = injection if boundary is not None else None
                     # the flags that a map can still set take effect in the next step, if that is not below the cap
                     seeks = identity_embeds is not None and boundary == "adaptive" and starts_step
                     seeks = seeks and any(latest_boundary <= later < schedule[i] for later in schedule[i + 1 :])
@@ -492,7 +491,7 @@ class UIFacePipeline(DiffusionPipeline):
                     switched = (stage_two & ~previous_stage_two).nonzero().flatten()
                     if i > 0 and len(switched):
                         latents = step_after_switch(
-                            self.scheduler, switched.to(device), noise_pred, t, latents, generator
+                            self.scheduler, switched.to(device), noise_pred, t, latents, **step_kwargs
                         )
                     else:
                         latents = self.scheduler.step(noise_pred, t, latents, **step_kwargs, return_dict=False)[0]
