@@ -1,7 +1,7 @@
-"""A folder of identities -> aligned and embedded faces in parquet shards, once, for all trainers.
+"""Photographs -> aligned and embedded faces in parquet shards, once, for all trainers.
 
-A cache holds `prepare.json` (the settings), `faces-NNNNN.parquet` (one shard for every 1,000 photographs of the sorted
-list) and `report.json` (what was skipped, and why). `datasets.load_dataset("parquet", ...)` reads the shards.
+A cache holds `prepare.json` (the settings), `faces-NNNNN.parquet` (one shard for every 1,000 photographs) and
+`report.json` (what was skipped or looks wrong, and why). `datasets.load_dataset("parquet", ...)` reads the shards.
 """
 
 import hashlib
@@ -10,8 +10,8 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -20,45 +20,15 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from ..faces import ALIGNED_SIZE, SELECTIONS, FaceEncoder, UnusableFaceError, align_face, load_photograph
+from ..faces import ALIGNED_SIZE, SELECTIONS, FaceEncoder, UnusableFaceError, align_face
 from ..files import complete_file
 from ..identities import IdentityBank
+from .sources import Photograph, PhotographSource, open_source
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 SHARD_SIZE = 1000
 BATCH_SIZE = 64
-
-
-def list_photographs(
-    source: str | os.PathLike, identities: list[str] | None = None, min_images: int = 1
-) -> list[tuple[str, str]]:
-    """Pairs of identity and file, relative to `source`, of a folder `ROOT/IDENTITY/*.jpg`, sorted.
-
-    Args:
-        identities: only these; all folders if not given.
-        min_images: identities with fewer photographs are left out.
-
-    Raises:
-        ValueError: nothing is left, or an identity that was asked for has no folder.
-    """
-    source = Path(source)
-    folders = {entry.name: entry for entry in source.iterdir() if entry.is_dir()} if source.is_dir() else {}
-    if identities is not None:
-        missing = sorted(set(identities) - folders.keys())
-        if missing:
-            raise ValueError(f"{len(missing)} identities have no folder in {source}, as `{missing[0]}`.")
-        folders = {name: folders[name] for name in identities}
-    photographs = []
-    for name in sorted(folders):
-        files = sorted(file.name for file in folders[name].iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-        if len(files) >= min_images:
-            photographs += [(name, f"{name}/{file}") for file in files]
-    if not photographs:
-        raise ValueError(
-            f"{source} has no photographs of the form IDENTITY/FILE with a suffix of {', '.join(IMAGE_SUFFIXES)}"
-            + (f" and at least {min_images} of an identity." if min_images > 1 else ".")
-        )
-    return photographs
+# a median says nothing about fewer
+LEAST_FOR_MEDIAN = 3
 
 
 def _arrow_schema() -> pa.Schema:
@@ -70,6 +40,8 @@ def _arrow_schema() -> pa.Schema:
         "file": Value("string"),
         "embedding": Sequence(Value("float32")),
         "detection_score": Value("float32"),
+        "faces_found": Value("int32"),
+        "photograph_sha256": Value("string"),
     }
     return Features(features).arrow_schema
 
@@ -93,14 +65,19 @@ def _check_settings(path: Path, settings: dict) -> None:
 
 
 def _prepare_photograph(
-    path: Path, encoder: FaceEncoder, image_size: int, face: str, aligned: bool
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Face at `image_size`, face at 112, detection score. Raises what makes a photograph unusable."""
-    photograph = load_photograph(path)
+    photograph: np.ndarray, encoder: FaceEncoder, image_size: int, face: str, aligned: bool
+) -> SimpleNamespace:
+    """`image` (the face at `image_size`), `for_encoder` (at 112), `detection_score`, `faces_found`.
+
+    Raises:
+        UnusableFaceError: what makes the photograph unusable.
+    """
     if not aligned:
-        found = encoder.select(encoder.detect(photograph), photograph.shape, face)
+        faces = encoder.detect(photograph)
+        found = encoder.select(faces, photograph.shape, face)
         at_112 = align_face(photograph, found.landmarks)
-        return align_face(photograph, found.landmarks, image_size), at_112, found.score
+        image = align_face(photograph, found.landmarks, image_size)
+        return SimpleNamespace(image=image, for_encoder=at_112, detection_score=found.score, faces_found=len(faces))
     if photograph.shape[0] != photograph.shape[1]:
         raise UnusableFaceError(f"not aligned: {photograph.shape[1]}x{photograph.shape[0]} is not square")
     if photograph.shape[0] < ALIGNED_SIZE:
@@ -110,7 +87,9 @@ def _prepare_photograph(
     def resized(size: int) -> np.ndarray:
         return np.asarray(picture.resize((size, size), PIL.Image.Resampling.BILINEAR))
 
-    return resized(image_size), resized(ALIGNED_SIZE), 1.0
+    return SimpleNamespace(
+        image=resized(image_size), for_encoder=resized(ALIGNED_SIZE), detection_score=1.0, faces_found=1
+    )
 
 
 def prepare_faces(
@@ -122,95 +101,159 @@ def prepare_faces(
     aligned: bool = False,
     identities: list[str] | None = None,
     min_images: int = 1,
+    outlier_threshold: float = 0.2,
+    drop_outliers: bool = False,
 ) -> dict:
-    """Aligns and embeds a folder of identities into a cache. Goes on where an earlier call was stopped.
+    """Aligns and embeds photographs into a cache. Goes on where an earlier call was stopped.
 
     Args:
-        source: `ROOT/IDENTITY/*.jpg`.
+        source: a folder `ROOT/IDENTITY/*.jpg`, InsightFace's RecordIO (`train.rec`) or webdataset shards (`*.tar`);
+            see `open_source`.
         output: the cache's folder.
         encoder: detects and embeds.
         image_size (`int`, defaults to 128): side of the stored faces in pixels.
         face (`str`, defaults to `"largest"`): which of several faces: `"largest"` or `"central"`.
-        aligned (`bool`, defaults to `False`): the files are faces already aligned to the 112x112 template, of at least
-            that size: no detection.
-        identities (`list[str]`, *optional*): only these folders.
+        aligned (`bool`, defaults to `False`): the pictures are faces already aligned to the 112x112 template, of at
+            least that size: no detection.
+        identities (`list[str]`, *optional*): only these identities.
         min_images (`int`, defaults to 1): leave out identities with fewer photographs.
+        outlier_threshold (`float`, defaults to 0.2): a face is an outlier when the cosine of its embedding to the
+            median of its identity's embeddings (of three or more) is below it: often another person's.
+        drop_outliers (`bool`, defaults to `False`): leave them out. They are reported in any case.
 
     Returns:
-        The report: `photographs`, `faces`, `identities`, `reasons` (a count a reason) and `skipped` (file -> reason).
+        The report: `photographs`, `faces`, `identities`, `reasons` (a count a reason), `skipped` (file -> reason),
+        `several_faces` (photographs in which more than one face was found), `duplicates` (file -> the first file with
+        the same pixels) and `outliers` (file -> cosine).
 
     Raises:
         ValueError: nothing to prepare, no face in any photograph, or `output` was begun with other settings.
     """
     if face not in SELECTIONS:
         raise ValueError(f"`face` has to be one of {SELECTIONS} but is {face!r}.")
-    source, output = Path(source), Path(output)
-    photographs = list_photographs(source, identities, min_images)
-    files_hash = hashlib.sha256("\n".join(file for _, file in photographs).encode()).hexdigest()
+    output = Path(output)
+    photographs = open_source(source, identities, min_images)
+    total = len(photographs.photographs)
+    files_hash = hashlib.sha256("\n".join("/".join(photo) for photo in photographs.photographs).encode()).hexdigest()
     settings = {"identity_encoder": encoder.name, "image_size": image_size, "face": face, "aligned": aligned}
     settings |= {"det_size": encoder.det_size, "det_thresh": encoder.det_thresh}
-    settings |= {"photographs": len(photographs), "files_sha256": files_hash}
+    settings |= {"outlier_threshold": outlier_threshold, "drop_outliers": drop_outliers}
+    settings |= {"photographs": total, "files_sha256": files_hash}
     _check_settings(output / "prepare.json", settings)
 
-    schema = _arrow_schema()
-    skipped: dict[str, str] = {}
-    with tqdm(total=len(photographs), unit="photo", desc="prepare") as progress:
-        for start in range(0, len(photographs), SHARD_SIZE):
-            shard = photographs[start : start + SHARD_SIZE]
-            shard_path = output / f"faces-{start // SHARD_SIZE:05d}.parquet"
-            if shard_path.exists():
-                done = set(pq.read_table(shard_path, columns=["file"])["file"].to_pylist())
-                metadata = pq.read_schema(shard_path).metadata or {}
-                shard_skipped = json.loads(metadata.get(b"skipped", b"{}"))
-                if len(done) + len(shard_skipped) != len(shard):
-                    raise ValueError(f"{shard_path} does not hold the photographs of its shard: delete it.")
-                progress.update(len(shard))
+    shards = []
+    with tqdm(total=total, unit="photo", desc="prepare") as progress:
+        for start in range(0, total, SHARD_SIZE):
+            part = photographs.photographs[start : start + SHARD_SIZE]
+            shards.append(output / f"faces-{start // SHARD_SIZE:05d}.parquet")
+            if shards[-1].exists():
+                if _shard_rows(shards[-1]) + len(_shard_skipped(shards[-1])) != len(part):
+                    raise ValueError(f"{shards[-1]} does not hold the photographs of its shard: delete it.")
+                progress.update(len(part))
             else:
-                prepare = partial(
-                    _prepare_photograph, encoder=encoder, image_size=image_size, face=face, aligned=aligned
-                )
-                shard_skipped = _write_shard(shard_path, schema, source, shard, prepare, encoder, progress)
-            skipped |= shard_skipped
+                _write_shard(shards[-1], photographs, part, encoder, image_size, face, aligned, progress=progress)
 
-    if len(skipped) == len(photographs):
-        raise ValueError(f"none of {len(photographs)} photographs gave a face: {dict(Counter(skipped.values()))}.")
-    kept = [identity for identity, file in photographs if file not in skipped]
+    # written before anything is dropped: medians would be others afterwards
+    outliers_file = output / "outliers.json"
+    if not outliers_file.exists():
+        _write_json(outliers_file, find_outliers(shards, outlier_threshold))
+    outliers = json.loads(outliers_file.read_text())
+    if drop_outliers:
+        for shard in shards:
+            _drop_rows(shard, outliers)
+
+    skipped = {file: reason for shard in shards for file, reason in _shard_skipped(shard).items()}
+    if len(skipped) == total:
+        raise ValueError(f"none of {total} photographs gave a face: {dict(Counter(skipped.values()))}.")
+    columns = ["file", "identity", "faces_found", "photograph_sha256"]
+    rows = [row for shard in shards for row in pq.read_table(shard, columns=columns).to_pylist()]
+    first_with: dict[str, str] = {}
+    duplicates = {}
+    for row in rows:
+        first = first_with.setdefault(row["photograph_sha256"], row["file"])
+        if first != row["file"]:
+            duplicates[row["file"]] = first
     report = {
-        "photographs": len(photographs),
-        "faces": len(kept),
-        "identities": len(set(kept)),
-        "reasons": dict(Counter(skipped.values())),
+        "photographs": total,
+        "faces": len(rows),
+        "identities": len({row["identity"] for row in rows}),
+        # an outlier's reason goes on with its cosine
+        "reasons": dict(Counter(reason.partition(":")[0] for reason in skipped.values())),
+        "several_faces": sum(row["faces_found"] > 1 for row in rows),
         "skipped": skipped,
+        "duplicates": duplicates,
+        "outliers": outliers,
     }
     _write_json(output / "report.json", report)
     return report
 
 
-def _write_shard(shard_path, schema, source, shard, prepare, encoder, progress) -> dict[str, str]:
-    """Prepares the photographs of one shard and writes it; returns what was skipped, file -> reason."""
-    rows, at_112, skipped = [], [], {}
-    for identity, file in shard:
+def _write_shard(
+    shard: Path, source: PhotographSource, photographs: list[Photograph], encoder: FaceEncoder, *settings, progress
+) -> None:
+    """Prepares the photographs of one shard and writes it, with what was skipped in the metadata."""
+    schema, rows, for_encoder, skipped = _arrow_schema(), [], [], {}
+    for photograph in photographs:
+        progress.update()
         try:
-            progress.update()
-            picture, for_encoder, score = prepare(source / file)
+            pixels = source.read(photograph)
+            face = _prepare_photograph(pixels, encoder, *settings)
         except OSError:
-            skipped[file] = "unreadable"
+            skipped[photograph.file] = "unreadable"
         except UnusableFaceError as error:
-            skipped[file] = str(error)
+            skipped[photograph.file] = str(error)
         else:
             png = io.BytesIO()
-            PIL.Image.fromarray(picture).save(png, "png")
-            image = {"bytes": png.getvalue(), "path": None}
-            rows.append({"image": image, "identity": identity, "file": file, "detection_score": score})
-            at_112.append(for_encoder)
+            PIL.Image.fromarray(face.image).save(png, "png")
+            row = {"image": {"bytes": png.getvalue(), "path": None}, **photograph._asdict()}
+            row |= {"detection_score": face.detection_score, "faces_found": face.faces_found}
+            rows.append({**row, "photograph_sha256": hashlib.sha256(pixels.tobytes()).hexdigest()})
+            for_encoder.append(face.for_encoder)
     for start in range(0, len(rows), BATCH_SIZE):
-        embeddings = encoder.embed_aligned(at_112[start : start + BATCH_SIZE])
+        embeddings = encoder.embed_aligned(for_encoder[start : start + BATCH_SIZE])
         for row, embedding in zip(rows[start : start + BATCH_SIZE], embeddings, strict=True):
             row["embedding"] = embedding
     metadata = {**(schema.metadata or {}), b"skipped": json.dumps(skipped).encode()}
-    with complete_file(shard_path) as beside:
+    with complete_file(shard) as beside:
         pq.write_table(pa.Table.from_pylist(rows, schema.with_metadata(metadata)), beside)
-    return skipped
+
+
+def _shard_rows(shard: Path) -> int:
+    return pq.read_metadata(shard).num_rows
+
+
+def _shard_skipped(shard: Path) -> dict[str, str]:
+    return json.loads((pq.read_schema(shard).metadata or {}).get(b"skipped", b"{}"))
+
+
+def find_outliers(shards: list[Path], threshold: float) -> dict[str, float]:
+    """Faces whose embedding has a cosine below `threshold` to the (componentwise) median of its identity's, file ->
+    cosine; identities of three or more faces."""
+    tables = [pq.read_table(shard, columns=["file", "identity", "embedding"]) for shard in shards]
+    table = pa.concat_tables(tables).to_pandas()
+    outliers = {}
+    for _, faces in table.groupby("identity", sort=True):
+        if len(faces) < LEAST_FOR_MEDIAN:
+            continue
+        embeddings = np.stack(faces["embedding"])
+        median = np.median(embeddings, axis=0)
+        cosines = embeddings @ median / np.linalg.norm(median)
+        outliers |= {file: round(float(c), 4) for file, c in zip(faces["file"], cosines, strict=True) if c < threshold}
+    return outliers
+
+
+def _drop_rows(shard: Path, outliers: dict[str, float]) -> None:
+    """Moves outliers from a shard's rows to what it skipped."""
+    table = pq.read_table(shard)
+    files = table["file"].to_pylist()
+    dropped = [file for file in files if file in outliers]
+    if not dropped:
+        return
+    reasons = {file: f"outlier: cosine {outliers[file]:.4f} to its identity's median" for file in dropped}
+    metadata = {**table.schema.metadata, b"skipped": json.dumps(_shard_skipped(shard) | reasons).encode()}
+    kept = table.filter(pa.array([file not in outliers for file in files]))
+    with complete_file(shard) as beside:
+        pq.write_table(kept.replace_schema_metadata(metadata), beside)
 
 
 class FaceCache:
@@ -240,7 +283,7 @@ class FaceCache:
 
     @staticmethod
     def shard_length(shard: Path) -> int:
-        return pq.read_metadata(shard).num_rows
+        return _shard_rows(shard)
 
     def embeddings(self) -> IdentityBank:
         """One embedding a face, `(N, identity_dim)`, in the order of `images`; the names are the identities'."""

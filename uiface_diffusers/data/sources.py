@@ -1,0 +1,145 @@
+"""Where photographs come from: a folder of identities, InsightFace's RecordIO, webdataset shards."""
+
+import io
+import os
+import tarfile
+from collections import Counter
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from ..faces import load_photograph
+from .recordio import RecordReader
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+
+
+class Photograph(NamedTuple):
+    """Its identity, and the name by which the source finds it."""
+
+    identity: str
+    file: str
+
+
+class PhotographSource(Protocol):
+    """Photographs in an order that does not change, each to be read at any time."""
+
+    photographs: list[Photograph]
+
+    def read(self, photograph: Photograph) -> np.ndarray:
+        """`(height, width, 3)` RGB bytes.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+
+
+class FolderSource:
+    """`ROOT/IDENTITY/*.jpg`, sorted."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        folders = sorted(entry for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
+        self.photographs = [
+            Photograph(folder.name, f"{folder.name}/{name}")
+            for folder in folders
+            for name in sorted(file.name for file in folder.iterdir())
+            if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+        ]
+
+    def read(self, photograph: Photograph) -> np.ndarray:
+        return load_photograph(self.root / photograph.file)
+
+
+class RecordIOSource:
+    """InsightFace's `train.rec` and `train.idx`: the identity is the (first) label, the file is the key."""
+
+    def __init__(self, path: Path):
+        self.reader = RecordReader(path)
+        self.photographs = []
+        for key in tqdm(self.reader.image_keys(), desc="labels", unit="record"):
+            label = self.reader.read_image(key).labels[0]
+            self.photographs.append(Photograph(f"{int(label):07d}", str(key)))
+
+    def read(self, photograph: Photograph) -> np.ndarray:
+        return load_photograph(io.BytesIO(self.reader.read_image(int(photograph.file)).content))
+
+
+class WebDatasetSource:
+    """Tar shards of samples `KEY.jpg`; the identity is the text of `KEY.cls` or, without one, the folder in the key.
+
+    Raises:
+        ValueError: a shard is no tar file, or a sample has no identity.
+    """
+
+    def __init__(self, shards: list[Path]):
+        self.shards, self.members, self.photographs = shards, {}, []
+        for shard in tqdm(shards, desc="index", unit="shard"):
+            try:
+                self._index(shard)
+            except tarfile.TarError as error:
+                raise ValueError(f"{shard} is no tar file, or a part of one: {error}") from error
+
+    def _index(self, shard: Path) -> None:
+        pictures, classes = {}, {}
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                # a sample's key ends at the first dot of the file's name
+                path = PurePosixPath(member.name)
+                stem, _, suffix = path.name.partition(".")
+                key = str(path.with_name(stem)) if stem else member.name
+                if f".{suffix.lower()}" in IMAGE_SUFFIXES:
+                    pictures[key] = member
+                elif suffix == "cls":
+                    classes[key] = tar.extractfile(member).read().decode().strip()
+        for key, member in pictures.items():
+            identity = classes.get(key) or str(PurePosixPath(key).parent)
+            if identity == ".":
+                raise ValueError(f"sample {key} of {shard} has neither a .cls file nor a folder for its identity.")
+            photograph = Photograph(identity, f"{shard.name}:{member.name}")
+            self.members[photograph.file] = (shard, member.offset_data, member.size)
+            self.photographs.append(photograph)
+
+    def read(self, photograph: Photograph) -> np.ndarray:
+        shard, offset, size = self.members[photograph.file]
+        with open(shard, "rb") as file:
+            file.seek(offset)
+            return load_photograph(io.BytesIO(file.read(size)))
+
+
+def open_source(path: str | os.PathLike, identities: list[str] | None = None, min_images: int = 1) -> PhotographSource:
+    """Opens photographs by what is found at `path`.
+
+    Args:
+        path: a folder `ROOT/IDENTITY/*.jpg`; a `.rec` file, or a folder with `train.rec`; a `.tar` shard, or a folder
+            of them.
+        identities: only these; all if not given.
+        min_images: identities with fewer photographs are left out.
+
+    Raises:
+        ValueError: there are no photographs, or an identity that was asked for is not there.
+    """
+    path = Path(path)
+    shards = sorted(path.glob("*.tar")) if path.is_dir() else [path] if path.suffix == ".tar" else []
+    if path.suffix == ".rec" or (path / "train.rec").exists():
+        source = RecordIOSource(path if path.suffix == ".rec" else path / "train.rec")
+    elif shards:
+        source = WebDatasetSource(shards)
+    else:
+        source = FolderSource(path)
+    counts = Counter(photograph.identity for photograph in source.photographs)
+    if identities is not None:
+        missing = sorted(set(identities) - counts.keys())
+        if missing:
+            raise ValueError(f"{len(missing)} identities have no photographs in {path}, as `{missing[0]}`.")
+        wanted = set(identities)
+        source.photographs = [photograph for photograph in source.photographs if photograph.identity in wanted]
+    source.photographs = [photo for photo in source.photographs if counts[photo.identity] >= min_images]
+    if not source.photographs:
+        raise ValueError(
+            f"{path} has no photographs: neither IDENTITY/FILE with a suffix of {', '.join(IMAGE_SUFFIXES)}, nor"
+            " train.rec, nor tar shards" + (f", with at least {min_images} of an identity." if min_images > 1 else ".")
+        )
+    return source
