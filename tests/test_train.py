@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 import yaml
@@ -57,16 +58,16 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
 
 
-def parameters(folder: Path) -> dict[str, torch.Tensor]:
+def parameters(folder: Path, folders: str = "*") -> dict[str, torch.Tensor]:
     return {
         f"{file.parent.name}/{name}": tensor
-        for file in sorted(folder.glob("*/*.safetensors"))
+        for file in sorted(folder.glob(f"{folders}/*.safetensors"))
         for name, tensor in load_file(file).items()
     }
 
 
-def assert_equal_parameters(a: Path, b: Path) -> None:
-    first, second = parameters(a), parameters(b)
+def assert_equal_parameters(a: Path, b: Path, folders: str = "*") -> None:
+    first, second = parameters(a, folders), parameters(b, folders)
     assert first.keys() == second.keys() and len(first) > 50
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
@@ -182,11 +183,16 @@ def test_two_processes_train_one_model(workspace):
     UIFacePipeline.from_pretrained(folder)
 
 
-def test_the_gradients_of_two_processes_are_averaged(workspace):
-    """A step of two processes against the same step by hand: both batches, mean gradient, one AdamW step."""
-    result = train(workspace, "one_step", "--max_train_steps", "1", launch=LAUNCH_TWO)
-    assert result.returncode == 0, result.stderr
-    theirs = load_file(workspace / "one_step" / "checkpoint-1" / "model.safetensors")
+@pytest.mark.parametrize("by", ["processes", "accumulation"])
+def test_the_gradients_of_two_batches_are_averaged(workspace, by):
+    """A step of two batches, one a process or one after the other, against the same step by hand: both batches, mean
+    gradient, one AdamW step."""
+    if by == "processes":
+        result = train(workspace, by, "--max_train_steps", "1", launch=LAUNCH_TWO)
+    else:
+        result = train(workspace, by, "--max_train_steps", "1", "--gradient_accumulation_steps", "2")
+    assert result.returncode == 0 and "samples=8" in result.stderr, result.stderr
+    theirs = load_file(workspace / by / "checkpoint-1" / "model.safetensors")
 
     cache = FaceCache(workspace / "cache")
     vae = tiny_autoencoder()
@@ -197,11 +203,13 @@ def test_the_gradients_of_two_processes_are_averaged(workspace):
     model = train_script.ConditionalDenoiser(unet, IdentityProjector(16, 32), EmptyContext(32))
     scheduler = train_script.DDPMScheduler(**train_script.NOISE_SCHEDULE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    for rank in range(2):
-        sampler = train_script.EndlessBatchSampler(24, 4, seed=0, rank=rank, world_size=2, start=0)
-        latents, embeds = dataset.__getitems__(next(iter(sampler)))
-        torch.manual_seed(train_script.mix_seed(0, 0, rank))
-        (train_script.denoising_loss(model, scheduler, latents, embeds, 0.2, None).mean() / 2).backward()
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(train_script.mix_seed(0, 0))).tolist()
+    for batch in range(2):
+        latents, embeds = dataset.__getitems__(order[4 * batch : 4 * batch + 4])
+        rank, part = (batch, 0) if by == "processes" else (0, batch)
+        torch.manual_seed(train_script.mix_seed(0, 0, rank, part))
+        loss = train_script.denoising_loss(model, scheduler, latents, embeds, 0.2, None)
+        (loss.losses.mean() / 2).backward()
     optimizer.step()
     ours = model.state_dict()
     assert ours.keys() == theirs.keys()
@@ -238,18 +246,18 @@ def test_objective(prediction_type):
 
     torch.manual_seed(1)
     oracle = Oracle(right)
-    loss = train_script.denoising_loss(oracle, scheduler, latents, embeds, 0.2, None)
+    loss = train_script.denoising_loss(oracle, scheduler, latents, embeds, 0.2, None).losses
     assert loss.shape == (512,) and loss.max() < 1e-4
     wrong = train_script.denoising_loss(
         Oracle(lambda *args: right(*args) + 0.5), scheduler, latents, embeds, 0.2, None
-    )
+    ).losses
     assert torch.allclose(wrong, torch.full((512,), 0.25), atol=1e-2)
     assert oracle.asked["is_empty"][0] and abs(oracle.asked["is_empty"].float().mean() - 0.2) < 0.06
     assert oracle.asked["timesteps"].min() < 50 and oracle.asked["timesteps"].max() > 950
     # min-SNR (Hang et al. 2023, sec. 3.4): min(snr, gamma) / snr, for the velocity / (snr + 1)
     torch.manual_seed(1)
     oracle = Oracle(lambda *args: right(*args) + 0.5)
-    weighted = train_script.denoising_loss(oracle, scheduler, latents, embeds, 0.2, 5.0)
+    weighted = train_script.denoising_loss(oracle, scheduler, latents, embeds, 0.2, 5.0).losses
     snr = alpha_bar / (1 - alpha_bar)
     weight = snr.clamp(max=5) / (snr if prediction_type == "epsilon" else snr + 1)
     assert torch.allclose(weighted, 0.25 * weight[oracle.asked["timesteps"]], atol=1e-2)
@@ -263,6 +271,39 @@ def test_both_flips_are_trained():
     early = oracle.asked["timesteps"] < 100
     signs = oracle.asked["noisy"][early].mean(dim=(1, 2, 3)).sign()
     assert 0.2 < (signs > 0).float().mean() < 0.8
+
+
+def test_the_log_tells_quarters_and_contexts_apart():
+    """Against sums by hand, over two steps; a loss that is not finite is counted but left out."""
+    accelerator = train_script.Accelerator(cpu=True)
+    log = train_script.LossLog(1000, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    losses, timesteps = torch.rand(2, 40, generator=generator), torch.randint(1000, (2, 40), generator=generator)
+    is_empty = torch.rand(2, 40, generator=generator) < 0.3
+    losses[0, 5] = float("nan")
+    timesteps[0, 5], is_empty[0, 5] = 999, True
+    for row in zip(losses, timesteps, is_empty, strict=True):
+        log.add(train_script.DenoisingLoss(*row))
+    means, finite = log.take(accelerator)
+    ok = losses.isfinite()
+    expected = {"loss": ok, "loss/empty": ok & is_empty, "loss/identity": ok & ~is_empty}
+    expected |= {f"loss/quarter_{q + 1}": ok & (timesteps >= 250 * q) & (timesteps < 250 * q + 250) for q in range(4)}
+    assert means.keys() == expected.keys() and finite == pytest.approx(79 / 80)
+    for name, chosen in expected.items():
+        assert means[name] == pytest.approx(losses[chosen].mean().item(), abs=1e-6), name
+    log.add(train_script.DenoisingLoss(torch.ones(3), torch.zeros(3, dtype=int), torch.ones(3, dtype=bool)))
+    assert log.take(accelerator) == ({"loss": 1.0, "loss/quarter_1": 1.0, "loss/empty": 1.0}, 1.0)
+
+
+def test_balanced_sampling_gives_every_identity_its_share():
+    identities = torch.tensor([0] * 90 + [1] * 9 + [2])
+    sampler = train_script.EndlessBatchSampler(100, 50, seed=0, identities=identities)
+    batches = iter(sampler)
+    counts = sum(torch.bincount(identities[next(batches)], minlength=3) for _ in range(60))
+    assert counts.sum() == 3000 and (counts - 1000).abs().max() < 100
+    # a resumed run draws the same
+    resumed = iter(train_script.EndlessBatchSampler(100, 50, seed=0, start=60, identities=identities))
+    assert next(resumed) == next(batches)
 
 
 def test_denoiser_follows_the_context_it_is_told():
@@ -290,6 +331,71 @@ def test_options_train_and_save(workspace, options):
     pipe = UIFacePipeline.from_pretrained(workspace / ("options_" + options[0].strip("-")))
     pipe.set_progress_bar_config(disable=True)
     assert pipe(num_inference_steps=2, output_type="pt").images.isfinite().all()
+
+
+def test_a_hundred_steps_twice_are_two_hundred(workspace):
+    """Two workers, balanced identities, clipped gradients; the second half in a process of its own."""
+    options = ("--dataloader_num_workers", "2", "--balanced_sampling", "--max_grad_norm", "1")
+    options += ("--checkpointing_steps", "100", "--gradient_accumulation_steps", "2")
+    for steps in ("100", "200"):
+        result = train(workspace, "halves", *options, "--max_train_steps", steps, "--resume_from_checkpoint", "latest")
+        assert result.returncode == 0, result.stderr
+    result = train(workspace, "two_hundred", *options, "--max_train_steps", "200")
+    assert result.returncode == 0, result.stderr
+    assert_equal_parameters(workspace / "halves", workspace / "two_hundred")
+
+
+def test_starts_from_a_pipeline(uninterrupted, workspace):
+    """With a learning rate of zero nothing changes: neither components nor first stage."""
+    options = ("--init_from", str(uninterrupted), "--vae", "", "--unet", "{}", "--max_train_steps", "2")
+    result = train(workspace, "from", *options, "--learning_rate", "0")
+    assert result.returncode == 0, result.stderr
+    assert_equal_parameters(workspace / "from", uninterrupted, "[!c]*")
+    result = train(workspace, "from_other", *options, "--prediction_type", "v_prediction")
+    assert result.returncode != 0 and "'prediction_type': 'epsilon'" in result.stderr
+
+
+def test_snapshots_and_validation_cosine(workspace, toy_root):
+    """The cosine in the log is that of the pictures in the grid."""
+    options = (
+        "--snapshot_steps",
+        "2",
+        "--max_train_steps",
+        "4",
+        "--validation_steps",
+        "4",
+        "--report_to",
+        "tensorboard",
+    )
+    options += ("--validation_inference_steps", "2", "--validation_seeds", "3")
+    result = train(workspace, "snapshots", *options, "--validation_encoder_root", str(toy_root))
+    assert result.returncode == 0, result.stderr
+    folder = workspace / "snapshots"
+    assert_equal_parameters(folder / "step-0000004", folder, "[!cs]*")
+    UIFacePipeline.from_pretrained(folder / "step-0000002")
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "logs" / "train"))
+    events.Reload()
+    assert {"loss", "loss/quarter_1", "loss/empty", "validation/cosine"} <= set(events.Tags()["scalars"])
+    (logged,) = events.Scalars("validation/cosine")
+    grid = PIL.Image.open(folder / "validation" / "step-0000004.png")
+    cells = [grid.crop((16 * x, 16 * y, 16 * x + 16, 16 * y + 16)) for y in (1, 2) for x in range(3)]
+    embeddings = FaceEncoder("toy", str(toy_root), det_size=160).embed_pictures(cells)
+    bank = FaceCache(workspace / "cache").embeddings()
+    people = bank.embeddings[[0, 6]].repeat_interleave(3, dim=0)
+    assert logged.value == pytest.approx((embeddings * people).sum(dim=1).mean().item(), abs=1e-5)
+
+
+def test_reports_to_wandb(workspace, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(workspace))
+    options = ("--report_to", "wandb", "--max_train_steps", "2", "--validation_steps", "2")
+    result = train(workspace, "wandb_run", *options, "--validation_inference_steps", "2")
+    assert result.returncode == 0, result.stderr
+    assert len(list((workspace / "wandb").glob("offline-run-*/*.wandb"))) == 1
 
 
 def test_a_time_limit_saves_and_stops(workspace):

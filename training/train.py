@@ -14,31 +14,39 @@ weights.
 import argparse
 import json
 import logging
-import shutil
-import sys
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
-import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers import AutoModel, DDIMScheduler, DDPMScheduler
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline, UIFaceUNet2DModel
 from uiface_diffusers.data import FaceCache, cache_latents, load_latents
+from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.training_utils import (
+    EndlessBatchSampler,
+    add_optimizer_arguments,
+    ema_weights,
+    find_checkpoint,
+    load_checkpoint,
+    make_lr_scheduler,
+    mix_seed,
+    parse_recipe,
+    save_checkpoint,
+)
 
 logger = get_logger(__name__)
 
@@ -53,11 +61,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("data and models")
     group.add_argument("--train_data", nargs="+", help="caches of `uiface prepare`, all of one encoder and size")
+    group.add_argument("--init_from", help="pipeline to start from: folder or Hub repository")
     group.add_argument("--vae", help="first stage: folder or Hub repository of a diffusers autoencoder")
     group.add_argument("--vae_subfolder", help="subfolder of the first stage")
     group.add_argument("--unet", type=json.loads, default={}, help="UIFaceUNet2DModel options, as JSON")
     group.add_argument("--context_dropout", type=float, default=0.25, help="dropout of the context's components")
     group.add_argument("--empty_probability", type=float, default=0.2, help="how often the empty context is trained")
+    group.add_argument(
+        "--balanced_sampling", action="store_true", help="every identity as often, however many faces it has"
+    )
     group.add_argument("--output_dir", type=Path, help="pipeline, checkpoints, logs and validation grids")
 
     group = parser.add_argument_group("objective and optimiser")
@@ -66,16 +78,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--train_batch_size", type=int, default=64, help="samples a step and process")
     group.add_argument("--max_train_steps", type=int, default=250_000)
     group.add_argument("--max_train_hours", type=float, help="save and stop after this time in this run")
-    group.add_argument("--learning_rate", type=float, default=1e-4)
-    group.add_argument(
-        "--lr_scheduler",
-        choices=("cosine_warm_restarts", "constant", "constant_with_warmup", "cosine", "linear"),
-        default="cosine_warm_restarts",
-    )
-    group.add_argument("--lr_warmup_steps", type=int, default=0, help="of the schedules that have a warm-up")
-    group.add_argument("--lr_restart_steps", type=int, default=10_000, help="T_0 of cosine_warm_restarts")
-    group.add_argument("--lr_restart_factor", type=int, default=2, help="T_mult of cosine_warm_restarts")
-    group.add_argument("--max_grad_norm", type=float, help="clip the gradient's norm")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches of one optimiser step")
+    add_optimizer_arguments(group, learning_rate=1e-4, lr_scheduler="cosine_warm_restarts")
     group.add_argument("--ema_decay", type=float, default=0.9999)
 
     group = parser.add_argument_group("machine")
@@ -88,38 +92,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("checkpoints, logs, validation")
     group.add_argument("--checkpointing_steps", type=int, default=5000)
     group.add_argument("--checkpoints_total_limit", type=int, default=2)
+    group.add_argument("--snapshot_steps", type=int, default=0, help="keep the pipeline of every so many steps, too")
     group.add_argument("--resume_from_checkpoint", help="a checkpoint folder, or `latest`")
     group.add_argument("--report_to", default="tensorboard", help="an accelerate tracker, or `none`")
     group.add_argument("--logging_steps", type=int, default=50)
     group.add_argument("--validation_steps", type=int, default=5000, help="0: no validation grids")
     group.add_argument("--validation_seeds", type=int, default=4, help="pictures a row of the grid")
     group.add_argument("--validation_inference_steps", type=int, default=50)
+    group.add_argument(
+        "--validation_encoder_root",
+        help="folder with models/PACK of the caches' encoder: the grid's mean cosine to its identities is logged",
+    )
 
-    argv = sys.argv[1:] if argv is None else argv
-    known, _ = parser.parse_known_args(argv)
-    if known.config is not None:
-        config = yaml.safe_load(known.config.read_text()) or {}
-        unknown = sorted(config.keys() - vars(known).keys())
-        if unknown:
-            parser.error(f"{known.config} has unknown options: {', '.join(unknown)}")
-        # as if they stood in front on the command line, so that they are checked alike
-        argv = [word for name, value in config.items() for word in option_words(name, value)] + argv
-    args = parser.parse_args(argv)
-    for name in ("train_data", "vae", "output_dir"):
-        if not getattr(args, name):
-            parser.error(f"--{name} is required")
+    args = parse_recipe(parser, argv, required=("train_data", "output_dir"))
+    if args.init_from is None and args.vae is None:
+        parser.error("--vae or --init_from is required")
+    if args.init_from is not None and args.unet:
+        parser.error("--unet cannot change the network of --init_from")
     return args
-
-
-def option_words(name: str, value) -> list[str]:
-    """An entry of the YAML file as words of the command line."""
-    if value is None or value is False:
-        return []
-    if value is True:
-        return [f"--{name}"]
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
 class LatentFaces(Dataset):
@@ -141,27 +131,6 @@ def keep_batch(batch):
     return batch
 
 
-class EndlessBatchSampler(Sampler):
-    """Batches of one process, epoch after epoch, from batch `start` on. An epoch's order depends on seed and epoch
-    only, so that a resumed run sees what it has not seen yet; processes take turns in that order."""
-
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int, world_size: int, start: int):
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.rank, self.world_size, self.start = rank, world_size, start
-        self.batches_per_epoch = length // (batch_size * world_size)
-        if self.batches_per_epoch == 0:
-            raise ValueError(f"{length} faces do not fill {world_size} batch(es) of {batch_size}.")
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, position = divmod(self.start, self.batches_per_epoch)
-        while True:
-            order = torch.randperm(self.length, generator=torch.Generator().manual_seed(mix_seed(self.seed, epoch)))
-            for batch in range(position, self.batches_per_epoch):
-                first = (batch * self.world_size + self.rank) * self.batch_size
-                yield order[first : first + self.batch_size].tolist()
-            epoch, position = epoch + 1, 0
-
-
 class ConditionalDenoiser(nn.Module):
     """The three trained components as one module, so that all gradients are reduced together."""
 
@@ -176,9 +145,12 @@ class ConditionalDenoiser(nn.Module):
         return self.unet(noisy_latents, timesteps, context, return_dict=False)[0]
 
 
-def mix_seed(*numbers: int) -> int:
-    """One seed from several numbers, well mixed (numpy's SeedSequence)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+class DenoisingLoss(NamedTuple):
+    """Of every sample: loss `(batch,)`, timestep `(batch,)`, and whether the context was empty `(batch,)`."""
+
+    losses: torch.Tensor
+    timesteps: torch.Tensor
+    is_empty: torch.Tensor
 
 
 def denoising_loss(
@@ -188,8 +160,8 @@ def denoising_loss(
     identity_embeds: torch.Tensor,
     empty_probability: float,
     snr_gamma: float | None,
-) -> torch.Tensor:
-    """Loss of every sample, `(batch,)`: MSE of the predicted noise (or v) at a uniform timestep, under the identity
+) -> DenoisingLoss:
+    """Loss of every sample: MSE of the predicted noise (or v) at a uniform timestep, under the identity
     or, with `empty_probability` and always in row 0, under the empty context (UIFace, sec. 3.2; the published code).
 
     Args:
@@ -213,7 +185,36 @@ def denoising_loss(
     if snr_gamma is not None:
         snr = compute_snr(scheduler, timesteps)
         loss = loss * snr.clamp(max=snr_gamma) / (snr + 1 if is_velocity else snr)
-    return loss
+    return DenoisingLoss(loss, timesteps, is_empty)
+
+
+class LossLog:
+    """Running means of the loss: over all, by quarter of the timesteps, by context. Sums stay on the device."""
+
+    QUARTERS = 4
+
+    def __init__(self, num_train_timesteps: int, device: torch.device):
+        self.num_train_timesteps = num_train_timesteps
+        # quarter x context (identity, empty) x (sum of the finite losses, their number, the number of all)
+        self.sums = torch.zeros(self.QUARTERS, 2, 3, device=device)
+
+    def add(self, loss: DenoisingLoss) -> None:
+        losses = loss.losses.detach().float()
+        finite = losses.isfinite()
+        quarter = loss.timesteps * self.QUARTERS // self.num_train_timesteps
+        values = torch.stack([losses.nan_to_num(0, 0, 0) * finite, finite.float(), torch.ones_like(losses)], dim=1)
+        self.sums.index_put_((quarter, loss.is_empty.long()), values, accumulate=True)
+
+    def take(self, accelerator: Accelerator) -> tuple[dict[str, float], float]:
+        """The means of all processes since the last call, what had no sample left out, and the share of samples whose
+        loss was finite."""
+        sums = accelerator.reduce(self.sums, "sum").cpu()
+        self.sums = torch.zeros_like(self.sums)
+        parts = {"loss": sums.sum(dim=(0, 1))}
+        parts |= {f"loss/quarter_{quarter + 1}": sums[quarter].sum(dim=0) for quarter in range(self.QUARTERS)}
+        parts |= {f"loss/{context}": sums[:, i].sum(dim=0) for i, context in enumerate(("identity", "empty"))}
+        means = {name: (total / number).item() for name, (total, number, _) in parts.items() if number}
+        return means, (parts["loss"][1] / parts["loss"][2]).item()
 
 
 def load_training_data(args, accelerator: Accelerator, vae) -> tuple[LatentFaces, list[str], str]:
@@ -237,91 +238,34 @@ def load_training_data(args, accelerator: Accelerator, vae) -> tuple[LatentFaces
     return dataset, names, caches[0].identity_encoder
 
 
-def make_lr_scheduler(args, optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    if args.lr_scheduler == "cosine_warm_restarts":
-        return torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
-            optimizer, T_0=args.lr_restart_steps, T_mult=args.lr_restart_factor
-        )
-    return get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-    )
-
-
-def checkpoint_step(path: Path) -> int:
-    return int(path.name.removeprefix("checkpoint-"))
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints by their step: an unfinished one has another name."""
-    paths = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(paths, key=checkpoint_step)
-
-
-def save_checkpoint(
-    accelerator: Accelerator, ema: EMAModel, output_dir: Path, step: int, order: dict, total_limit: int
-) -> None:
-    """Writes beside and renames, so that a kill at any moment leaves complete checkpoints only."""
-    beside = output_dir / "checkpoint.part"
-    if accelerator.is_main_process:
-        shutil.rmtree(beside, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(beside)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shadow = {str(i): parameter.contiguous() for i, parameter in enumerate(ema.shadow_params)}
-        save_file(shadow, beside / "ema.safetensors")
-        state = {"step": step, "ema_step": ema.optimization_step, "order": order}
-        (beside / "training.json").write_text(json.dumps(state, indent=1) + "\n")
-        beside.rename(output_dir / f"checkpoint-{step}")
-        for old in list_checkpoints(output_dir)[:-total_limit]:
-            # by the same road: what has a checkpoint's name is whole
-            shutil.rmtree(beside, ignore_errors=True)
-            shutil.rmtree(old.rename(beside))
-
-
-def load_checkpoint(accelerator: Accelerator, ema: EMAModel, checkpoint: Path, order: dict) -> int:
-    """Restores the state of a checkpoint and returns its step.
+def build_denoiser(args, latents: torch.Tensor, identity_dim: int, identity_encoder: str) -> ConditionalDenoiser:
+    """The three trained components: new ones, or those of `--init_from`.
 
     Raises:
-        ValueError: the order of the data has changed since: some faces would be seen twice, others never.
+        ValueError: the pipeline to start from is of another encoder, objective or first stage.
     """
-    state = json.loads((checkpoint / "training.json").read_text())
-    changed = [f"{k}: {state['order'][k]} then, {v} now" for k, v in order.items() if state["order"][k] != v]
-    if changed:
-        raise ValueError(f"{checkpoint} cannot be resumed with another order of the data ({'; '.join(changed)}).")
-    accelerator.load_state(checkpoint)
-    shadow = load_file(checkpoint / "ema.safetensors")
-    for i, parameter in enumerate(ema.shadow_params):
-        parameter.copy_(shadow[str(i)])
-    ema.optimization_step = state["ema_step"]
-    return state["step"]
-
-
-def find_checkpoint(args) -> Path | None:
-    """The checkpoint to go on from.
-
-    Raises:
-        ValueError: it does not exist, or a later one of another course of training would be in the way of new ones.
-    """
-    checkpoints = list_checkpoints(args.output_dir)
-    if args.resume_from_checkpoint == "latest":
-        if not checkpoints:
-            logger.warning(f"no checkpoint in {args.output_dir}: a new training starts")
-        return checkpoints[-1] if checkpoints else None
-    path = None if args.resume_from_checkpoint is None else Path(args.resume_from_checkpoint)
-    if path is not None and not (path / "training.json").is_file():
-        raise ValueError(f"{path} is no checkpoint; in {args.output_dir} are {[p.name for p in checkpoints]}.")
-    step = -1 if path is None else json.loads((path / "training.json").read_text())["step"]
-    later = [p for p in checkpoints if checkpoint_step(p) > step]
-    if later:
-        raise ValueError(
-            f"{args.output_dir} has {[p.name for p in later]}: go on with --resume_from_checkpoint latest, delete"
-            " them, or choose another --output_dir."
+    channels, height, width = latents.shape[2:]
+    if args.init_from is None:
+        unet = UIFaceUNet2DModel(
+            **{"sample_size": height, "in_channels": channels, "out_channels": channels, **args.unet}
         )
-    return path
+        unet.zero_init_residual_branches()
+        context_dim = unet.config.cross_attention_dim
+        projector = IdentityProjector(
+            identity_dim, context_dim, dropout=args.context_dropout, identity_encoder=identity_encoder
+        )
+        return ConditionalDenoiser(unet, projector, EmptyContext(context_dim))
+    pipeline = UIFacePipeline.from_pretrained(args.init_from)
+    projector = pipeline.identity_projector
+    wanted = {"identity_encoder": identity_encoder, "identity_dim": identity_dim}
+    wanted |= {"latent channels": channels, "prediction_type": args.prediction_type}
+    given = {name: projector.config[name] for name in ("identity_encoder", "identity_dim")}
+    given["latent channels"] = pipeline.unet.config.in_channels
+    given["prediction_type"] = pipeline.scheduler.config.prediction_type
+    if given != wanted:
+        raise ValueError(f"{args.init_from} has {given}, this training {wanted}: they do not fit together.")
+    projector.context_dropout.p = args.context_dropout
+    return ConditionalDenoiser(pipeline.unet, projector, pipeline.empty_context)
 
 
 def build_pipeline(denoiser: ConditionalDenoiser, vae, prediction_type: str) -> UIFacePipeline:
@@ -334,16 +278,17 @@ def build_pipeline(denoiser: ConditionalDenoiser, vae, prediction_type: str) -> 
     )
 
 
-@torch.no_grad()
-def validation_grid(pipeline: UIFacePipeline, identities: torch.Tensor, num_seeds: int, num_inference_steps: int):
-    """Rows: empty context, then the identities; columns: seeds, the same in every row."""
+def validation_images(
+    pipeline: UIFacePipeline, identities: torch.Tensor, num_seeds: int, num_inference_steps: int
+) -> list[PIL.Image.Image]:
+    """`num_seeds` faces of the empty context, then of each identity; the same seeds every time."""
     pipeline.set_progress_bar_config(disable=True)
     images = []
     for identity in [None, *identities]:
         generator = [torch.Generator().manual_seed(seed) for seed in range(num_seeds)]
         out = pipeline(identity, num_seeds, num_inference_steps=num_inference_steps, generator=generator)
         images += out.images
-    return make_image_grid(images, rows=1 + len(identities), cols=num_seeds)
+    return images
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -351,6 +296,7 @@ def main(argv: list[str] | None = None) -> None:
     log_with = None if args.report_to == "none" else args.report_to
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=log_with,
         # the other processes wait while the first one encodes
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
@@ -360,31 +306,25 @@ def main(argv: list[str] | None = None) -> None:
     )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    checkpoint = find_checkpoint(args)
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     with torch.device("meta"):
         UIFaceUNet2DModel(**args.unet)  # wrong options are named before anything is encoded
     rank, world_size = accelerator.process_index, accelerator.num_processes
 
     # 1. data
-    vae = AutoModel.from_pretrained(args.vae, subfolder=args.vae_subfolder).eval().requires_grad_(False)
+    vae_path, vae_subfolder = (args.vae, args.vae_subfolder) if args.vae else (args.init_from, "vae")
+    vae = AutoModel.from_pretrained(vae_path, subfolder=vae_subfolder).eval().requires_grad_(False)
     vae.to(accelerator.device)
     dataset, names, identity_encoder = load_training_data(args, accelerator, vae)
-    channels, height, width = dataset.latents.shape[2:]
-    identity_dim = dataset.embeddings.shape[1]
+    validation_encoder = None
+    if args.validation_encoder_root is not None:
+        validation_encoder = FaceEncoder(identity_encoder, args.validation_encoder_root, det_size=160)
 
     # 2. models
     torch.manual_seed(args.seed)
-    unet_config = {"sample_size": height, "in_channels": channels, "out_channels": channels, **args.unet}
-    unet = UIFaceUNet2DModel(**unet_config)
-    unet.zero_init_residual_branches()
-    context_dim = unet.config.cross_attention_dim
-    denoiser = ConditionalDenoiser(
-        unet,
-        IdentityProjector(identity_dim, context_dim, dropout=args.context_dropout, identity_encoder=identity_encoder),
-        EmptyContext(context_dim),
-    )
+    denoiser = build_denoiser(args, dataset.latents, dataset.embeddings.shape[1], identity_encoder)
     if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        denoiser.unet.enable_gradient_checkpointing()
     if args.channels_last:
         denoiser.to(memory_format=torch.channels_last)
     noise_scheduler = DDPMScheduler(**NOISE_SCHEDULE, prediction_type=args.prediction_type)
@@ -405,14 +345,25 @@ def main(argv: list[str] | None = None) -> None:
 
     # what the data's order depends on, besides the step
     order = {"seed": args.seed, "train_batch_size": args.train_batch_size, "num_processes": world_size}
-    order["faces"] = len(dataset)
-    step = 0
+    order |= {"faces": len(dataset), "balanced_sampling": args.balanced_sampling}
+    order["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+    step, hours_before = 0, 0.0
     if checkpoint is not None:
-        step = load_checkpoint(accelerator, ema, checkpoint, order)
+        step, hours_before = load_checkpoint(accelerator, ema, checkpoint, order)
         logger.info(f"resumed from {checkpoint}")
 
     # 4. train
-    sampler = EndlessBatchSampler(len(dataset), args.train_batch_size, args.seed, rank, world_size, start=step)
+    first_of_identity = {name: position for position, name in reversed(list(enumerate(names)))}
+    numbers = {name: number for number, name in enumerate(first_of_identity)}
+    sampler = EndlessBatchSampler(
+        len(dataset),
+        args.train_batch_size,
+        args.seed,
+        rank,
+        world_size,
+        start=step * args.gradient_accumulation_steps,
+        identities=torch.tensor([numbers[name] for name in names]) if args.balanced_sampling else None,
+    )
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -421,83 +372,83 @@ def main(argv: list[str] | None = None) -> None:
         pin_memory=accelerator.device.type == "cuda",
     )
     batches = iter(loader)
-    first_of_identity = {name: position for position, name in reversed(list(enumerate(names)))}
     validation_identities = dataset.embeddings[sorted(first_of_identity.values())[:2]]
 
-    def with_ema(action):
-        ema.store(denoiser.parameters())
-        ema.copy_to(denoiser.parameters())
-        denoiser.eval()
-        try:
-            return action(build_pipeline(denoiser, vae, args.prediction_type))
-        finally:
-            ema.restore(denoiser.parameters())
-            denoiser.train()
+    def ema_pipeline() -> UIFacePipeline:
+        return build_pipeline(denoiser, vae, args.prediction_type)
 
     started = time.monotonic()
     progress = tqdm(
         initial=step, total=args.max_train_steps, desc="train", unit="step", disable=not accelerator.is_main_process
     )
-    # sum of the finite losses and their number since the last log
-    running = torch.zeros(2, device=accelerator.device)
-    logged_step = step
+    log = LossLog(noise_scheduler.config.num_train_timesteps, accelerator.device)
     denoiser.train()
     stop = False
     while step < args.max_train_steps and not stop:
-        latents, identity_embeds = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches))
-        torch.manual_seed(mix_seed(args.seed, step, rank))
-        with accelerator.autocast():
-            losses = denoising_loss(
-                model, noise_scheduler, latents, identity_embeds, args.empty_probability, args.snr_gamma
-            )
-        loss = losses.mean()
-        accelerator.backward(loss)
-        if args.max_grad_norm is not None:
-            accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        for part in range(args.gradient_accumulation_steps):
+            latents, identity_embeds = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches))
+            torch.manual_seed(mix_seed(args.seed, step, rank, part))
+            with accelerator.accumulate(model):
+                with accelerator.autocast():
+                    loss = denoising_loss(
+                        model, noise_scheduler, latents, identity_embeds, args.empty_probability, args.snr_gamma
+                    )
+                accelerator.backward(loss.losses.mean())
+                if args.max_grad_norm is not None and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            log.add(loss)
         lr_scheduler.step()
         ema.step(denoiser.parameters())
         step += 1
         progress.update()
-        finite = loss.detach().isfinite()
-        running += torch.stack([loss.detach().nan_to_num(0, 0, 0) * finite, finite.to(loss.dtype)])
 
+        hours = (time.monotonic() - started) / 3600
         if args.max_train_hours is not None:
-            late = time.monotonic() - started > args.max_train_hours * 3600
             # the main process decides for all
-            stop = bool(accelerator.reduce(torch.tensor(float(late and rank == 0), device=accelerator.device), "sum"))
+            late = torch.tensor(float(hours > args.max_train_hours and rank == 0), device=accelerator.device)
+            stop = bool(accelerator.reduce(late, "sum"))
         is_last = stop or step == args.max_train_steps
         saves = step % args.checkpointing_steps == 0 or is_last
         if step % args.logging_steps == 0 or saves:
-            loss_sum, finite = accelerator.reduce(running, "sum").tolist()
+            logs, finite = log.take(accelerator)
             # fp16 skips a step that overflows; anything else is beyond repair, and is not to be saved
-            if finite < (1 if accelerator.mixed_precision == "fp16" else (step - logged_step) * world_size):
+            if finite == 0 or (finite < 1 and accelerator.mixed_precision != "fp16"):
                 raise RuntimeError(f"the loss is not finite at step {step}: lower the learning rate, or use bf16.")
-            running.zero_()
-            logged_step = step
-            samples = step * args.train_batch_size * world_size
-            logs = {"loss": loss_sum / finite, "lr": lr_scheduler.get_last_lr()[0], "samples": samples}
+            samples = step * args.train_batch_size * args.gradient_accumulation_steps * world_size
+            logs |= {"lr": lr_scheduler.get_last_lr()[0], "samples": samples}
             accelerator.log(logs, step=step)
             progress.set_postfix(loss=f"{logs['loss']:.4f}", samples=samples)
         if saves:
-            save_checkpoint(accelerator, ema, args.output_dir, step, order, args.checkpoints_total_limit)
+            total = hours_before + hours
+            save_checkpoint(accelerator, ema, args.output_dir, step, order, args.checkpoints_total_limit, total)
         if args.validation_steps and (step % args.validation_steps == 0 or is_last) and accelerator.is_main_process:
-            grid = with_ema(
-                lambda pipeline: validation_grid(
-                    pipeline, validation_identities, args.validation_seeds, args.validation_inference_steps
+            with ema_weights(ema, denoiser):
+                images = validation_images(
+                    ema_pipeline(), validation_identities, args.validation_seeds, args.validation_inference_steps
                 )
-            )
+            if validation_encoder is not None:
+                embeddings = validation_encoder.embed_pictures(images[args.validation_seeds :])
+                wanted = validation_identities.repeat_interleave(args.validation_seeds, dim=0)
+                accelerator.log({"validation/cosine": F.cosine_similarity(embeddings, wanted).mean().item()}, step)
+            # rows: empty context, then the identities; columns: seeds, the same in every row
+            grid = make_image_grid(images, rows=1 + len(validation_identities), cols=args.validation_seeds)
             (args.output_dir / "validation").mkdir(exist_ok=True)
             grid.save(args.output_dir / "validation" / f"step-{step:07d}.png")
             for tracker in accelerator.trackers:
-                if tracker.name == "tensorboard":
-                    tracker.writer.add_image("validation", np.asarray(grid), step, dataformats="HWC")
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"validation/grid": np.asarray(grid)[None]}, step, **layout)
+
+        if args.snapshot_steps and step % args.snapshot_steps == 0 and accelerator.is_main_process:
+            with ema_weights(ema, denoiser):
+                ema_pipeline().save_pretrained(args.output_dir / f"step-{step:07d}")
 
     # 5. the pipeline, with EMA weights
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with_ema(lambda pipeline: pipeline.save_pretrained(args.output_dir))
+        with ema_weights(ema, denoiser):
+            ema_pipeline().save_pretrained(args.output_dir)
         logger.info(f"pipeline saved to {args.output_dir}")
     accelerator.end_training()
 

@@ -4,8 +4,10 @@ Everything that a saved pipeline may name is imported here: diffusers resolves t
 only in modules that are already imported.
 """
 
+from .checkpoints import default_checkpoint
 from .convert_original import convert_original_state_dict
-from .identities import IdentityBank
+from .generation import generate_dataset
+from .identities import IdentityBank, sample_identities
 from .models import EmptyContext, IdentityProjector, UIFaceUNet2DModel
 from .pipeline_uiface import UIFacePipeline, UIFacePipelineOutput
 
@@ -19,4 +21,7 @@ __all__ = [
     "UIFacePipelineOutput",
     "UIFaceUNet2DModel",
     "convert_original_state_dict",
+    "default_checkpoint",
+    "generate_dataset",
+    "sample_identities",
 ]

@@ -32,10 +32,45 @@ def _prepare(args: argparse.Namespace) -> None:
         aligned=args.aligned,
         identities=identities,
         min_images=args.min_images,
+        outlier_threshold=args.outlier_threshold,
+        drop_outliers=args.drop_outliers,
     )
     print(f"{report['faces']} faces of {report['identities']} identities from {report['photographs']} photographs")
     for reason, count in report["reasons"].items():
         print(f"  skipped {count}: {reason}")
+    print(f"  {report['several_faces']} photographs have several faces: the {args.face} one was taken")
+    print(f"  {len(report['duplicates'])} are duplicates (kept)")
+    state = "left out" if args.drop_outliers else "kept; --drop-outliers leaves them out"
+    outliers, threshold = len(report["outliers"]), args.outlier_threshold
+    print(f"  {outliers} have a cosine below {threshold} to the median of their identity ({state})")
+    print(f"  files by name: {args.output / 'report.json'}")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    import torch
+
+    from . import IdentityBank, UIFacePipeline, default_checkpoint, generate_dataset
+
+    model = args.model or str(default_checkpoint())
+    bank_file = args.identities or Path(model) / "identities.safetensors"
+    if not Path(bank_file).is_file():
+        raise ValueError(f"{bank_file} is missing: name a bank of identities by --identities.")
+    identities = IdentityBank.load(bank_file)
+    # all of a bank that was asked for, a handful of one that was not
+    number = args.max_identities or (len(identities) if args.identities else 4)
+    identities = IdentityBank(identities.embeddings[:number], identities.identity_encoder, identities.names[:number])
+    pipeline = UIFacePipeline.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    made = generate_dataset(
+        pipeline,
+        identities,
+        args.output,
+        images_per_identity=args.images_per_identity,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+    )
+    print(f"{made} faces of {len(identities)} identities made; a first look: {args.output / 'grid.png'}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,19 +79,44 @@ def build_parser() -> argparse.ArgumentParser:
 
     prepare = commands.add_parser(
         "prepare",
-        help="align and embed a folder of identities, once",
-        description="Folder ROOT/IDENTITY/*.jpg -> cache of aligned, embedded faces. Run it again to go on.",
+        help="align and embed photographs, once",
+        description="Photographs -> cache of aligned, embedded faces. Run it again to go on. SOURCE is a folder"
+        " ROOT/IDENTITY/*.jpg, InsightFace's RecordIO (train.rec and train.idx), or webdataset shards (*.tar).",
         epilog="example: uiface prepare photos --output cache/photos --encoder buffalo_l",
     )
-    prepare.add_argument("source", type=Path, help="ROOT/IDENTITY/*.jpg")
+    prepare.add_argument("source", type=Path, help="folder, train.rec or tar shards")
     prepare.add_argument("--output", type=Path, required=True, help="the cache's folder")
     _add_encoder_arguments(prepare)
     prepare.add_argument("--image-size", type=int, default=128, help="side of the stored faces (default: %(default)s)")
     prepare.add_argument("--face", choices=("largest", "central"), default="largest", help="which of several faces")
-    prepare.add_argument("--aligned", action="store_true", help="the files are aligned faces already: no detection")
-    prepare.add_argument("--identities", type=Path, help="file with the folders to take, a name a line")
+    prepare.add_argument("--aligned", action="store_true", help="the pictures are aligned faces already: no detection")
+    prepare.add_argument("--identities", type=Path, help="file with the identities to take, a name a line")
     prepare.add_argument("--min-images", type=int, default=1, help="leave out identities with fewer photographs")
+    prepare.add_argument(
+        "--outlier-threshold",
+        type=float,
+        default=0.2,
+        help="least cosine of a face to the median of its identity's embeddings (default: %(default)s)",
+    )
+    prepare.add_argument("--drop-outliers", action="store_true", help="leave outliers out")
     prepare.set_defaults(run=_prepare)
+
+    generate = commands.add_parser(
+        "generate",
+        help="make faces",
+        description="Faces of a bank of identities: OUTPUT/IDENTITY/NNNN.png and a preview, OUTPUT/grid.png.",
+        epilog="example: uiface generate --output faces",
+    )
+    generate.add_argument("model", nargs="?", help="pipeline: folder or Hub repository (default: the embedded one)")
+    generate.add_argument("--output", type=Path, default=Path("faces"), help="folder (default: %(default)s)")
+    generate.add_argument("--identities", type=Path, help="bank (default: identities.safetensors of the model)")
+    generate.add_argument("--images-per-identity", type=int, default=8, help="default: %(default)s")
+    generate.add_argument("--max-identities", type=int, help="default: all of --identities; 4 of the model's own")
+    generate.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    generate.add_argument("--batch-size", type=int, default=16, help="faces a call (default: %(default)s)")
+    generate.add_argument("--num-inference-steps", type=int, default=50, help="default: %(default)s")
+    generate.add_argument("--guidance-scale", type=float, default=2.0, help="default: %(default)s")
+    generate.set_defaults(run=_generate)
     return parser
 
 

@@ -1,17 +1,23 @@
 """Photographs -> aligned faces -> identity embeddings, with insightface's model packs."""
 
 import os
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
+import onnx
+import onnxruntime
 import PIL.Image
 import PIL.ImageOps
 import torch
+import torch.nn.functional as F
 from insightface.app import FaceAnalysis
 from insightface.utils import face_align
+from torch import nn
 
 from .identities import IdentityBank
 
@@ -177,6 +183,24 @@ class FaceEncoder:
         features = np.concatenate(features)
         return features / np.linalg.norm(features, axis=1, keepdims=True)
 
+    def embed_pictures(self, pictures: Sequence[PIL.Image.Image], batch_size: int = 64) -> torch.Tensor:
+        """Embeds pictures that are aligned faces already, as `UIFacePipeline` makes them: resized to 112x112
+        (bilinear), not detected again.
+
+        Returns:
+            `torch.Tensor` of shape `(N, identity_dim)`, unit length.
+        """
+        size = (ALIGNED_SIZE, ALIGNED_SIZE)
+        faces = [
+            np.asarray(picture.convert("RGB").resize(size, PIL.Image.Resampling.BILINEAR)) for picture in pictures
+        ]
+        batches = [self.embed_aligned(faces[start : start + batch_size]) for start in range(0, len(faces), batch_size)]
+        return torch.from_numpy(np.concatenate(batches))
+
+    def to_torch(self) -> "TorchRecognizer":
+        """The recognition model as a differentiable torch module, for losses and gradients."""
+        return TorchRecognizer(self.recognizer.model_file, self.recognizer.input_mean, self.recognizer.input_std)
+
     def embed(self, photographs: Sequence[np.ndarray | PIL.Image.Image], selection: str = "largest") -> IdentityBank:
         """Embeds the people in photographs, for `UIFacePipeline.__call__`.
 
@@ -201,3 +225,63 @@ class FaceEncoder:
                 raise NoFaceError(f"no face found in photograph {position}") from error
             aligned.append(align_face(photograph, face.landmarks))
         return IdentityBank(torch.from_numpy(self.embed_aligned(aligned)), self.name)
+
+
+class TorchRecognizer(nn.Module):
+    """An ONNX recognition model in torch, differentiable in its pictures; its weights are constants.
+
+    Args:
+        model_file: the ONNX file.
+        mean (`float`): subtracted from RGB bytes, as insightface reads it from the file.
+        std (`float`): divides them.
+
+    Raises:
+        ValueError: the translation does not compute what onnxruntime computes.
+    """
+
+    def __init__(self, model_file: str | os.PathLike, mean: float = 127.5, std: float = 127.5):
+        super().__init__()
+        import onnx2torch  # of the extra `train`
+
+        self.mean, self.std = mean, std
+        model = onnx.load(model_file)
+        # For a batch of one all shapes are known: onnxruntime folds what is computed of them, and models that were
+        # exported for one face translate as well. `vmap` brings the batch back.
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.shape.dim[0].dim_value = 1
+        with tempfile.TemporaryDirectory() as folder:
+            options = onnxruntime.SessionOptions()
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+            options.optimized_model_filepath = str(Path(folder) / "folded.onnx")
+            session = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+            folded = onnx.load(options.optimized_model_filepath)
+        for node in folded.graph.node:
+            while node.input and not node.input[-1]:  # optional inputs that are not given
+                del node.input[-1]
+        self.network = onnx2torch.convert(folded).eval().requires_grad_(False)
+        for module in self.network.modules():
+            if isinstance(module, nn.LayerNorm):  # onnx2torch reads the shape from a value info that may be missing
+                module.normalized_shape = tuple(module.weight.shape)
+
+        probe = torch.rand(1, 3, ALIGNED_SIZE, ALIGNED_SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        expected = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: probe.numpy()})[0])
+        deviation = (self.network(probe) - expected).abs().max().item()
+        if not deviation < 1e-3 * max(1.0, expected.abs().max().item()):
+            raise ValueError(f"{model_file} cannot be translated to torch: it deviates by {deviation} from ONNX.")
+
+    def forward(self, faces: torch.Tensor) -> torch.Tensor:
+        """Embeddings of aligned faces.
+
+        Args:
+            faces (`torch.Tensor` of shape `(N, 3, size, size)`): RGB in [-1, 1]; resized to 112x112 as training faces
+                are (bilinear, with antialiasing).
+
+        Returns:
+            `torch.Tensor` of shape `(N, identity_dim)`: unit length.
+        """
+        size = (ALIGNED_SIZE, ALIGNED_SIZE)
+        faces = F.interpolate(faces, size, mode="bilinear", antialias=True) if faces.shape[-2:] != size else faces
+        pixels = ((faces + 1) * 127.5 - self.mean) / self.std
+        return F.normalize(torch.vmap(self.network)(pixels[:, None])[:, 0])

@@ -5,10 +5,14 @@ import os
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .files import complete_file
+
+# how often `sample_identities` draws as many candidates as are asked for
+MAX_ROUNDS = 100
 
 
 @dataclass
@@ -58,3 +62,39 @@ class IdentityBank:
             metadata = file.metadata() or {}
             names = json.loads(metadata.get("names", "[]"))
             return cls(file.get_tensor("embeddings"), metadata.get("identity_encoder"), names)
+
+
+def sample_identities(bank: IdentityBank, number: int, max_similarity: float = 0.3, seed: int = 0) -> IdentityBank:
+    """New identities: unit directions drawn from the Gaussian distribution of a bank's embeddings.
+
+    Each is kept when its cosine to every embedding of the bank and to every one kept before is below `max_similarity`.
+    Weaker than identities embedded from generated faces (UIFace's authors): a direction need not be a face's.
+
+    Args:
+        bank: the training embeddings, at least two, of unit length.
+        number (`int`): how many.
+        max_similarity (`float`, defaults to 0.3): as of DCFace (Kim et al. 2023).
+        seed (`int`, defaults to 0): of the draws.
+
+    Raises:
+        ValueError: so many do not fit, or the bank is too small.
+    """
+    if len(bank) < 2:
+        raise ValueError(f"a distribution needs two embeddings or more; the bank has {len(bank)}.")
+    known = F.normalize(bank.embeddings)
+    mean, centred = known.mean(dim=0), known - known.mean(dim=0)
+    generator = torch.Generator().manual_seed(seed)
+    kept = known.new_empty(0, known.shape[1])
+    for _ in range(MAX_ROUNDS):
+        # rows of a Gaussian matrix times the centred embeddings have the embeddings' covariance
+        weights = torch.randn(number, len(known), generator=generator) / (len(known) - 1) ** 0.5
+        drawn = F.normalize(mean + weights @ centred)
+        for candidate in drawn[(drawn @ known.T).amax(dim=1) < max_similarity]:
+            if not len(kept) or (kept @ candidate).max() < max_similarity:
+                kept = torch.cat([kept, candidate[None]])
+            if len(kept) == number:
+                return IdentityBank(kept, bank.identity_encoder)
+    raise ValueError(
+        f"only {len(kept)} of {number} identities with a cosine below {max_similarity} to each other and to the bank"
+        f" were found in {MAX_ROUNDS * number} draws: allow a larger one."
+    )

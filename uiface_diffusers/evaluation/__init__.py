@@ -1,3 +1,6 @@
 from .consistency import identity_consistency
+from .perceptual import load_lpips
+from .reconstruction import reconstruction_quality
+from .verification import equal_error_rate
 
-__all__ = ["identity_consistency"]
+__all__ = ["equal_error_rate", "identity_consistency", "load_lpips", "reconstruction_quality"]

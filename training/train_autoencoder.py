@@ -1,0 +1,365 @@
+#!/usr/bin/env python
+"""Trains a first stage on prepared faces: L1 + LPIPS (Zhang et al. 2018) + identity loss.
+
+    uiface prepare photos --output cache/photos --encoder buffalo_l
+    accelerate launch training/train_autoencoder.py --config training/configs/autoencoder_lfw.yaml \
+        --train_data cache/photos --output_dir runs/autoencoder
+
+Any of diffusers' `AutoencoderKL`, `AutoencoderTiny` and `VQModel`, by its config. The same command with
+`--resume_from_checkpoint latest` goes on after an interruption. What is saved in `--output_dir` is the model with EMA
+weights; its config holds the measured mean and deviation of the latents (`shift_factor`, `scaling_factor`).
+"""
+
+import argparse
+import json
+import logging
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration
+from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel, VQModel
+from diffusers.training_utils import EMAModel
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from uiface_diffusers.data import FaceCache
+from uiface_diffusers.evaluation import load_lpips, reconstruction_quality
+from uiface_diffusers.evaluation.reconstruction import to_unit_range
+from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.latents import FirstStage
+from uiface_diffusers.training_utils import (
+    EndlessBatchSampler,
+    add_optimizer_arguments,
+    ema_weights,
+    find_checkpoint,
+    load_checkpoint,
+    make_lr_scheduler,
+    mix_seed,
+    parse_recipe,
+    save_checkpoint,
+)
+
+logger = get_logger(__name__)
+
+AUTOENCODERS = {model.__name__: model for model in (AutoencoderKL, AutoencoderTiny, VQModel)}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="YAML file with any of the options below; the command line wins")
+
+    group = parser.add_argument_group("data and model")
+    group.add_argument("--train_data", nargs="+", help="caches of `uiface prepare`, all of one size")
+    group.add_argument("--validation_data", help="cache of other people; faces of the training if not given")
+    group.add_argument("--autoencoder", type=json.loads, help="the model's config as JSON, with `_class_name`")
+    group.add_argument("--init_from", help="start from this model: folder or Hub repository")
+    group.add_argument("--freeze_encoder", action="store_true", help="the decoder only: latents stay what they are")
+    group.add_argument("--output_dir", type=Path, help="model, checkpoints, logs and validation grids")
+
+    group = parser.add_argument_group("objective and optimiser")
+    group.add_argument("--lpips_weight", type=float, default=1.0)
+    group.add_argument("--lpips_network", choices=("alex", "squeeze", "vgg"), default="alex")
+    group.add_argument("--lpips_backbone", help="its convolutions' weights; torchvision downloads them if not given")
+    group.add_argument("--identity_weight", type=float, default=0.0, help="of 1 - cosine to the face's embedding")
+    group.add_argument("--identity_encoder", default="buffalo_l", help="insightface model pack of the identity loss")
+    group.add_argument("--encoder_root", default="~/.insightface")
+    group.add_argument(
+        "--regularisation_weight",
+        type=float,
+        default=1e-3,
+        help="AutoencoderKL: KL divergence, AutoencoderTiny: half the latents' square, mean over their components;"
+        " VQModel: commitment loss",
+    )
+    group.add_argument(
+        "--scale_equivariance_probability",
+        type=float,
+        default=0.0,
+        help="steps that reconstruct the half-size face from half-size latents, for latents that are easier to"
+        " denoise (EQ-VAE, Kouzelis et al. 2025)",
+    )
+    group.add_argument("--train_batch_size", type=int, default=16, help="faces a step and process")
+    group.add_argument("--max_train_steps", type=int, default=100_000)
+    group.add_argument("--max_train_hours", type=float, help="save and stop after this time in this run")
+    add_optimizer_arguments(group, learning_rate=5e-4, lr_scheduler="cosine")
+    group.add_argument("--ema_decay", type=float, default=0.999)
+
+    group = parser.add_argument_group("machine")
+    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's")
+    group.add_argument("--channels_last", action="store_true", help="memory format of the convolutions")
+    group.add_argument("--dataloader_num_workers", type=int, default=0)
+    group.add_argument("--seed", type=int, default=0)
+
+    group = parser.add_argument_group("checkpoints, logs, validation")
+    group.add_argument("--checkpointing_steps", type=int, default=1000)
+    group.add_argument("--checkpoints_total_limit", type=int, default=2)
+    group.add_argument("--resume_from_checkpoint", help="a checkpoint folder, or `latest`")
+    group.add_argument("--report_to", default="tensorboard", help="an accelerate tracker, or `none`")
+    group.add_argument("--logging_steps", type=int, default=50)
+    group.add_argument("--validation_steps", type=int, default=1000, help="0: no validation")
+    group.add_argument("--validation_faces", type=int, default=64)
+
+    args = parse_recipe(parser, argv, required=("train_data", "output_dir"))
+    if (args.autoencoder is None) == (args.init_from is None):
+        parser.error("give one of --autoencoder and --init_from")
+    if args.autoencoder is not None and args.autoencoder.get("_class_name") not in AUTOENCODERS:
+        parser.error(f"`_class_name` of --autoencoder has to be one of {', '.join(AUTOENCODERS)}")
+    if args.freeze_encoder and args.scale_equivariance_probability:
+        parser.error("a frozen encoder's latents do not become scale equivariant")
+    return args
+
+
+class FacePictures(Dataset):
+    """Faces of prepared caches, `(N, 3, size, size)` bytes; fetched a batch at a time.
+
+    Raises:
+        ValueError: the caches differ in size.
+    """
+
+    def __init__(self, folders: list[str]):
+        caches = [FaceCache(folder) for folder in folders]
+        sizes = {str(cache.folder): cache.image_size for cache in caches}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"the caches differ in `image_size`: {sizes}. Prepare them alike.")
+        self.image_size = caches[0].image_size
+        files = [str(shard) for cache in caches for shard in cache.shards]
+        self.table = datasets.load_dataset("parquet", data_files=files, columns=["image"], split="train")
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitems__(self, indices: list[int]) -> torch.Tensor:
+        pictures = [np.asarray(picture.convert("RGB")) for picture in self.table[indices]["image"]]
+        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+
+
+def keep_batch(batch):
+    """What `FacePictures` fetches is a batch already."""
+    return batch
+
+
+class Reconstruction(nn.Module):
+    """A first stage as one module, pixels to pixels, so that all gradients are reduced together."""
+
+    def __init__(self, vae: FirstStage, freeze_encoder: bool = False):
+        super().__init__()
+        self.vae = vae
+        if freeze_encoder:
+            vae.encoder.requires_grad_(False)
+            if getattr(vae, "quant_conv", None) is not None:
+                vae.quant_conv.requires_grad_(False)
+
+    def forward(self, pixels: torch.Tensor, halve: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reconstruction, of half the size if `halve`, and the regularisation of the latents."""
+        encoded = self.vae.encode(pixels)
+        if isinstance(self.vae, AutoencoderKL):
+            posterior = encoded.latent_dist
+            latents = posterior.sample()
+            regularisation = posterior.kl().mean() / latents[0].numel()
+        else:
+            latents = encoded.latents
+            regularisation = latents.square().mean() / 2
+        decoded = self.vae.decode(halved(latents) if halve else latents)
+        if isinstance(self.vae, VQModel):
+            regularisation = decoded.commit_loss.mean()
+        return decoded.sample, regularisation
+
+
+def halved(tensor: torch.Tensor) -> torch.Tensor:
+    return F.avg_pool2d(tensor, 2)
+
+
+def autoencoder_loss(
+    model: nn.Module,
+    pixels: torch.Tensor,
+    perceptual: nn.Module | None,
+    recognizer: nn.Module | None,
+    args: argparse.Namespace,
+    halve: bool,
+) -> dict[str, torch.Tensor]:
+    """The terms of the loss, each with its weight; identity is not asked of half-size faces.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): in [-1, 1].
+    """
+    reconstruction, regularisation = model(pixels, halve)
+    reconstruction = reconstruction.float()
+    target = halved(pixels) if halve else pixels
+    terms = {
+        "l1": F.l1_loss(reconstruction, target),
+        "regularisation": args.regularisation_weight * regularisation,
+    }
+    if perceptual is not None:
+        terms["lpips"] = args.lpips_weight * perceptual(target, reconstruction).mean()
+    if recognizer is not None and not halve:
+        with torch.no_grad():
+            embeddings = recognizer(target)
+        cosine = F.cosine_similarity(recognizer(reconstruction), embeddings)
+        terms["identity"] = args.identity_weight * (1 - cosine).mean()
+    return terms
+
+
+@torch.no_grad()
+def measure_latents(vae: FirstStage, pixels: torch.Tensor, batch_size: int = 32) -> tuple[float, float]:
+    """Mean and standard deviation of the latents of `(N, 3, height, width)` bytes, over all components; an
+    `AutoencoderKL`'s are sampled, as for the denoiser."""
+    latents = []
+    generator = torch.Generator(vae.device).manual_seed(0)
+    for batch in pixels.split(batch_size):
+        encoded = vae.encode(to_unit_range(batch).to(vae.device, vae.dtype))
+        latents.append(encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latents)
+    latents = torch.cat(latents).double()
+    return latents.mean().item(), latents.std().item()
+
+
+def picture_grid(pixels: torch.Tensor, reconstructions: torch.Tensor, columns: int = 8) -> PIL.Image.Image:
+    """Rows of photographs, each above its row of reconstructions."""
+    rows = []
+    for start in range(0, len(pixels) - columns + 1, columns):
+        for row in (to_unit_range(pixels), reconstructions):
+            rows.append(torch.cat(list(row[start : start + columns]), dim=2))
+    grid = (torch.cat(rows, dim=1) + 1) * 127.5
+    return PIL.Image.fromarray(grid.round().byte().permute(1, 2, 0).numpy())
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    log_with = None if args.report_to == "none" else args.report_to
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=log_with,
+        project_config=ProjectConfiguration(
+            project_dir=str(args.output_dir), logging_dir=str(args.output_dir / "logs")
+        ),
+    )
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+
+    # 1. data
+    dataset = FacePictures(args.train_data)
+    others = dataset if args.validation_data is None else FacePictures([args.validation_data])
+    validation_pixels = others.__getitems__(list(range(min(args.validation_faces, len(others)))))
+
+    # 2. model and losses
+    torch.manual_seed(args.seed)
+    if args.init_from is not None:
+        vae = AutoModel.from_pretrained(args.init_from)
+        if type(vae).__name__ not in AUTOENCODERS:
+            raise ValueError(f"{args.init_from} is a {type(vae).__name__}, not one of {', '.join(AUTOENCODERS)}.")
+    else:
+        vae = AUTOENCODERS[args.autoencoder["_class_name"]].from_config(args.autoencoder)
+    trained = Reconstruction(vae, args.freeze_encoder)
+    if args.channels_last:
+        trained.to(memory_format=torch.channels_last)
+    perceptual = load_lpips(args.lpips_network, args.lpips_backbone).to(device) if args.lpips_weight else None
+    recognizer = None
+    if args.identity_weight:
+        recognizer = FaceEncoder(args.identity_encoder, args.encoder_root, det_size=160).to_torch().to(device)
+
+    # 3. optimiser
+    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    lr_scheduler = make_lr_scheduler(args, optimizer)
+    trained.to(device)
+    ema = EMAModel(trained.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+    model, optimizer = accelerator.prepare(trained, optimizer)
+    # not given to `prepare`: that would step the schedule once a process
+    accelerator.register_for_checkpointing(lr_scheduler)
+    if log_with is not None:
+        settings = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
+        accelerator.init_trackers("train_autoencoder", config=settings)
+    # what the data's order depends on, besides the step
+    order = {"seed": args.seed, "train_batch_size": args.train_batch_size, "num_processes": world_size}
+    order["faces"] = len(dataset)
+    step, hours_before = 0, 0.0
+    if checkpoint is not None:
+        step, hours_before = load_checkpoint(accelerator, ema, checkpoint, order)
+        logger.info(f"resumed from {checkpoint}")
+
+    # 4. train
+    sampler = EndlessBatchSampler(len(dataset), args.train_batch_size, args.seed, rank, world_size, start=step)
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.dataloader_num_workers, collate_fn=keep_batch)
+    batches = iter(loader)
+    started = time.monotonic()
+    progress = tqdm(
+        initial=step, total=args.max_train_steps, desc="train", unit="step", disable=not accelerator.is_main_process
+    )
+    trained.train()
+    sums, counts, stop = {}, {}, False
+    while step < args.max_train_steps and not stop:
+        pixels = to_unit_range(next(batches).to(device, non_blocking=True))
+        # all processes take the same kind of step
+        halve = np.random.default_rng((args.seed, step)).random() < args.scale_equivariance_probability
+        torch.manual_seed(mix_seed(args.seed, step, rank))
+        mirrored = torch.rand(len(pixels), 1, 1, 1, device=device) < 0.5
+        pixels = torch.where(mirrored, pixels.flip(-1), pixels)
+        if args.channels_last:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        with accelerator.autocast():
+            terms = autoencoder_loss(model, pixels, perceptual, recognizer, args, halve)
+        accelerator.backward(sum(terms.values()))
+        if args.max_grad_norm is not None:
+            accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        lr_scheduler.step()
+        ema.step(trained.parameters())
+        step += 1
+        progress.update()
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0.0) + term.detach()
+            counts[name] = counts.get(name, 0) + 1
+
+        hours = (time.monotonic() - started) / 3600
+        if args.max_train_hours is not None:
+            # the main process decides for all
+            late = torch.tensor(float(hours > args.max_train_hours and rank == 0), device=device)
+            stop = bool(accelerator.reduce(late, "sum"))
+        is_last = stop or step == args.max_train_steps
+        saves = step % args.checkpointing_steps == 0 or is_last
+        if step % args.logging_steps == 0 or saves:
+            logs = {name: (accelerator.reduce(sums[name], "mean") / counts[name]).item() for name in sorted(sums)}
+            if not np.isfinite(list(logs.values())).all() and accelerator.mixed_precision != "fp16":
+                raise RuntimeError(f"the loss is not finite at step {step}: lower the learning rate, or use bf16.")
+            sums, counts = {}, {}
+            accelerator.log({**logs, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
+            progress.set_postfix({name: f"{value:.4f}" for name, value in logs.items()})
+        if saves:
+            total = hours_before + hours
+            save_checkpoint(accelerator, ema, args.output_dir, step, order, args.checkpoints_total_limit, total)
+        if args.validation_steps and (step % args.validation_steps == 0 or is_last) and accelerator.is_main_process:
+            recognizers = {} if recognizer is None else {args.identity_encoder: recognizer}
+            with ema_weights(ema, trained):
+                quality = reconstruction_quality(vae, validation_pixels, perceptual, recognizers)
+            accelerator.log({f"validation/{name}": value for name, value in quality.figures.items()}, step=step)
+            figures = ", ".join(f"{name} {value:.4f}" for name, value in quality.figures.items())
+            progress.write(f"validation at step {step}: {figures}")
+            (args.output_dir / "validation").mkdir(exist_ok=True)
+            grid = picture_grid(validation_pixels, quality.reconstructions)
+            grid.save(args.output_dir / "validation" / f"step-{step:07d}.png")
+
+    # 5. the model, with EMA weights and the latents' scale
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with ema_weights(ema, trained):
+            spread = range(0, len(dataset), max(1, len(dataset) // 1024))
+            mean, deviation = measure_latents(vae, dataset.__getitems__(list(spread)))
+            if not isinstance(vae, VQModel):  # its config has no shift
+                vae.register_to_config(shift_factor=mean)
+            vae.register_to_config(scaling_factor=1 / deviation)
+            vae.save_pretrained(args.output_dir)
+        logger.info(f"latents: mean {mean:.4f}, deviation {deviation:.4f}; model saved to {args.output_dir}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

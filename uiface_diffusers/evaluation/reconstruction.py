@@ -1,0 +1,61 @@
+"""How much of a face survives the first stage."""
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..latents import FirstStage
+
+
+@torch.no_grad()
+def reconstruct(vae: FirstStage, pixels: torch.Tensor) -> torch.Tensor:
+    """`(N, 3, height, width)` in [-1, 1] through the first stage and back, clamped to [-1, 1]. An `AutoencoderKL`'s
+    latents are its mean."""
+    encoded = vae.encode(pixels)
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+    return vae.decode(latents).sample.clamp(-1, 1)
+
+
+@torch.no_grad()
+def reconstruction_quality(
+    vae: FirstStage,
+    pixels: torch.Tensor,
+    perceptual: nn.Module | None = None,
+    recognizers: Mapping[str, nn.Module] | None = None,
+    batch_size: int = 32,
+) -> SimpleNamespace:
+    """Compares faces with their reconstructions.
+
+    Args:
+        vae: the first stage, in eval mode.
+        pixels (`torch.Tensor` of shape `(N, 3, height, width)`): bytes, or floating point in [-1, 1].
+        perceptual: LPIPS, as `load_lpips` gives it.
+        recognizers: name -> module that embeds `(N, 3, height, width)` in [-1, 1], as `TorchRecognizer`.
+        batch_size: faces a call.
+
+    Returns:
+        `reconstructions` `(N, 3, height, width)` in [-1, 1], and `figures`, each the mean over all faces: `l1` (of
+        [-1, 1]), `lpips`, and `identity/NAME`, the cosine of the embeddings of face and reconstruction.
+    """
+    reconstructions, sums = [], {}
+    for batch in pixels.split(batch_size):
+        batch = to_unit_range(batch).to(vae.device, vae.dtype)
+        result = reconstruct(vae, batch)
+        figures = {"l1": (result - batch).abs().mean(dim=(1, 2, 3))}
+        if perceptual is not None:
+            figures["lpips"] = perceptual(batch, result)
+        for name, recognizer in (recognizers or {}).items():
+            figures[f"identity/{name}"] = F.cosine_similarity(recognizer(batch), recognizer(result))
+        for name, values in figures.items():
+            sums[name] = sums.get(name, 0.0) + values.sum().item()
+        reconstructions.append(result.cpu())
+    figures = {name: value / len(pixels) for name, value in sums.items()}
+    return SimpleNamespace(reconstructions=torch.cat(reconstructions), figures=figures)
+
+
+def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
+    """Bytes to floating point in [-1, 1]; what is floating point already stays."""
+    return pixels.float() / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels

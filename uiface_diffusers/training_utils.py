@@ -1,0 +1,246 @@
+"""What the scripts in `training/` share: recipes, the order of the data, checkpoints."""
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import Sampler
+
+logger = logging.getLogger(__name__)
+
+
+def parse_recipe(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None, required: Sequence[str] = ()
+) -> argparse.Namespace:
+    """Parses the command line of a script whose parser has a `--config`: a YAML file with any of its options. The
+    command line wins; both are checked alike.
+
+    Args:
+        parser: the script's.
+        argv: the command line; `sys.argv` if not given.
+        required: options that have to be given in one of the two places.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    known, _ = parser.parse_known_args(argv)
+    if known.config is not None:
+        config = yaml.safe_load(known.config.read_text()) or {}
+        unknown = sorted(config.keys() - vars(known).keys())
+        if unknown:
+            parser.error(f"{known.config} has unknown options: {', '.join(unknown)}")
+        # as if they stood in front on the command line, so that they are checked alike
+        argv = [word for name, value in config.items() for word in _option_words(name, value)] + argv
+    args = parser.parse_args(argv)
+    for name in required:
+        if not getattr(args, name):
+            parser.error(f"--{name} is required")
+    return args
+
+
+def _option_words(name: str, value) -> list[str]:
+    """An entry of the YAML file as words of the command line."""
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [f"--{name}"]
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def mix_seed(*numbers: int) -> int:
+    """One seed from several numbers, well mixed (numpy's SeedSequence)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+class EndlessBatchSampler(Sampler):
+    """Batches of one process, epoch after epoch, from batch `start` on. An epoch's order depends on seed and epoch
+    only, so that a resumed run sees what it has not seen yet; processes take turns in that order.
+
+    Args:
+        length (`int`): samples in an epoch.
+        batch_size (`int`): of one process.
+        seed (`int`): of the order.
+        rank (`int`): this process.
+        world_size (`int`): number of processes.
+        start (`int`): batches that this process has seen already.
+        identities (`torch.Tensor` of shape `(length,)`, *optional*): identity of each sample, as integers. If given,
+            an epoch's samples are drawn so that every identity is as likely as every other one.
+
+    Raises:
+        ValueError: the samples do not fill one batch of every process.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        identities: torch.Tensor | None = None,
+    ):
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world_size, self.start = rank, world_size, start
+        self.weights = None if identities is None else 1 / torch.bincount(identities)[identities].double()
+        self.batches_per_epoch = length // (batch_size * world_size)
+        if self.batches_per_epoch == 0:
+            raise ValueError(f"{length} faces do not fill {world_size} batch(es) of {batch_size}.")
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
+        if self.weights is None:
+            return torch.randperm(self.length, generator=generator)
+        return torch.multinomial(self.weights, self.length, replacement=True, generator=generator)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, position = divmod(self.start, self.batches_per_epoch)
+        while True:
+            order = self._order(epoch)
+            for batch in range(position, self.batches_per_epoch):
+                first = (batch * self.world_size + self.rank) * self.batch_size
+                yield order[first : first + self.batch_size].tolist()
+            epoch, position = epoch + 1, 0
+
+
+LR_SCHEDULERS = ("cosine_warm_restarts", "constant", "constant_with_warmup", "cosine", "linear")
+
+
+def add_optimizer_arguments(group, learning_rate: float, lr_scheduler: str) -> None:
+    """The options that `make_lr_scheduler` reads, with a script's defaults."""
+    group.add_argument("--learning_rate", type=float, default=learning_rate)
+    group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default=lr_scheduler)
+    group.add_argument("--lr_warmup_steps", type=int, default=0, help="of the schedules that have a warm-up")
+    group.add_argument("--lr_restart_steps", type=int, default=10_000, help="T_0 of cosine_warm_restarts")
+    group.add_argument("--lr_restart_factor", type=int, default=2, help="T_mult of cosine_warm_restarts")
+    group.add_argument("--max_grad_norm", type=float, help="clip the gradient's norm")
+
+
+def make_lr_scheduler(args, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """The schedule over `args.max_train_steps` optimiser steps. To be stepped once a step, whatever the number of
+    processes: it is not given to `Accelerator.prepare`."""
+    if args.lr_scheduler == "cosine_warm_restarts":
+        return torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
+            optimizer, T_0=args.lr_restart_steps, T_mult=args.lr_restart_factor
+        )
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
+
+
+@contextmanager
+def ema_weights(ema: EMAModel, module: nn.Module) -> Iterator[None]:
+    """Within it, `module` has the averaged weights and is in eval mode."""
+    training = module.training
+    ema.store(module.parameters())
+    ema.copy_to(module.parameters())
+    module.eval()
+    try:
+        yield
+    finally:
+        ema.restore(module.parameters())
+        module.train(training)
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints by their step: an unfinished one has another name."""
+    paths = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(paths, key=_checkpoint_step)
+
+
+def _checkpoint_step(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
+    """The checkpoint to go on from.
+
+    Args:
+        output_dir: where the checkpoints are.
+        resume_from_checkpoint: a checkpoint folder, `"latest"`, or `None` for a new training.
+
+    Raises:
+        ValueError: it does not exist, or a later one of another course of training would be in the way of new ones.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    if resume_from_checkpoint == "latest":
+        if not checkpoints:
+            logger.warning(f"no checkpoint in {output_dir}: a new training starts")
+        return checkpoints[-1] if checkpoints else None
+    path = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+    if path is not None and not (path / "training.json").is_file():
+        raise ValueError(f"{path} is no checkpoint; in {output_dir} are {[p.name for p in checkpoints]}.")
+    step = -1 if path is None else json.loads((path / "training.json").read_text())["step"]
+    later = [p for p in checkpoints if _checkpoint_step(p) > step]
+    if later:
+        raise ValueError(
+            f"{output_dir} has {[p.name for p in later]}: go on with --resume_from_checkpoint latest, delete"
+            " them, or choose another --output_dir."
+        )
+    return path
+
+
+def save_checkpoint(
+    accelerator: Accelerator, ema: EMAModel, output_dir: Path, step: int, order: dict, total_limit: int, hours: float
+) -> None:
+    """Saves all that a resumed run needs. Writes beside and renames, so that a kill at any moment leaves complete
+    checkpoints only.
+
+    Args:
+        order: what the order of the data depends on besides the step.
+        total_limit: older checkpoints beyond this number are deleted.
+        hours: how long has been trained, over all runs.
+    """
+    beside = output_dir / "checkpoint.part"
+    if accelerator.is_main_process:
+        shutil.rmtree(beside, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(beside)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shadow = {str(i): parameter.contiguous() for i, parameter in enumerate(ema.shadow_params)}
+        save_file(shadow, beside / "ema.safetensors")
+        state = {"step": step, "ema_step": ema.optimization_step, "hours": round(hours, 4), "order": order}
+        (beside / "training.json").write_text(json.dumps(state, indent=1) + "\n")
+        beside.rename(output_dir / f"checkpoint-{step}")
+        for old in list_checkpoints(output_dir)[:-total_limit]:
+            # by the same road: what has a checkpoint's name is whole
+            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(old.rename(beside))
+
+
+def load_checkpoint(accelerator: Accelerator, ema: EMAModel, checkpoint: Path, order: dict) -> tuple[int, float]:
+    """Restores the state of a checkpoint.
+
+    Returns:
+        Its step, and the hours that it took to come there.
+
+    Raises:
+        ValueError: the order of the data has changed since: some faces would be seen twice, others never.
+    """
+    state = json.loads((checkpoint / "training.json").read_text())
+    changed = [f"{k}: {state['order'].get(k)} then, {v} now" for k, v in order.items() if state["order"].get(k) != v]
+    if changed:
+        raise ValueError(f"{checkpoint} cannot be resumed with another order of the data ({'; '.join(changed)}).")
+    accelerator.load_state(checkpoint)
+    shadow = load_file(checkpoint / "ema.safetensors")
+    for i, parameter in enumerate(ema.shadow_params):
+        parameter.copy_(shadow[str(i)])
+    ema.optimization_step = state["ema_step"]
+    return state["step"], state["hours"]
