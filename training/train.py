@@ -26,14 +26,16 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-from diffusers import AutoModel, DDIMScheduler, DDPMScheduler
+from diffusers import AutoModel, DDIMScheduler, DDPMScheduler, SchedulerMixin
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
+from huggingface_hub.errors import HTTPError
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline, UIFaceUNet2DModel
+from uiface_diffusers.convert_original import NOISE_SCHEDULE, SAMPLER
 from uiface_diffusers.data import FaceCache, cache_latents, load_latents
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.training_utils import (
@@ -49,10 +51,6 @@ from uiface_diffusers.training_utils import (
 )
 
 logger = get_logger(__name__)
-
-# the published code's: linear betas, T = 1000; the sampler steps t = 980, 960, .., 0
-NOISE_SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
-SAMPLER = {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True, "clip_sample": False}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -103,6 +101,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--validation_encoder_root",
         help="folder with models/PACK of the caches' encoder: the grid's mean cosine to its identities is logged",
     )
+
+    group.add_argument("--push_to_hub", action="store_true", help="upload the pipeline at checkpoints and at the end")
+    group.add_argument("--hub_model_id", help="ORGANISATION/NAME (default: the output folder's name, under one's own)")
+    group.add_argument("--hub_private", action="store_true", help="a new repository is private")
+    group.add_argument("--license", help="for the model card")
 
     args = parse_recipe(parser, argv, required=("train_data", "output_dir"))
     if args.init_from is None and args.vae is None:
@@ -238,8 +241,10 @@ def load_training_data(args, accelerator: Accelerator, vae) -> tuple[LatentFaces
     return dataset, names, caches[0].identity_encoder
 
 
-def build_denoiser(args, latents: torch.Tensor, identity_dim: int, identity_encoder: str) -> ConditionalDenoiser:
-    """The three trained components: new ones, or those of `--init_from`.
+def build_denoiser(
+    args, latents: torch.Tensor, identity_dim: int, identity_encoder: str
+) -> tuple[ConditionalDenoiser, SchedulerMixin]:
+    """The three trained components and the sampler: new ones, or those of `--init_from`.
 
     Raises:
         ValueError: the pipeline to start from is of another encoder, objective or first stage.
@@ -254,7 +259,8 @@ def build_denoiser(args, latents: torch.Tensor, identity_dim: int, identity_enco
         projector = IdentityProjector(
             identity_dim, context_dim, dropout=args.context_dropout, identity_encoder=identity_encoder
         )
-        return ConditionalDenoiser(unet, projector, EmptyContext(context_dim))
+        scheduler = DDIMScheduler(**NOISE_SCHEDULE, **SAMPLER, prediction_type=args.prediction_type)
+        return ConditionalDenoiser(unet, projector, EmptyContext(context_dim)), scheduler
     pipeline = UIFacePipeline.from_pretrained(args.init_from)
     projector = pipeline.identity_projector
     wanted = {"identity_encoder": identity_encoder, "identity_dim": identity_dim}
@@ -265,17 +271,26 @@ def build_denoiser(args, latents: torch.Tensor, identity_dim: int, identity_enco
     if given != wanted:
         raise ValueError(f"{args.init_from} has {given}, this training {wanted}: they do not fit together.")
     projector.context_dropout.p = args.context_dropout
-    return ConditionalDenoiser(pipeline.unet, projector, pipeline.empty_context)
+    return ConditionalDenoiser(pipeline.unet, projector, pipeline.empty_context), pipeline.scheduler
 
 
-def build_pipeline(denoiser: ConditionalDenoiser, vae, prediction_type: str) -> UIFacePipeline:
-    return UIFacePipeline(
-        vae=vae,
-        unet=denoiser.unet,
-        scheduler=DDIMScheduler(**NOISE_SCHEDULE, **SAMPLER, prediction_type=prediction_type),
-        identity_projector=denoiser.identity_projector,
-        empty_context=denoiser.empty_context,
-    )
+def push_to_hub(pipeline: UIFacePipeline, args: argparse.Namespace, message: str) -> None:
+    """Uploads the pipeline. What goes wrong is logged: a training does not end for it."""
+    repo_id = args.hub_model_id or args.output_dir.resolve().name
+    recipe = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str | list | dict)}
+    paths = ("train_data", "vae", "output_dir", "init_from", "hub_model_id", "validation_encoder_root")
+    lines = [f"    {name}: {value}" for name, value in recipe.items() if name not in paths]
+    recipe = "\n".join(["`training/train.py` with", "", *lines])
+    try:
+        pipeline.push_to_hub(
+            repo_id,
+            commit_message=message,
+            private=args.hub_private or None,
+            card_metadata={"license": args.license},
+            recipe=recipe,
+        )
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        logger.warning(f"{repo_id} was not pushed to the Hub; the training goes on. {type(error).__name__}: {error}")
 
 
 def validation_images(
@@ -322,12 +337,12 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. models
     torch.manual_seed(args.seed)
-    denoiser = build_denoiser(args, dataset.latents, dataset.embeddings.shape[1], identity_encoder)
+    denoiser, sampler_scheduler = build_denoiser(args, dataset.latents, dataset.embeddings.shape[1], identity_encoder)
     if args.gradient_checkpointing:
         denoiser.unet.enable_gradient_checkpointing()
     if args.channels_last:
         denoiser.to(memory_format=torch.channels_last)
-    noise_scheduler = DDPMScheduler(**NOISE_SCHEDULE, prediction_type=args.prediction_type)
+    noise_scheduler = DDPMScheduler.from_config(sampler_scheduler.config)
 
     # 3. optimiser; the published code's Adam is AdamW without weight decay
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
@@ -375,7 +390,9 @@ def main(argv: list[str] | None = None) -> None:
     validation_identities = dataset.embeddings[sorted(first_of_identity.values())[:2]]
 
     def ema_pipeline() -> UIFacePipeline:
-        return build_pipeline(denoiser, vae, args.prediction_type)
+        return UIFacePipeline(
+            vae, denoiser.unet, sampler_scheduler, denoiser.identity_projector, denoiser.empty_context
+        )
 
     started = time.monotonic()
     progress = tqdm(
@@ -423,6 +440,9 @@ def main(argv: list[str] | None = None) -> None:
         if saves:
             total = hours_before + hours
             save_checkpoint(accelerator, ema, args.output_dir, step, order, args.checkpoints_total_limit, total)
+            if args.push_to_hub and accelerator.is_main_process:
+                with ema_weights(ema, denoiser):
+                    push_to_hub(ema_pipeline(), args, f"Step {step}")
         if args.validation_steps and (step % args.validation_steps == 0 or is_last) and accelerator.is_main_process:
             with ema_weights(ema, denoiser):
                 images = validation_images(

@@ -1,6 +1,7 @@
 """`uiface ...`: every command is one call of a function of this package."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -73,6 +74,23 @@ def _generate(args: argparse.Namespace) -> None:
     print(f"{made} faces of {len(identities)} identities made; a first look: {args.output / 'grid.png'}")
 
 
+def _convert_original(args: argparse.Namespace) -> None:
+    from .convert_original import convert_original
+
+    config = None if args.model_config is None else json.loads(args.model_config.read_text())
+    convert_original(
+        args.unet,
+        args.output,
+        vq_encoder=args.vq_encoder,
+        vq_decoder=args.vq_decoder,
+        vq_model=args.vq_model,
+        model_config=config,
+        sample_size=args.sample_size,
+        identity_encoder=args.identity_encoder,
+    )
+    print(f"pipeline saved to {args.output}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="uiface", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -117,6 +135,23 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--num-inference-steps", type=int, default=50, help="default: %(default)s")
     generate.add_argument("--guidance-scale", type=float, default=2.0, help="default: %(default)s")
     generate.set_defaults(run=_generate)
+
+    convert = commands.add_parser(
+        "convert-original",
+        help="the published UIFace weights -> a pipeline folder",
+        description="The published checkpoint, and CompVis' VQ-f4 first stage or a diffusers VQModel -> a pipeline.",
+    )
+    convert.add_argument("--unet", type=Path, required=True, help="the denoiser's file")
+    convert.add_argument("--vq-encoder", type=Path, help="first stage: file with encoder and quant_conv")
+    convert.add_argument("--vq-decoder", type=Path, help="first stage: file with decoder and quantisation")
+    convert.add_argument("--vq-model", help="first stage: a diffusers VQModel instead of the two files")
+    convert.add_argument(
+        "--model-config", type=Path, help="JSON of the reference's options, if not the published ones"
+    )
+    convert.add_argument("--sample-size", type=int, default=32, help="of the latents (default: %(default)s)")
+    convert.add_argument("--identity-encoder", help="name of the recogniser of the embeddings, as elasticface")
+    convert.add_argument("--output", type=Path, required=True, help="the pipeline's folder")
+    convert.set_defaults(run=_convert_original)
     return parser
 
 

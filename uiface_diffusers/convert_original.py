@@ -1,13 +1,43 @@
 """The published UIFace checkpoint's names and options -> this package's components."""
 
+import os
+import pickle
+import re
+import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DDIMScheduler, VQModel
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from safetensors.torch import load_file
 
 from .models import EmptyContext, IdentityProjector, UIFaceUNet2DModel
+from .pipeline_uiface import UIFacePipeline
 
 ORIGINAL_PREFIXES = ("module.", "eps_model.")
+# the released weights: latents of 3x32x32, a linear schedule, DDIM steps t = 980, 960, .., 0
+PUBLISHED_SAMPLE_SIZE = 32
+PUBLISHED_MODEL_CONFIG = {
+    "input_channels": 3,
+    "initial_channels": 96,
+    "channel_multipliers": [1, 2, 2, 2],
+    "is_attention": [False, True, True, True],
+    "attention_heads": -1,
+    "attention_head_channels": 32,
+    "n_blocks_per_resolution": 2,
+    "condition_type": "CA",
+    "context_input_channels": 512,
+    "context_channels": 256,
+    "is_context_conditional": True,
+    "n_context_classes": 0,
+    "learn_empty_context": True,
+    "context_dropout_probability": 0.25,
+    "unconditioned_probability": 0.2,
+}
+NOISE_SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+SAMPLER = {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True, "clip_sample": False}
 
 
 def original_unet_config(model_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,3 +211,118 @@ def convert_original_state_dict(
             linear.weight.copy_(weight)
             linear.bias.copy_(bias)
     return unet.eval(), projector.eval(), empty_context.eval()
+
+
+def convert_first_stage(state_dict: Mapping[str, torch.Tensor]) -> VQModel:
+    """Converts CompVis' VQ first stage (latent-diffusion, `VQModelInterface`), as VQ-f4.
+
+    Args:
+        state_dict: of the whole model; names start with `encoder.`, `decoder.`, `quantize.`, `quant_conv.` or
+            `post_quant_conv.`. The widths are read from the shapes.
+
+    Returns:
+        The model in eval mode, with a scaling factor of 1: UIFace's latents are not scaled.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape.
+    """
+    state = {name.removeprefix("first_stage_model."): tensor for name, tensor in state_dict.items()}
+    levels = 1 + max(
+        (int(m[1]) for m in (re.match(r"encoder\.down\.(\d+)\.", name) for name in state) if m), default=-1
+    )
+    needed = ["quantize.embedding.weight", "encoder.conv_out.weight"]
+    needed += [f"encoder.down.{level}.block.0.conv2.weight" for level in range(levels)]
+    missing = [name for name in needed if name not in state]
+    if missing or not levels:
+        raise ValueError(f"no first stage of CompVis' form: {missing or 'encoder.down.0'} is missing.")
+    blocks = {m[1] for m in (re.match(r"encoder\.down\.0\.block\.(\d+)\.", name) for name in state) if m}
+    widths = [state[f"encoder.down.{level}.block.0.conv2.weight"].shape[0] for level in range(levels)]
+    codes, code_dim = state["quantize.embedding.weight"].shape
+    config = {
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "block_out_channels": widths,
+        "layers_per_block": len(blocks),
+        "latent_channels": state["encoder.conv_out.weight"].shape[0],
+        "num_vq_embeddings": codes,
+        "vq_embed_dim": code_dim,
+        "scaling_factor": 1.0,
+    }
+    model = VQModel(**config)
+    converted = convert_ldm_vae_checkpoint(state, config)
+    converted["quantize.embedding.weight"] = state["quantize.embedding.weight"]
+    unknown = sorted(name for name in state if not name.startswith(("encoder.", "decoder.", "quant", "post_quant")))
+    try:
+        model.load_state_dict(converted)
+    except RuntimeError as error:
+        raise ValueError(f"the first stage does not fit diffusers' VQModel: {error}") from error
+    if unknown or len(state) != len(converted):
+        raise ValueError(
+            f"the first stage has tensors that a VQModel has not: {unknown or len(state) - len(converted)}."
+        )
+    return model.eval()
+
+
+def load_original(file: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """The state dict of a published file, memory-mapped: a safetensors file, or a PyTorch file of nothing but tensors,
+    which may lie under `state_dict`.
+
+    Raises:
+        ValueError: the file holds other objects, which would have to be executed, or is damaged.
+    """
+    if Path(file).suffix == ".safetensors":
+        return load_file(file)
+    if not Path(file).is_file():
+        raise ValueError(f"{file} is missing.")
+    try:
+        # files of PyTorch before 1.6 are no zip archives and cannot be mapped
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{file} is damaged, or holds more than tensors: not loaded. {error}") from error
+    return content.get("state_dict", content)
+
+
+def convert_original(
+    unet: str | os.PathLike,
+    output: str | os.PathLike,
+    vq_encoder: str | os.PathLike | None = None,
+    vq_decoder: str | os.PathLike | None = None,
+    vq_model: str | os.PathLike | None = None,
+    model_config: Mapping[str, Any] | None = None,
+    sample_size: int = PUBLISHED_SAMPLE_SIZE,
+    identity_encoder: str | None = None,
+) -> UIFacePipeline:
+    """The published files -> a pipeline folder.
+
+    Args:
+        unet: the denoiser's file.
+        output: the folder.
+        vq_encoder, vq_decoder: CompVis' first stage in two files (encoder and `quant_conv`; decoder, `quantize` and
+            `post_quant_conv`), or twice the same file with all of it.
+        vq_model: instead of the two, folder or Hub repository of a diffusers `VQModel`. Without a first stage, the
+            folder loads by `UIFacePipeline.from_pretrained(output, vae=...)`.
+        model_config: the reference's options; those of the published weights if not given.
+        sample_size (`int`, defaults to 32): height and width of the latents.
+        identity_encoder: name of the recogniser whose embeddings the weights belong to.
+
+    Raises:
+        ValueError: a file does not fit.
+    """
+    if (vq_encoder is None) != (vq_decoder is None) or (vq_encoder and vq_model):
+        raise ValueError("give encoder and decoder of the first stage, or a VQModel, or none of them.")
+    state = load_original(unet)
+    components = convert_original_state_dict(state, PUBLISHED_MODEL_CONFIG if model_config is None else model_config)
+    del state  # its memory goes to the first stage
+    unet_model, identity_projector, empty_context = components
+    unet_model.register_to_config(sample_size=sample_size)
+    identity_projector.register_to_config(identity_encoder=identity_encoder)
+    vae = None
+    if vq_model is not None:
+        vae = VQModel.from_pretrained(vq_model)
+        vae.register_to_config(scaling_factor=1.0)
+    elif vq_encoder is not None:
+        vae = convert_first_stage({**load_original(vq_encoder), **load_original(vq_decoder)})
+    scheduler = DDIMScheduler(**NOISE_SCHEDULE, **SAMPLER)
+    pipeline = UIFacePipeline(vae, unet_model, scheduler, identity_projector, empty_context)
+    pipeline.save_pretrained(output)
+    return pipeline

@@ -1,20 +1,26 @@
 import copy
 import inspect
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline, DPMSolverSinglestepScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers import AutoModel, DiffusionPipeline, DPMSolverSinglestepScheduler, PNDMScheduler, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import create_repo
 
 from .attention_processor import AttentionMapRecorder, cross_attention_names, two_stage_processors
+from .hub import download_pipeline, fill_card, load_card, own_class_names, write_remote_code
 from .identities import IdentityBank
 from .latents import FirstStage, decode_latents
 from .models.empty_context import EmptyContext
@@ -144,6 +150,111 @@ class UIFacePipeline(DiffusionPipeline):
             empty_context=empty_context,
         )
         self.image_processor = VaeImageProcessor()
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs) -> str:
+        """Downloads configurations and safetensors weights of a pipeline on the Hub and returns their folder.
+
+        Stock diffusers refuses components of another package without code in the repository; here the package is
+        installed, and no code is fetched. Takes `revision`, `variant`, `cache_dir`, `force_download`,
+        `local_files_only`, `token`, and components that need not be downloaded.
+
+        Raises:
+            OSError: it cannot be had; the message says why and what to do.
+        """
+        names = ("revision", "variant", "cache_dir", "force_download", "local_files_only", "token")
+        components, _ = cls._get_signature_keys(cls)
+        passed = tuple(name for name in components if name in kwargs)
+        options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        return download_pipeline(pretrained_model_name, **options, passed_components=passed)
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path, **kwargs):
+        config = super().load_config(pretrained_model_name_or_path, **kwargs)
+        return own_class_names(config, cls.__name__) if isinstance(config, dict) else config
+
+    @classmethod
+    def from_unet(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        identity_dim: int = 512,
+        num_tokens: int = 8,
+        identity_encoder: str | None = None,
+        **kwargs,
+    ) -> "UIFacePipeline":
+        """A starting point for fine-tuning: denoiser, first stage and scheduler of a stock pipeline, as Stable
+        Diffusion, with a fresh identity projector and empty context in place of the text.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub repository with `unet` (`UNet2DConditionModel`), `vae` and
+                `scheduler`.
+            identity_dim (`int`, defaults to 512): width of the identity embeddings.
+            num_tokens (`int`, defaults to 8): context tokens a sample. With a single one, cross-attention would have
+                nothing to choose from.
+            identity_encoder (`str`, *optional*): the recogniser of the embeddings.
+            kwargs: `revision`, `variant`, `cache_dir`, `token` and the like, of each component's `from_pretrained`.
+
+        Raises:
+            ValueError: the denoiser needs more than a context, as SDXL's.
+        """
+        index = DiffusionPipeline.load_config(pretrained_model_name_or_path, **kwargs)
+        unet = UNet2DConditionModel.from_pretrained(pretrained_model_name_or_path, subfolder="unet", **kwargs)
+        needs = [
+            name for name in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type") if unet.config[name]
+        ]
+        if needs:
+            raise ValueError(f"`unet` needs more than a context ({', '.join(needs)}): it cannot follow an identity.")
+        vae = AutoModel.from_pretrained(str(pretrained_model_name_or_path), subfolder="vae", **kwargs)
+        scheduler_class = getattr(diffusers, index["scheduler"][1])
+        kwargs.pop("variant", None)
+        scheduler = scheduler_class.from_pretrained(pretrained_model_name_or_path, subfolder="scheduler", **kwargs)
+        context_dim = unet.config.cross_attention_dim
+        projector = IdentityProjector(identity_dim, context_dim, num_tokens, identity_encoder=identity_encoder).eval()
+        return cls(vae, unet, scheduler, projector, EmptyContext(context_dim, num_tokens).eval())
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        remote_code: bool = False,
+        card_metadata: Mapping[str, Any] | None = None,
+        recipe: str | None = None,
+    ) -> str:
+        """Uploads the pipeline with a model card.
+
+        Args:
+            repo_id: `"org/name"`; made if it does not exist.
+            commit_message: of the commit.
+            private: whether a new repository is private.
+            token: of the Hub; the one of `hf auth login` if not given.
+            create_pr (`bool`, defaults to `False`): open a pull request instead of committing to `main`.
+            safe_serialization: has to be `True`: there are no pickles.
+            variant: of the weights' names, as `"fp16"`.
+            remote_code (`bool`, defaults to `False`): add the files with which stock
+                `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` loads it.
+            card_metadata: of the model card, as `license`, `datasets`, `base_model`. What the repository's card says
+                already stays.
+            recipe: how it was trained, in Markdown, for the card.
+
+        Returns:
+            The address of the commit or of the pull request.
+        """
+        if not safe_serialization:
+            raise ValueError("weights are pushed as safetensors only.")
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        card = fill_card(load_card(repo_id, token), self, repo_id, card_metadata or {}, recipe)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, variant=variant)
+            if remote_code:
+                write_remote_code(Path(folder))
+            card.save(Path(folder) / "README.md")
+            message = commit_message or f"Upload {type(self).__name__}"
+            return self._upload_folder(folder, repo_id, token=token, commit_message=message, create_pr=create_pr)
 
     @staticmethod
     def _check_components(vae, unet, identity_projector, empty_context) -> None:
