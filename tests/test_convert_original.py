@@ -212,3 +212,47 @@ def test_without_a_first_stage_one_is_passed(files, tmp_path):
     vae = VQModel.from_pretrained(files / "vq")
     pipe = UIFacePipeline.from_pretrained(tmp_path / "out", vae=vae)
     assert pipe.vae is vae
+
+
+MAKE_PUBLISHED = """
+import re, sys
+import torch
+from uiface_diffusers.convert_original import PUBLISHED_MODEL_CONFIG, convert_original_state_dict
+
+# the names and shapes, from the message about what is missing
+try:
+    convert_original_state_dict({"nothing": torch.zeros(1)}, PUBLISHED_MODEL_CONFIG)
+except ValueError as error:
+    names = [line.split(": ")[1] for line in str(error).splitlines() if line.strip().startswith("missing")]
+try:
+    convert_original_state_dict({name: torch.zeros(0) for name in names}, PUBLISHED_MODEL_CONFIG)
+except ValueError as error:
+    lines = [line.split("instead of") for line in str(error).splitlines() if line.strip().startswith("shape of")]
+# "shape of NAME: (0,) instead of (64, 32)"
+shapes = {left.split()[2].rstrip(":"): [int(n) for n in re.findall(r"\\d+", right)] for left, right in lines}
+torch.manual_seed(0)
+state = {name: torch.randn(shape) for name, shape in shapes.items()}
+print(sum(tensor.numel() for tensor in state.values()))
+torch.save(state, sys.argv[1])
+"""
+CONVERT_PUBLISHED = """
+import resource, sys
+from uiface_diffusers.convert_original import convert_original
+
+convert_original(sys.argv[1], sys.argv[2])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def test_the_published_size_converts_in_three_times_its_memory(tmp_path):
+    """All of the process, Python and torch included; against the size of the file."""
+
+    def run(script: str, *arguments) -> int:
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert round(run(MAKE_PUBLISHED, tmp_path / "unet.pt") / 1e6, 1) == 216.3
+    size = (tmp_path / "unet.pt").stat().st_size
+    peak = run(CONVERT_PUBLISHED, tmp_path / "unet.pt", tmp_path / "out")
+    print(f"file {size / 2**20:.0f} MiB, peak {peak / 2**20:.0f} MiB: {peak / size:.2f} x")
+    assert peak <= 3 * size

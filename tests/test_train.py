@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, TINY_UNET, tiny_autoencoder
+from hub_server import HubServer
 from safetensors.torch import load_file
 
 from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline, UIFaceUNet2DModel
@@ -386,6 +387,24 @@ def test_snapshots_and_validation_cosine(workspace, toy_root):
     bank = FaceCache(workspace / "cache").embeddings()
     people = bank.embeddings[[0, 6]].repeat_interleave(3, dim=0)
     assert logged.value == pytest.approx((embeddings * people).sum(dim=1).mean().item(), abs=1e-5)
+
+
+def test_pushes_at_checkpoints_and_survives_a_failed_upload(workspace, tmp_path):
+    with HubServer(tmp_path / "hub") as hub:
+        hub.fail_uploads = 1
+        options = ("--push_to_hub", "--hub_model_id", "tester/trained", "--hub_private", "--license", "mit")
+        run = command(workspace, "pushed", *options, "--max_train_steps", "8", "--checkpointing_steps", "4")
+        env = {**environment(), **hub.environment(tmp_path / "home")}
+        result = subprocess.run(run, capture_output=True, text=True, env=env)
+        assert result.returncode == 0, result.stderr
+        assert "tester/trained was not pushed to the Hub; the training goes on." in result.stderr
+        assert hub.repositories["tester/trained"].private
+        files = hub.files("tester/trained")
+        assert not [name for name in files if "checkpoint" in name or name.endswith((".pkl", ".bin", ".pt"))]
+        pushed = hub.read("tester/trained", "unet/diffusion_pytorch_model.safetensors")
+        assert pushed == (workspace / "pushed" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+        card = hub.read("tester/trained", "README.md").decode()
+        assert "license: mit" in card and "train_batch_size: 4" in card and str(workspace) not in card
 
 
 def test_reports_to_wandb(workspace, monkeypatch):

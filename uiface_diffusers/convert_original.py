@@ -145,7 +145,8 @@ def convert_original_state_dict(
         model_config: the reference's options, see `original_unet_config`.
 
     Returns:
-        The UNet, the identity projector and the empty context, in eval mode.
+        The UNet, the identity projector and the empty context, in eval mode. Tensors that are float32 already are
+        shared with `state_dict`, not copied.
 
     Raises:
         ValueError: a tensor is missing, unknown or of another shape; the message names all of them.
@@ -159,33 +160,33 @@ def convert_original_state_dict(
             raise ValueError(f"two tensors are named `{stripped}` once the prefixes {ORIGINAL_PREFIXES} are off.")
         state[stripped] = tensor
 
-    unet = UIFaceUNet2DModel(**original_unet_config(model_config))
-    projector = IdentityProjector(
-        identity_dim=model_config["context_input_channels"],
-        context_dim=model_config["context_channels"],
-        dropout=model_config["context_dropout_probability"],
-    )
-    empty_context = EmptyContext(context_dim=model_config["context_channels"])
+    with torch.device("meta"):
+        unet = UIFaceUNet2DModel(**original_unet_config(model_config))
+        projector = IdentityProjector(
+            identity_dim=model_config["context_input_channels"],
+            context_dim=model_config["context_channels"],
+            dropout=model_config["context_dropout_probability"],
+        )
+        empty_context = EmptyContext(context_dim=model_config["context_channels"])
 
-    # their name -> (the tensor of ours that it fills, its shape there)
-    targets: dict[str, tuple[torch.Tensor, torch.Size]] = {}
+    # their name -> (the module and parameter of ours that it becomes, its shape there)
+    targets: dict[str, tuple[torch.nn.Module, str, torch.Size]] = {}
     folded: dict[str, torch.nn.Linear] = {}
     for theirs, ours in _module_names(unet).items():
         module = unet.get_submodule(ours)
         for kind in ("weight", "bias"):
-            parameter = getattr(module, kind)
-            shape = parameter.shape
+            shape = getattr(module, kind).shape
             if kind == "weight" and theirs.rsplit(".", 1)[-1] in ("to_q", "to_k", "to_v", "proj_out"):
                 shape = (*shape, 1)  # 1x1 convolutions over a sequence there, linear layers here
-            targets[f"{theirs}.{kind}"] = (parameter, torch.Size(shape))
+            targets[f"{theirs}.{kind}"] = (module, kind, torch.Size(shape))
         if theirs.endswith(".conv1"):
             resnet = theirs.removesuffix(".conv1")
             folded[resnet] = unet.get_submodule(ours.removesuffix(".conv1")).time_emb_proj
-    targets["context_emb.weight"] = (projector.proj.weight, projector.proj.weight.shape)
-    targets["context_emb.bias"] = (projector.proj.bias, projector.proj.bias.shape)
-    targets["empty_context_embedding"] = (empty_context.embedding, empty_context.embedding.shape[1:])
+    for kind in ("weight", "bias"):
+        targets[f"context_emb.{kind}"] = (projector.proj, kind, getattr(projector.proj, kind).shape)
+    targets["empty_context_embedding"] = (empty_context, "embedding", empty_context.embedding.shape[1:])
 
-    shapes = {name: shape for name, (_, shape) in targets.items()}
+    shapes = {name: shape for name, (_, _, shape) in targets.items()}
     for resnet, linear in folded.items():
         width, time_embed_dim = linear.out_features // 2, linear.in_features
         shapes[f"{resnet}.time_emb.1.weight"] = torch.Size((width, time_embed_dim))
@@ -203,13 +204,12 @@ def convert_original_state_dict(
     if problems:
         raise ValueError("the state dict does not fit the model's configuration:\n  " + "\n  ".join(problems))
 
-    with torch.no_grad():
-        for name, (parameter, _) in targets.items():
-            parameter.copy_(state[name].reshape(parameter.shape))
-        for resnet, linear in folded.items():
-            weight, bias = _fold_time_projection(state, resnet)
-            linear.weight.copy_(weight)
-            linear.bias.copy_(bias)
+    for name, (module, kind, _) in targets.items():
+        tensor = state[name].detach().float().reshape(getattr(module, kind).shape)
+        setattr(module, kind, torch.nn.Parameter(tensor))
+    for resnet, linear in folded.items():
+        weight, bias = _fold_time_projection(state, resnet)
+        linear.weight, linear.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
     return unet.eval(), projector.eval(), empty_context.eval()
 
 
