@@ -5,7 +5,7 @@ from conftest import tiny_autoencoder
 from diffusers import AutoencoderKL, VQModel
 
 from uiface_diffusers.data import FaceCache, cache_latents, load_latents, prepare_faces
-from uiface_diffusers.data.latent_cache import first_stage_key
+from uiface_diffusers.data.latent_cache import model_fingerprint
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.latents import encode_images
 
@@ -55,7 +55,7 @@ def test_latents_are_made_once_a_first_stage(faces, tmp_path):
     assert cache_latents(faces, same) == [file] and file.stat().st_mtime_ns == written
     with torch.no_grad():
         next(same.parameters()).add_(1e-3)
-    assert first_stage_key(same) != first_stage_key(vae)
+    assert model_fingerprint(same) != model_fingerprint(vae)
     assert cache_latents(faces, same) != [file]
 
 

@@ -37,7 +37,7 @@ from uiface_diffusers.evaluation import (
     reconstruction_quality,
 )
 from uiface_diffusers.faces import FaceEncoder
-from uiface_diffusers.generation import image_generator
+from uiface_diffusers.seeds import image_generator
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -108,7 +108,7 @@ def sample(
             IdentityBank(identities.embeddings[[i for i, _ in batch]], identities.identity_encoder),
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
-            generator=[image_generator(args.seed, *number) for number in batch],
+            generator=[image_generator(args.seed, identities.names[i], n) for i, n in batch],
         )
         images += out.images
         boundaries += out.boundary_timesteps.tolist()

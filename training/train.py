@@ -38,6 +38,7 @@ from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline, UI
 from uiface_diffusers.convert_original import NOISE_SCHEDULE, SAMPLER
 from uiface_diffusers.data import FaceCache, cache_latents, load_latents
 from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.seeds import mix_seed
 from uiface_diffusers.training_utils import (
     EndlessBatchSampler,
     add_optimizer_arguments,
@@ -45,7 +46,6 @@ from uiface_diffusers.training_utils import (
     find_checkpoint,
     load_checkpoint,
     make_lr_scheduler,
-    mix_seed,
     parse_recipe,
     save_checkpoint,
 )

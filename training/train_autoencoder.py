@@ -35,6 +35,7 @@ from uiface_diffusers.evaluation import load_lpips, reconstruction_quality
 from uiface_diffusers.evaluation.reconstruction import to_unit_range
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.latents import FirstStage
+from uiface_diffusers.seeds import mix_seed
 from uiface_diffusers.training_utils import (
     EndlessBatchSampler,
     add_optimizer_arguments,
@@ -42,7 +43,6 @@ from uiface_diffusers.training_utils import (
     find_checkpoint,
     load_checkpoint,
     make_lr_scheduler,
-    mix_seed,
     parse_recipe,
     save_checkpoint,
 )

@@ -1,13 +1,15 @@
 """`uiface ...`: every command is one call of a function of this package."""
 
 import argparse
+import ast
+import inspect
 import json
 import sys
 from pathlib import Path
 
 
-def _add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--encoder", default="buffalo_l", help="insightface model pack (default: %(default)s)")
+def _add_encoder_arguments(parser: argparse.ArgumentParser, default: str | None = "buffalo_l") -> None:
+    parser.add_argument("--encoder", default=default, help="insightface model pack (default: %(default)s)")
     parser.add_argument("--encoder-root", default="~/.insightface", help="folder with models/PACK")
     parser.add_argument("--providers", nargs="+", help="onnxruntime execution providers")
     parser.add_argument("--det-size", type=int, help="side of the detector's input (default: insightface's choice)")
@@ -47,31 +49,257 @@ def _prepare(args: argparse.Namespace) -> None:
     print(f"  files by name: {args.output / 'report.json'}")
 
 
+def _sampling_parameters() -> dict[str, inspect.Parameter]:
+    """Arguments of the pipeline's call that the command line has under the same names."""
+    from . import UIFacePipeline
+    from .generation import OWN_ARGUMENTS
+
+    parameters = inspect.signature(UIFacePipeline.__call__).parameters
+    return {name: value for name, value in parameters.items() if name not in {"self", *OWN_ARGUMENTS}}
+
+
+def _sampling_value(text: str):
+    """A word of the command line as Python's number, None, True or False; any other word is itself."""
+    try:
+        return ast.literal_eval(text.capitalize() if text.lower() in ("none", "true", "false") else text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 def _generate(args: argparse.Namespace) -> None:
+    import diffusers
     import torch
+    from accelerate import PartialState
 
     from . import IdentityBank, UIFacePipeline, default_checkpoint, generate_dataset
+    from .faces import FaceEncoder
+    from .hub import IDENTITIES
 
+    state = PartialState(cpu=args.device == "cpu")
     model = args.model or str(default_checkpoint())
-    bank_file = args.identities or Path(model) / "identities.safetensors"
-    if not Path(bank_file).is_file():
+    folder = Path(model) if Path(model).is_dir() else Path(UIFacePipeline.download(model))
+    bank_file = args.identities or folder / IDENTITIES
+    if not bank_file.is_file():
         raise ValueError(f"{bank_file} is missing: name a bank of identities by --identities.")
     identities = IdentityBank.load(bank_file)
+    sampling = {name: getattr(args, name) for name in _sampling_parameters() if hasattr(args, name)}
+    pipeline = UIFacePipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype))
+    if args.scheduler is not None:
+        scheduler = getattr(diffusers, args.scheduler, None)
+        if not hasattr(scheduler, "from_config") or "Scheduler" not in args.scheduler:
+            raise ValueError(f"--scheduler {args.scheduler} is no scheduler of diffusers, as DDIMScheduler is one.")
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     # all of a bank that was asked for, a handful of one that was not
     number = args.max_identities or (len(identities) if args.identities else 4)
-    identities = IdentityBank(identities.embeddings[:number], identities.identity_encoder, identities.names[:number])
-    pipeline = UIFacePipeline.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu")
-    made = generate_dataset(
-        pipeline,
-        identities,
+    images = args.images_per_identity or (50 if args.identities else 8)
+    encoder = None
+    if args.encoder is not None:
+        encoder = FaceEncoder(args.encoder, args.encoder_root, args.providers, args.det_size)
+    report = generate_dataset(
+        pipeline.to(args.device or state.device),
+        identities.take(range(min(number, len(identities)))),
         args.output,
-        images_per_identity=args.images_per_identity,
+        images_per_identity=images,
         seed=args.seed,
         batch_size=args.batch_size,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
+        size=args.size,
+        image_format=args.image_format,
+        output_format=args.output_format,
+        shard=args.shard,
+        identity_perturbation=args.identity_perturbation,
+        min_similarity=args.min_similarity,
+        encoder=encoder,
+        max_attempts=args.max_attempts,
+        push_to_hub=args.push_to_hub,
+        **sampling,
     )
-    print(f"{made} faces of {len(identities)} identities made; a first look: {args.output / 'grid.png'}")
+    print(
+        f"{report.made} of {report.planned} images made here, {report.images_per_second:.2f} images/s,"
+        f" {report.unet_rows_per_image:.1f} UNet rows an image"
+    )
+    if report.complete:
+        print(f"{args.output} is complete; a first look: {args.output / 'preview.png'}")
+    else:
+        print("other parts are missing: the last one to finish writes metadata and preview")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    position, _, number = text.partition("/")
+    if not (position.isdigit() and number.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form i/n, as 0/3")
+    return int(position), int(number)
+
+
+def _add_generate(commands) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="make a data set",
+        description="Faces of a bank of identities. Run it again to go on; under `accelerate launch -m"
+        " uiface_diffusers.cli generate ...` processes share the work.",
+        epilog="example: uiface generate --output faces",
+    )
+    generate.add_argument("model", nargs="?", help="pipeline: folder or Hub repository (default: the embedded one)")
+    generate.add_argument("--output", type=Path, default=Path("faces"), help="folder (default: %(default)s)")
+    generate.add_argument("--identities", type=Path, help="bank (default: identities.safetensors of the model)")
+    generate.add_argument("--images-per-identity", type=int, help="default: 50; 8 of the model's own identities")
+    generate.add_argument("--max-identities", type=int, help="default: all of --identities; 4 of the model's own")
+    generate.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    generate.add_argument("--batch-size", type=int, default=16, help="faces a call (default: %(default)s)")
+    generate.add_argument("--size", type=int, default=112, help="side of the images (default: %(default)s)")
+    generate.add_argument("--image-format", default="png", help="png, jpeg or webp (default: %(default)s)")
+    generate.add_argument("--output-format", default="imagefolder", help="imagefolder (default) or webdataset")
+    generate.add_argument("--shard", type=_shard, default=(0, 1), metavar="i/n", help="part i of n, for job arrays")
+    generate.add_argument(
+        "--identity-perturbation", type=float, nargs=2, metavar=("A", "B"), help="cosine from A to B"
+    )
+    generate.add_argument("--min-similarity", type=float, help="make an image anew below this cosine; needs --encoder")
+    generate.add_argument("--max-attempts", type=int, default=3, help="at an image (default: %(default)s)")
+    _add_encoder_arguments(generate, default=None)
+    generate.add_argument("--scheduler", help="a scheduler of diffusers (default: the model's)")
+    generate.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    generate.add_argument("--device", help="default: what accelerate finds")
+    generate.add_argument("--push-to-hub", metavar="REPO", help="upload the complete data set")
+    group = generate.add_argument_group("sampling: arguments of the pipeline's call")
+    for name, parameter in _sampling_parameters().items():
+        option = f"--{name.replace('_', '-')}"
+        # absent if not given: None is a value
+        group.add_argument(
+            option, type=_sampling_value, dest=name, default=argparse.SUPPRESS, help=f"default: {parameter.default}"
+        )
+    generate.set_defaults(run=_generate)
+
+
+def _load_bank(path: Path):
+    """A bank's file, or the embeddings of a cache of `uiface prepare`."""
+    from . import IdentityBank
+    from .data import FaceCache
+
+    return FaceCache(path).embeddings() if path.is_dir() else IdentityBank.load(path)
+
+
+def _make_identities(args: argparse.Namespace) -> None:
+    from . import UIFacePipeline, default_checkpoint
+    from .faces import FaceEncoder
+    from .identities import embed_images, keep_distinct, make_identities, sample_identities
+
+    exclude = [_load_bank(path) for path in args.exclude]
+    if args.random:
+        if len(exclude) != 1:
+            raise ValueError("--random draws from the distribution of one --exclude bank: name it.")
+        sample_identities(exclude[0], args.number, args.max_similarity, args.seed).save(args.output)
+        print(f"{args.number} identities saved to {args.output}")
+        return
+    encoder = FaceEncoder(args.encoder, args.encoder_root, args.providers, args.det_size)
+    if args.from_images is not None:
+        candidates = embed_images(args.from_images, encoder, args.aligned)
+        bank, report = keep_distinct(candidates, exclude, args.max_similarity, args.number)
+        bank.save(args.output)
+    else:
+        pipeline = UIFacePipeline.from_pretrained(args.model or default_checkpoint())
+        report = make_identities(
+            pipeline,
+            encoder,
+            args.number,
+            args.output,
+            exclude=exclude,
+            max_similarity=args.max_similarity,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            num_inference_steps=args.num_inference_steps,
+        )
+    print(f"saved to {args.output}: " + ", ".join(f"{name} {count}" for name, count in report.items()))
+
+
+def _perturb_identities(args: argparse.Namespace) -> None:
+    import torch.nn.functional as F
+
+    from . import IdentityBank
+    from .identities import perturb_embeddings
+    from .seeds import PERTURBATION, image_generator
+
+    bank = _load_bank(args.bank)
+    generators = [image_generator(args.seed, name, 0, stream=PERTURBATION) for name in bank.names]
+    embeddings, cosines = perturb_embeddings(F.normalize(bank.embeddings), tuple(args.cosine), generators)
+    IdentityBank(embeddings, bank.identity_encoder, bank.names).save(args.output)
+    print(f"{len(bank)} identities saved to {args.output}, mean cosine to the given ones {cosines.mean():.3f}")
+
+
+def _inspect_identities(args: argparse.Namespace) -> None:
+    import numpy as np
+
+    from .identities import inspect_bank
+
+    bank = _load_bank(args.bank)
+    known = None if args.against is None else _load_bank(args.against)
+    report = inspect_bank(bank, known)
+    print(f"{len(bank)} identities of `{bank.identity_encoder}`, {bank.embeddings.shape[1]}-d")
+    histograms = {"nearest other identity": report.nearest_other}
+    if known is not None:
+        histograms[f"nearest of {args.against}"] = report.nearest_known
+    edges = np.linspace(-0.2, 1.0, 25)
+    for title, values in histograms.items():
+        print(f"cosine to the {title}: mean {values.mean():.3f}, largest {values.max():.3f}")
+        counts, _ = np.histogram(values.clamp(-0.2, 1), edges)
+        for low, count in zip(edges, counts, strict=False):
+            if count:
+                print(f"  {low:5.2f} {'#' * int(np.ceil(50 * count / counts.max())):50} {count}")
+    for first, second, cosine in report.duplicates:
+        print(f"duplicate: {first} and {second}, {cosine:.4f}")
+    if known is not None:
+        position = int(report.nearest_known.argmax())
+        print(f"nearest: {bank.names[position]} to {report.known_names[position]}, {report.nearest_known.max():.4f}")
+    if args.plot is not None:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, axis = plt.subplots()
+        for title, values in histograms.items():
+            axis.hist(values.numpy(), edges, alpha=0.6, label=title)
+        axis.set_xlabel("cosine")
+        axis.set_ylabel("identities")
+        axis.legend()
+        figure.savefig(args.plot)
+        print(f"histogram saved to {args.plot}")
+
+
+def _add_identities(commands) -> None:
+    identities = commands.add_parser("identities", help="make, perturb and inspect banks of identities")
+    actions = identities.add_subparsers(dest="action", required=True)
+
+    make = actions.add_parser(
+        "make",
+        help="new identities, unlike each other and unlike known ones",
+        description="New identities: embeddings of faces that the model makes of nobody in particular; or of images,"
+        " or random directions.",
+    )
+    make.add_argument("model", nargs="?", help="pipeline: folder or Hub repository (default: the embedded one)")
+    make.add_argument("--number", type=int, required=True, help="identities wanted")
+    make.add_argument("--output", type=Path, required=True, help="the bank, .safetensors")
+    make.add_argument("--exclude", type=Path, nargs="+", default=[], help="banks or caches of known identities")
+    make.add_argument("--max-similarity", type=float, default=0.3, help="largest cosine (default: %(default)s)")
+    make.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    make.add_argument("--batch-size", type=int, default=16, help="faces a call (default: %(default)s)")
+    make.add_argument("--num-inference-steps", type=int, default=50, help="default: %(default)s")
+    make.add_argument("--from-images", type=Path, help="embed these photographs instead")
+    make.add_argument("--aligned", action="store_true", help="they are aligned faces: no detection")
+    make.add_argument("--random", action="store_true", help="directions from the distribution of --exclude (weaker)")
+    _add_encoder_arguments(make)
+    make.set_defaults(run=_make_identities)
+
+    perturb = actions.add_parser("perturb", help="turn every identity by a random angle (IDperturb)")
+    perturb.add_argument("bank", type=Path)
+    perturb.add_argument("--cosine", type=float, nargs=2, default=(0.6, 1.0), metavar=("A", "B"))
+    perturb.add_argument("--seed", type=int, default=0)
+    perturb.add_argument("--output", type=Path, required=True)
+    perturb.set_defaults(run=_perturb_identities)
+
+    inspect_parser = actions.add_parser("inspect", help="similarities, duplicates, the nearest known identity")
+    inspect_parser.add_argument("bank", type=Path, help="a bank, or a cache of `uiface prepare`")
+    inspect_parser.add_argument("--against", type=Path, help="bank or cache of known identities")
+    inspect_parser.add_argument("--plot", type=Path, help="save the histogram as a picture")
+    inspect_parser.set_defaults(run=_inspect_identities)
 
 
 def _convert_original(args: argparse.Namespace) -> None:
@@ -119,22 +347,8 @@ def build_parser() -> argparse.ArgumentParser:
     prepare.add_argument("--drop-outliers", action="store_true", help="leave outliers out")
     prepare.set_defaults(run=_prepare)
 
-    generate = commands.add_parser(
-        "generate",
-        help="make faces",
-        description="Faces of a bank of identities: OUTPUT/IDENTITY/NNNN.png and a preview, OUTPUT/grid.png.",
-        epilog="example: uiface generate --output faces",
-    )
-    generate.add_argument("model", nargs="?", help="pipeline: folder or Hub repository (default: the embedded one)")
-    generate.add_argument("--output", type=Path, default=Path("faces"), help="folder (default: %(default)s)")
-    generate.add_argument("--identities", type=Path, help="bank (default: identities.safetensors of the model)")
-    generate.add_argument("--images-per-identity", type=int, default=8, help="default: %(default)s")
-    generate.add_argument("--max-identities", type=int, help="default: all of --identities; 4 of the model's own")
-    generate.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    generate.add_argument("--batch-size", type=int, default=16, help="faces a call (default: %(default)s)")
-    generate.add_argument("--num-inference-steps", type=int, default=50, help="default: %(default)s")
-    generate.add_argument("--guidance-scale", type=float, default=2.0, help="default: %(default)s")
-    generate.set_defaults(run=_generate)
+    _add_generate(commands)
+    _add_identities(commands)
 
     convert = commands.add_parser(
         "convert-original",
@@ -155,8 +369,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    args = build_parser().parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
     try:
         args.run(args)
     except (OSError, ValueError) as error:

@@ -1,89 +1,511 @@
-"""Faces of a bank of identities, into folders."""
+"""A data set from a pipeline and a bank of identities: plan, run, resume.
 
+A run belongs to a folder:
+
+    generation.json    every setting, the model's hash, versions
+    images/            one folder an identity; for `webdataset`, tar shards instead
+    metadata.parquet   a row an image, when all are made; until then the rows are in `journal/`
+    preview.png, README.md
+
+Image n of an identity depends on the weights, the settings, the identity's embedding and name, n and the seed, and on
+nothing else: not on the batch, the number of processes or an interruption.
+"""
+
+import hashlib
+import inspect
+import io
+import json
 import os
+import platform
+import shutil
+import tarfile
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn.functional as F
+from accelerate import PartialState
 from diffusers.utils import make_image_grid
+from filelock import FileLock, Timeout
+from huggingface_hub import create_repo, upload_folder
 from tqdm import tqdm
 
-from .files import complete_file
-from .identities import IdentityBank
+from .data.image_folder import (
+    IMAGE_FORMATS,
+    IMAGES_A_SHARD,
+    JOURNAL,
+    METADATA,
+    ImageRow,
+    Journal,
+    encode_image,
+    image_name,
+    is_complete_image,
+    pack_shard,
+    read_rows,
+    shard_name,
+    write_metadata,
+)
+from .faces import FaceEncoder
+from .files import check_settings, complete_file
+from .fingerprint import pipeline_fingerprint
+from .identities import IdentityBank, perturb_embeddings
+from .latents import decode_latents
 from .pipeline_uiface import UIFacePipeline
+from .seeds import PERTURBATION, image_generator, image_seed
 
+OUTPUT_FORMATS = ("imagefolder", "webdataset")
+# arguments of the pipeline's call that a data set gives itself
+OWN_ARGUMENTS = {
+    "identity_embeds",
+    "num_images_per_prompt",
+    "generator",
+    "latents",
+    "output_type",
+    "return_dict",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+}
+SIZE_CATEGORIES = (
+    (1_000, "n<1K"),
+    (10_000, "1K<n<10K"),
+    (100_000, "10K<n<100K"),
+    (1_000_000, "100K<n<1M"),
+    (10_000_000, "1M<n<10M"),
+    (float("inf"), "10M<n<100M"),
+)
 # of the preview
 GRID_ROWS, GRID_COLUMNS = 8, 8
+# batches that wait to be decoded and written, at most
+WAITING = 2
 
 
-def image_generator(seed: int, identity: int, index: int) -> torch.Generator:
-    """The random generator of image `index` of identity number `identity`: it depends on nothing else."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, identity, index)).generate_state(1)[0]))
+@dataclass(frozen=True)
+class GenerationReport:
+    """
+    Args:
+        made (`int`): images of this run and process, repeated attempts not counted.
+        planned (`int`): images of the whole data set.
+        complete (`bool`): all of them are there, metadata and preview are written.
+        images_per_second (`float`): of this run and process.
+        unet_rows_per_image (`float`): UNet samples that an image took, on average.
+    """
+
+    made: int
+    planned: int
+    complete: bool
+    images_per_second: float
+    unet_rows_per_image: float
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One image to be made: identity's position in the bank, number, and how often it has been tried before."""
+
+    identity: int
+    index: int
+    number: int = 0
 
 
 def generate_dataset(
     pipeline: UIFacePipeline,
     identities: IdentityBank,
     output: str | os.PathLike,
-    images_per_identity: int = 8,
+    images_per_identity: int = 50,
     seed: int = 0,
     batch_size: int = 16,
-    **sampling,
-) -> int:
-    """Generates faces of every identity of a bank: `OUTPUT/IDENTITY/NNNN.png`, and `OUTPUT/grid.png` of the first.
-
-    A batch is filled across identities; an image depends on its identity, its number and the seed only. Pictures that
-    are there already are not made again.
+    size: int = 112,
+    image_format: str = "png",
+    output_format: str = "imagefolder",
+    shard: tuple[int, int] = (0, 1),
+    identity_perturbation: tuple[float, float] | None = None,
+    min_similarity: float | None = None,
+    encoder: FaceEncoder | None = None,
+    max_attempts: int = 3,
+    push_to_hub: str | None = None,
+    **sampling: Any,
+) -> GenerationReport:
+    """Generates `images_per_identity` faces of every identity of a bank. The same call goes on where an earlier one
+    was stopped. Under `accelerate launch`, the processes share the work.
 
     Args:
         pipeline: samples; its own progress bar is switched off.
-        identities: whom.
-        output: a folder.
-        images_per_identity (`int`, defaults to 8).
+        identities: whom; their names become folders.
+        output: the data set's folder.
+        images_per_identity (`int`, defaults to 50).
         seed (`int`, defaults to 0).
-        batch_size (`int`, defaults to 16): pictures a pipeline call.
+        batch_size (`int`, defaults to 16): images a pipeline call, filled across identities.
+        size (`int`, defaults to 112): height and width of the images (bilinear, with antialiasing).
+        image_format (`str`, defaults to `"png"`): `"png"`, `"jpeg"` or `"webp"`, the last two with quality 95.
+        output_format (`str`, defaults to `"imagefolder"`): `images/IDENTITY/NNNN.png`, or `"webdataset"` tar shards.
+        shard (`tuple[int, int]`, defaults to `(0, 1)`): part i of n, for jobs that do not know each other.
+        identity_perturbation (`tuple[float, float]`, *optional*): every image follows its own embedding, with a cosine
+            drawn from this range to the identity's; see `perturb_embeddings`.
+        min_similarity (`float`, *optional*): an image whose embedding has a smaller cosine to the identity's is made
+            anew from the next sub-seed; the best of all attempts is kept.
+        encoder: measures the similarity, also without `min_similarity`; the encoder of the bank.
+        max_attempts (`int`, defaults to 3): attempts at an image, if `min_similarity` is given.
+        push_to_hub (`str`, *optional*): `"org/name"` of a data set on the Hub to upload to when complete.
         sampling: further arguments of the pipeline's call, as `guidance_scale`.
 
-    Returns:
-        How many pictures were made.
-
     Raises:
-        ValueError: an empty bank, or names that cannot be folders.
+        ValueError: an argument is out of range, or `output` was begun with other settings.
+        RuntimeError: another process is at work on the same part of `output`.
     """
+    _check_arguments(pipeline, identities, locals())
+    state = PartialState()
+    part = (shard[0] * state.num_processes + state.process_index, shard[1] * state.num_processes)
+    output = Path(output)
+    settings = {
+        "model": pipeline_fingerprint(pipeline),
+        "scheduler": type(pipeline.scheduler).__name__,
+        "dtype": str(pipeline.unet.dtype),
+        "identities": _bank_hash(identities),
+        "number_of_identities": len(identities),
+        "identity_encoder": identities.identity_encoder,
+        "images_per_identity": images_per_identity,
+        "seed": seed,
+        "size": size,
+        "image_format": image_format,
+        "output_format": output_format,
+        "identity_perturbation": None if identity_perturbation is None else list(identity_perturbation),
+        "min_similarity": min_similarity,
+        "encoder": None if encoder is None else encoder.name,
+        "max_attempts": max_attempts if min_similarity is not None else 1,
+        "sampling": sampling,
+    }
+    run = _Run(pipeline, identities, output, settings, encoder, batch_size)
+    with _locked(output, part):
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        versions |= {"diffusers": diffusers.__version__, "uiface_diffusers": version("uiface-diffusers")}
+        check_settings(output / "generation.json", settings, versions=versions)
+        made, seconds = run.make(part)
+    state.wait_for_everyone()
+    complete = run.finish()
+    if push_to_hub is not None and complete and part[0] == 0:
+        upload_dataset(output, push_to_hub)
+    return GenerationReport(
+        made=made,
+        planned=len(run.plan),
+        complete=complete,
+        images_per_second=made / seconds if made else 0.0,
+        unet_rows_per_image=run.unet_rows / made if made else 0.0,
+    )
+
+
+def _check_arguments(pipeline: UIFacePipeline, identities: IdentityBank, arguments: Mapping[str, Any]) -> None:
     if not len(identities):
         raise ValueError("the bank of identities is empty.")
-    bad = [name for name in identities.names if Path(name).name != name or name in (".", "..")]
+    bad = [name for name in identities.names if Path(name).name != name or name in (".", "..") or ":" in name]
     if bad:
         raise ValueError(f"the identity's name {bad[0]!r} cannot be a folder's.")
     if len(set(identities.names)) < len(identities):
-        raise ValueError("two identities of the bank have one name: their pictures would fall together.")
-    output = Path(output)
-    plan = [(identity, index) for identity in range(len(identities)) for index in range(images_per_identity)]
+        raise ValueError("two identities of the bank have one name: their images would fall together.")
+    for name in ("images_per_identity", "batch_size", "size", "max_attempts"):
+        if arguments[name] < 1:
+            raise ValueError(f"`{name}` has to be positive but is {arguments[name]}.")
+    for name, values in (("image_format", tuple(IMAGE_FORMATS)), ("output_format", OUTPUT_FORMATS)):
+        if arguments[name] not in values:
+            raise ValueError(f"`{name}` has to be one of {values} but is {arguments[name]!r}.")
+    position, number = arguments["shard"]
+    if not 0 <= position < number:
+        raise ValueError(f"`shard` is (i, n) with 0 <= i < n, not ({position}, {number}).")
+    encoder, wanted = arguments["encoder"], identities.identity_encoder
+    if encoder is not None and wanted not in (None, encoder.name):
+        raise ValueError(f"the bank is of `{wanted}`: its identities cannot be measured by `{encoder.name}`.")
+    if arguments["min_similarity"] is not None and encoder is None:
+        raise ValueError("`min_similarity` needs an `encoder` to measure by.")
+    taken = set(inspect.signature(pipeline.__call__).parameters) - OWN_ARGUMENTS
+    unknown = sorted(arguments["sampling"].keys() - taken)
+    if unknown:
+        raise ValueError(
+            f"the pipeline's call has no argument {unknown[0]!r} that could be given here: {sorted(taken)}."
+        )
+    # wrong embeddings are named before anything is loaded or written
+    pipeline.prepare_identity_embeds(identities)
+    if arguments["identity_perturbation"] is not None:
+        perturb_embeddings(identities.embeddings[:1], arguments["identity_perturbation"], [torch.Generator()])
 
-    def path(identity: int, index: int) -> Path:
-        return output / identities.names[identity] / f"{index:04d}.png"
 
-    missing = [number for number in plan if not path(*number).exists()]
+class _Run:
+    """A data set in the making: what is planned, made and written."""
+
+    def __init__(self, pipeline, identities, output, settings, encoder, batch_size):
+        self.pipeline, self.identities, self.output, self.settings = pipeline, identities, output, settings
+        self.encoder, self.batch_size = encoder, batch_size
+        self.images = output / "images"
+        self.plan = [(i, n) for i in range(len(identities)) for n in range(settings["images_per_identity"])]
+        self.unet_rows = 0
+        # of images that were not similar enough yet: the best attempt
+        self.best: dict[tuple[int, int], tuple[PIL.Image.Image, ImageRow]] = {}
+
+    def key(self, number: tuple[int, int]) -> tuple[str, int]:
+        return self.identities.names[number[0]], number[1]
+
+    def name(self, number: tuple[int, int]) -> str:
+        return image_name(*self.key(number), self.settings["image_format"])
+
+    def shards(self) -> list[Path]:
+        """One a thousand planned images, for webdataset."""
+        return [self.output / "shards" / shard_name(k) for k in range(-(-len(self.plan) // IMAGES_A_SHARD))]
+
+    def make(self, part: tuple[int, int]) -> tuple[int, float]:
+        """Makes what is missing of part i of n; returns the number of images and the seconds."""
+        rows, packs = read_rows(self.output), self.settings["output_format"] == "webdataset"
+        # of a shard, all images are made by one process
+        unit = IMAGES_A_SHARD if packs else self.batch_size
+        units = [self.plan[k : k + unit] for k in range(0, len(self.plan), unit)][part[0] :: part[1]]
+        done = {number for numbers in units for number in numbers if self._is_done(number, rows)}
+        journal = Journal(self.output, part)
+        started, made = time.monotonic(), 0
+        self.pipeline.set_progress_bar_config(disable=True)
+        hook = self.pipeline.unet.register_forward_pre_hook(self._count_rows, with_kwargs=True)
+        total = sum(map(len, units))
+        try:
+            with tqdm(total=total, initial=len(done), desc="generate", unit="image") as progress:
+                # images of several units fill a batch, but a shard's do not wait for another shard's
+                for numbers in units if packs else [sum(units, [])]:
+                    made += self._make_images([n for n in numbers if n not in done], journal, progress)
+                    if packs:
+                        self._pack(numbers)
+        except OSError as error:
+            raise OSError(
+                f"{self.output} cannot be written ({error}). {made + len(done)} images or more of {total} are"
+                " complete: make room and run the same command again."
+            ) from error
+        finally:
+            hook.remove()
+        return made, time.monotonic() - started
+
+    def _is_done(self, number: tuple[int, int], rows: Mapping) -> bool:
+        row = rows.get(self.key(number))
+        if row is None:
+            return False
+        if self.settings["output_format"] == "webdataset":
+            position = number[0] * self.settings["images_per_identity"] + number[1]
+            if self.shards()[position // IMAGES_A_SHARD].exists():
+                return True
+        return is_complete_image(self.images / self.name(number), row.size, self.settings["image_format"])
+
+    def _count_rows(self, module, args, kwargs) -> None:
+        self.unet_rows += len(args[0] if args else kwargs["sample"])
+
+    def _make_images(self, numbers: list[tuple[int, int]], journal: Journal, progress: tqdm) -> int:
+        """Samples in this thread; another one decodes, measures, resizes, encodes and writes."""
+        pending = deque(Attempt(*number) for number in numbers)
+        waiting: deque[Future] = deque()
+        with ThreadPoolExecutor(1) as writer:
+            while pending or waiting:
+                # attempts that fail come back before a batch is left short
+                while waiting and (len(waiting) > WAITING or len(pending) < self.batch_size):
+                    again = waiting.popleft().result()
+                    pending.extendleft(again)
+                if not pending:
+                    continue
+                batch = [pending.popleft() for _ in range(min(self.batch_size, len(pending)))]
+                sampled = self._sample(batch)
+                waiting.append(writer.submit(self._write, batch, *sampled, journal, progress))
+        return len(numbers)
+
+    def _sample(self, batch: list[Attempt]) -> tuple[torch.Tensor, list[int], list[float | None]]:
+        """Latents, boundaries and perturbations of a batch."""
+        seed, names = self.settings["seed"], self.identities.names
+        embeddings = F.normalize(self.identities.embeddings[[a.identity for a in batch]])
+        perturbations: list[float | None] = [None] * len(batch)
+        keys = [(names[a.identity], a.index, a.number) for a in batch]
+        if self.settings["identity_perturbation"] is not None:
+            generators = [image_generator(seed, *key, stream=PERTURBATION) for key in keys]
+            embeddings, cosines = perturb_embeddings(embeddings, self.settings["identity_perturbation"], generators)
+            perturbations = cosines.tolist()
+        out = self.pipeline(
+            IdentityBank(embeddings, self.identities.identity_encoder),
+            generator=[image_generator(seed, *key) for key in keys],
+            output_type="latent",
+            **self.settings["sampling"],
+        )
+        return out.images, out.boundary_timesteps.tolist(), perturbations
+
+    @torch.no_grad()
+    def _write(self, batch, latents, boundaries, perturbations, journal, progress) -> list[Attempt]:
+        """Writes a batch's images, or gives back the attempts to make instead."""
+        pipeline, settings = self.pipeline, self.settings
+        decoded = decode_latents(pipeline.vae, latents.to(pipeline.vae.dtype))
+        pictures = pipeline.image_processor.postprocess(decoded, output_type="pil")
+        similarities: list[float | None] = [None] * len(batch)
+        if self.encoder is not None:
+            wanted = F.normalize(self.identities.embeddings[[a.identity for a in batch]])
+            similarities = (self.encoder.embed_pictures(pictures) * wanted).sum(dim=1).tolist()
+        rows, again = [], []
+        for attempt, picture, *figures in zip(batch, pictures, boundaries, perturbations, similarities, strict=True):
+            name = self.identities.names[attempt.identity]
+            seed = image_seed(settings["seed"], name, attempt.index, attempt.number)
+            row = ImageRow(name, attempt.index, seed, attempt.number, *figures, size=0)
+            number = (attempt.identity, attempt.index)
+            if settings["min_similarity"] is not None:
+                best = self.best.pop(number, None)
+                if best is not None and best[1].similarity >= row.similarity:
+                    picture, row = best
+                if row.similarity < settings["min_similarity"] and attempt.number + 1 < settings["max_attempts"]:
+                    self.best[number] = (picture, row)
+                    again.append(replace(attempt, number=attempt.number + 1))
+                    continue
+            side = (settings["size"], settings["size"])
+            if picture.size != side:
+                picture = picture.resize(side, PIL.Image.Resampling.BILINEAR)
+            content = encode_image(picture, settings["image_format"])
+            path = self.images / self.name(number)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with complete_file(path) as beside:
+                beside.write_bytes(content)
+            rows.append(replace(row, size=len(content)))
+        journal.append(rows)
+        progress.update(len(rows))
+        progress.set_postfix({"UNet rows/image": f"{self.unet_rows / max(progress.n - progress.initial, 1):.1f}"})
+        return again
+
+    def _pack(self, numbers: list[tuple[int, int]]) -> None:
+        first = numbers[0][0] * self.settings["images_per_identity"] + numbers[0][1]
+        shard = self.shards()[first // IMAGES_A_SHARD]
+        if not shard.exists():
+            rows = read_rows(self.output)
+            names = [self.name(number) for number in numbers]
+            pack_shard(shard, self.images, names, [i for i, _ in numbers], [rows[self.key(n)] for n in numbers])
+
+    def finish(self) -> bool:
+        """Metadata, preview and card, once all parts are complete; says whether they are."""
+        with _lock(self.output, "finish", timeout=-1):
+            rows = read_rows(self.output)
+            if not all(self._is_done(number, rows) for number in self.plan):
+                return False
+            if not (self.output / JOURNAL).exists() and (self.output / METADATA).exists():
+                return True
+            if self.settings["output_format"] == "webdataset":
+                names = [f"shards/{shard_name(k // IMAGES_A_SHARD)}/{self.name(n)}" for k, n in enumerate(self.plan)]
+                if self.images.exists():
+                    self.images.rmdir()  # all have moved into shards
+            else:
+                names = [f"images/{self.name(number)}" for number in self.plan]
+            ordered = [rows[self.key(number)] for number in self.plan]
+            write_metadata(self.output, ordered, names)
+            self._write_preview()
+            with complete_file(self.output / "README.md") as beside:
+                beside.write_text(dataset_card(self.settings, ordered))
+            shutil.rmtree(self.output / JOURNAL)
+        return True
+
+    def _write_preview(self) -> None:
+        columns = min(GRID_COLUMNS, self.settings["images_per_identity"])
+        rows = min(GRID_ROWS, len(self.identities))
+        cells = [self._open((identity, index)) for identity in range(rows) for index in range(columns)]
+        with complete_file(self.output / "preview.png") as beside:
+            make_image_grid(cells, rows=rows, cols=columns).save(beside, "png")
+
+    def _open(self, number: tuple[int, int]) -> PIL.Image.Image:
+        if self.settings["output_format"] == "imagefolder":
+            return PIL.Image.open(self.images / self.name(number))
+        position = number[0] * self.settings["images_per_identity"] + number[1]
+        with tarfile.open(self.shards()[position // IMAGES_A_SHARD]) as tar:
+            return PIL.Image.open(io.BytesIO(tar.extractfile(self.name(number)).read()))
+
+
+def _bank_hash(identities: IdentityBank) -> str:
+    digest = hashlib.sha256(json.dumps(identities.names).encode())
+    digest.update(identities.embeddings.contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _lock(output: Path, name: str, timeout: float = 0) -> Iterator[None]:
+    path = output / f".{name}.lock"
+    with FileLock(path, timeout=timeout):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # a finished folder has no locks
+
+
+@contextmanager
+def _locked(output: Path, part: tuple[int, int]) -> Iterator[None]:
+    """No two processes at one part, and no two divisions into parts at one time."""
     output.mkdir(parents=True, exist_ok=True)
-    pipeline.set_progress_bar_config(disable=True)
-    with tqdm(total=len(plan), initial=len(plan) - len(missing), desc="generate", unit="image") as progress:
-        for start in range(0, len(missing), batch_size):
-            batch = missing[start : start + batch_size]
-            embeddings = identities.embeddings[[identity for identity, _ in batch]]
-            images = pipeline(
-                IdentityBank(embeddings, identities.identity_encoder),
-                generator=[image_generator(seed, *number) for number in batch],
-                **sampling,
-            ).images
-            for number, image in zip(batch, images, strict=True):
-                path(*number).parent.mkdir(exist_ok=True)
-                with complete_file(path(*number)) as beside:
-                    image.save(beside, "png")
-            progress.update(len(batch))
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_lock(output, f"{part[0]}-of-{part[1]}"))
+            for other in output.glob(".*-of-*.lock"):
+                if other.stem.split("-of-")[1] != str(part[1]):
+                    with _lock(output, other.stem.removeprefix(".")):
+                        pass
+        except Timeout as error:
+            raise RuntimeError(
+                f"another process is generating into {output} ({Path(error.lock_file).stem}): wait for it, or give"
+                " this one a part of its own with `shard`."
+            ) from error
+        yield
 
-    rows, columns = min(GRID_ROWS, len(identities)), min(GRID_COLUMNS, images_per_identity)
-    cells = [PIL.Image.open(path(identity, index)) for identity in range(rows) for index in range(columns)]
-    with complete_file(output / "grid.png") as beside:
-        make_image_grid(cells, rows=rows, cols=columns).save(beside, "png")
-    return len(missing)
+
+def dataset_card(settings: Mapping[str, Any], rows: list[ImageRow]) -> str:
+    """README.md of a generated data set, with metadata for the Hub."""
+    number = len(rows)
+    category = next(name for limit, name in SIZE_CATEGORIES if number < limit)
+    folder = "images/**" if settings["output_format"] == "imagefolder" else "shards/*.tar"
+    similarities = [row.similarity for row in rows if row.similarity is not None]
+    measured = (
+        f"| mean cosine to the identity (`{settings['encoder']}`) | {np.mean(similarities):.3f} |\n"
+        if similarities
+        else ""
+    )
+    sampling = (
+        ", ".join(f"{name}={value!r}" for name, value in settings["sampling"].items()) or "the pipeline's defaults"
+    )
+    return f"""---
+pretty_name: Synthetic faces by UIFace
+task_categories:
+- image-classification
+size_categories:
+- {category}
+tags:
+- uiface
+- face-recognition
+- synthetic-data
+configs:
+- config_name: default
+  data_files: {folder}
+---
+
+# Synthetic faces
+
+Faces of people who do not exist, generated by uiface-diffusers
+([UIFace](https://arxiv.org/abs/2502.19803)). `metadata.parquet` has a row an image; `generation.json` every setting.
+
+![The first identities in rows](preview.png)
+
+| | |
+|---|---|
+| identities | {settings["number_of_identities"]} |
+| images | {number}, {settings["size"]}x{settings["size"]} {settings["image_format"]} |
+| model | `{settings["model"]}` |
+| identity encoder | `{settings["identity_encoder"] or "not stated"}` |
+| seed | {settings["seed"]} |
+| sampling | {sampling} |
+| identity perturbation | {settings["identity_perturbation"] or "none"} |
+{measured}
+The licence and consent of the generator's training data apply: see the model's card.
+"""
+
+
+def upload_dataset(output: Path, repo_id: str) -> str:
+    """Uploads a finished data set to the Hub; returns its address."""
+    repo_id = create_repo(repo_id, repo_type="dataset", exist_ok=True).repo_id
+    commit = upload_folder(
+        repo_id=repo_id, repo_type="dataset", folder_path=output, commit_message="Upload synthetic faces"
+    )
+    return str(commit)

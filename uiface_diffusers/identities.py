@@ -2,17 +2,31 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
-from .files import complete_file
+from .files import check_settings, complete_file
+from .fingerprint import pipeline_fingerprint
+from .seeds import mix_seed
+
+if TYPE_CHECKING:
+    from .faces import FaceEncoder
+    from .pipeline_uiface import UIFacePipeline
 
 # how often `sample_identities` draws as many candidates as are asked for
 MAX_ROUNDS = 100
+# rows of one matrix product: 1024 x 16384 cosines are 64 MiB
+CANDIDATE_ROWS, KNOWN_ROWS = 1024, 16384
 
 
 @dataclass
@@ -42,6 +56,11 @@ class IdentityBank:
     def __len__(self) -> int:
         return len(self.embeddings)
 
+    def take(self, positions: Sequence[int]) -> "IdentityBank":
+        """The bank of some of its identities."""
+        positions = list(positions)
+        return IdentityBank(self.embeddings[positions], self.identity_encoder, [self.names[i] for i in positions])
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes a safetensors file; it is complete or not there at all."""
         metadata = {"names": json.dumps(self.names)}
@@ -64,6 +83,101 @@ class IdentityBank:
             return cls(file.get_tensor("embeddings"), metadata.get("identity_encoder"), names)
 
 
+def largest_cosines(embeddings: torch.Tensor, known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine to, and position of, the nearest known embedding, in blocks: the full matrix is never held.
+
+    Args:
+        embeddings (`torch.Tensor` of shape `(N, D)`): of unit length.
+        known (`torch.Tensor` of shape `(M, D)`): of unit length; may be empty.
+
+    Returns:
+        Two tensors of shape `(N,)`: cosines (-1 without known embeddings) and positions.
+    """
+    cosines = embeddings.new_full((len(embeddings),), -1.0)
+    positions = torch.zeros(len(embeddings), dtype=torch.long)
+    for start in range(0, len(embeddings), CANDIDATE_ROWS):
+        rows = slice(start, start + CANDIDATE_ROWS)
+        for first in range(0, len(known), KNOWN_ROWS):
+            values, nearest = (embeddings[rows] @ known[first : first + KNOWN_ROWS].T).max(dim=1)
+            nearer = values > cosines[rows]
+            cosines[rows] = torch.where(nearer, values, cosines[rows])
+            positions[rows] = torch.where(nearer, nearest + first, positions[rows])
+    return cosines, positions
+
+
+class DistinctIdentities:
+    """Keeps embeddings greedily, in the order that they come: one whose cosine to an excluded or to a kept embedding
+    is `max_similarity` or more falls (Kim et al. 2023).
+
+    Args:
+        excluded (`torch.Tensor` of shape `(M, D)`): of unit length, as the training identities; may be empty.
+        max_similarity (`float`): in (-1, 1].
+        number (`int`, *optional*): stop at so many.
+    """
+
+    def __init__(self, excluded: torch.Tensor, max_similarity: float, number: int | None = None):
+        self.excluded, self.max_similarity, self.number = excluded, max_similarity, number
+        self.kept = excluded.new_empty(0, excluded.shape[1])
+        self.report = {"candidates": 0, "kept": 0, "near an excluded identity": 0, "near a kept identity": 0}
+
+    @property
+    def complete(self) -> bool:
+        return self.number is not None and len(self.kept) >= self.number
+
+    def add(self, candidates: torch.Tensor) -> torch.Tensor:
+        """Takes candidates `(N, D)` of unit length; returns which of them are kept, `(N,)`. Those that come after the
+        last one wanted are not looked at."""
+        taken = torch.zeros(len(candidates), dtype=torch.bool)
+        for start in range(0, len(candidates), CANDIDATE_ROWS):
+            rows = candidates[start : start + CANDIDATE_ROWS]
+            near_excluded = largest_cosines(rows, self.excluded)[0] >= self.max_similarity
+            near_kept = largest_cosines(rows, self.kept)[0] >= self.max_similarity
+            near_each_other = rows @ rows.T >= self.max_similarity
+            chosen: list[int] = []
+            for i in range(len(rows)):
+                if self.number is not None and len(self.kept) + len(chosen) >= self.number:
+                    break
+                self.report["candidates"] += 1
+                if near_excluded[i]:
+                    self.report["near an excluded identity"] += 1
+                elif near_kept[i]:
+                    self.report["near a kept identity"] += 1
+                else:
+                    chosen.append(i)
+                    near_kept |= near_each_other[i]
+            taken[[start + i for i in chosen]] = True
+            self.kept = torch.cat([self.kept, rows[chosen]])
+            self.report["kept"] = len(self.kept)
+        return taken
+
+
+def perturb_embeddings(
+    embeddings: torch.Tensor, cosine_range: tuple[float, float], generators: Sequence[torch.Generator]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turns embeddings away from themselves by a random angle in a random direction (IDperturb, CVPR 2026).
+
+    Args:
+        embeddings (`torch.Tensor` of shape `(N, D)`): of unit length.
+        cosine_range: a, b of the cosine s ~ U[a, b] between an embedding and its perturbation, within [-1, 1].
+        generators: one an embedding.
+
+    Returns:
+        The perturbed embeddings, `(N, D)`, of unit length, and their cosines to the given ones, `(N,)`.
+
+    Raises:
+        ValueError: not a range of cosines.
+    """
+    low, high = cosine_range
+    if not -1 <= low <= high <= 1:
+        raise ValueError(f"a range of cosines goes from a to b with -1 <= a <= b <= 1, not from {low} to {high}.")
+    cosines = torch.stack([low + (high - low) * torch.rand((), generator=each) for each in generators])
+    directions = torch.stack([torch.randn(embeddings.shape[1], generator=each) for each in generators])
+    # uniform among the directions at a right angle
+    directions = F.normalize(directions - (directions * embeddings).sum(dim=1, keepdim=True) * embeddings)
+    sines = (1 - cosines.square()).clamp(min=0).sqrt()
+    return F.normalize(cosines[:, None] * embeddings + sines[:, None] * directions), cosines
+
+
 def sample_identities(bank: IdentityBank, number: int, max_similarity: float = 0.3, seed: int = 0) -> IdentityBank:
     """New identities: unit directions drawn from the Gaussian distribution of a bank's embeddings.
 
@@ -84,17 +198,171 @@ def sample_identities(bank: IdentityBank, number: int, max_similarity: float = 0
     known = F.normalize(bank.embeddings)
     mean, centred = known.mean(dim=0), known - known.mean(dim=0)
     generator = torch.Generator().manual_seed(seed)
-    kept = known.new_empty(0, known.shape[1])
+    distinct = DistinctIdentities(known, max_similarity, number)
     for _ in range(MAX_ROUNDS):
         # rows of a Gaussian matrix times the centred embeddings have the embeddings' covariance
         weights = torch.randn(number, len(known), generator=generator) / (len(known) - 1) ** 0.5
-        drawn = F.normalize(mean + weights @ centred)
-        for candidate in drawn[(drawn @ known.T).amax(dim=1) < max_similarity]:
-            if not len(kept) or (kept @ candidate).max() < max_similarity:
-                kept = torch.cat([kept, candidate[None]])
-            if len(kept) == number:
-                return IdentityBank(kept, bank.identity_encoder)
+        distinct.add(F.normalize(mean + weights @ centred))
+        if distinct.complete:
+            return IdentityBank(distinct.kept, bank.identity_encoder)
     raise ValueError(
-        f"only {len(kept)} of {number} identities with a cosine below {max_similarity} to each other and to the bank"
-        f" were found in {MAX_ROUNDS * number} draws: allow a larger one."
+        f"only {len(distinct.kept)} of {number} identities with a cosine below {max_similarity} to each other and to"
+        f" the bank were found in {MAX_ROUNDS * number} draws: allow a larger one."
     )
+
+
+def make_identities(
+    pipeline: "UIFacePipeline",
+    encoder: "FaceEncoder",
+    number: int,
+    output: str | os.PathLike,
+    exclude: Sequence[IdentityBank] = (),
+    max_similarity: float = 0.3,
+    max_candidates: int | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    **sampling: Any,
+) -> dict[str, int]:
+    """New identities from the model itself: faces of nobody in particular (the empty context), embedded, and kept when
+    they are unlike every one kept before and every excluded one (UIFace's authors; DCFace, Kim et al. 2023).
+
+    The candidates' embeddings are saved beside `output` as they come; the same call goes on after an interruption.
+
+    Args:
+        pipeline: makes the candidates; its progress bar is switched off.
+        encoder: embeds them: the encoder that the pipeline was trained on.
+        number: identities wanted.
+        output: the bank's file, safetensors.
+        exclude: banks of identities to keep away from, as those of the training.
+        max_similarity (`float`, defaults to 0.3): cosine from which two identities are too near.
+        max_candidates (`int`, *optional*): give up after so many; 20 times `number` if not given.
+        seed (`int`, defaults to 0): candidate k depends on the pipeline, `sampling`, k and the seed only.
+        batch_size (`int`, defaults to 16): faces a call.
+        sampling: further arguments of the pipeline's call.
+
+    Returns:
+        The report: `candidates`, `kept`, `near an excluded identity`, `near a kept identity`, `no face`.
+
+    Raises:
+        ValueError: an encoder does not match; or too few identities were found: the message has the report, and
+            `output` holds what was found.
+    """
+    wanted = pipeline.identity_projector.config.identity_encoder
+    for name, what in ((wanted, "the pipeline"), *((bank.identity_encoder, "an excluded bank") for bank in exclude)):
+        if name not in (None, encoder.name):
+            raise ValueError(f"{what} is of the encoder `{name}`, candidates are embedded by `{encoder.name}`.")
+    excluded = [F.normalize(bank.embeddings) for bank in exclude]
+    dimension = pipeline.identity_projector.config.identity_dim
+    distinct = DistinctIdentities(torch.cat(excluded or [torch.empty(0, dimension)]), max_similarity, number)
+    max_candidates = 20 * number if max_candidates is None else max_candidates
+    folder = Path(f"{output}.candidates")
+    settings = {"seed": seed, "batch_size": batch_size, "identity_encoder": encoder.name, "sampling": sampling}
+    check_settings(folder / "settings.json", {"model": pipeline_fingerprint(pipeline), **settings})
+    pipeline.set_progress_bar_config(disable=True)
+    faceless = 0
+    with tqdm(total=number, desc="identities", unit="identity") as progress:
+        for start in range(0, max_candidates, batch_size):
+            file = folder / f"{start // batch_size:06d}.safetensors"
+            if not file.exists():
+                seeds = [mix_seed(seed, start + k) for k in range(batch_size)]
+                generators = [torch.Generator().manual_seed(each) for each in seeds]
+                pictures = pipeline(None, batch_size, generator=generators, **sampling).images
+                found = [bool(encoder.detect(np.asarray(picture))) for picture in pictures]
+                with complete_file(file) as beside:
+                    save_file({"embeddings": encoder.embed_pictures(pictures), "found": torch.tensor(found)}, beside)
+            candidates = load_file(file)
+            faceless += int((~candidates["found"]).sum())
+            distinct.add(candidates["embeddings"][candidates["found"]])
+            progress.update(len(distinct.kept) - progress.n)
+            progress.set_postfix({name: value for name, value in distinct.report.items() if name != "kept"})
+            if distinct.complete:
+                break
+    report = {**distinct.report, "no face": faceless}
+    IdentityBank(distinct.kept, encoder.name).save(output)
+    if not distinct.complete:
+        raise ValueError(
+            f"only {len(distinct.kept)} of {number} identities were found ({report}); they are in {output}. Allow more"
+            " candidates or a larger similarity and run it again: candidates are not made twice."
+        )
+    return report
+
+
+def embed_images(source: str | os.PathLike, encoder: "FaceEncoder", aligned: bool = False) -> IdentityBank:
+    """Embeds the photographs of a source (see `open_source`), named `IDENTITY/FILE`; what shows no face is left out.
+
+    Raises:
+        ValueError: no photographs, or no face in any of them.
+    """
+    from .data.sources import open_source
+    from .faces import NoFaceError, UnusableFaceError
+
+    opened, names, embeddings = open_source(source), [], []
+    for photograph in tqdm(opened.photographs, desc="embed", unit="photo"):
+        try:
+            pixels = opened.read(photograph)
+            if aligned:
+                embeddings.append(encoder.embed_pictures([PIL.Image.fromarray(pixels)]))
+            else:
+                embeddings.append(encoder.embed([pixels]).embeddings)
+        except (OSError, NoFaceError, UnusableFaceError):
+            continue
+        names.append(photograph.file)
+    if not names:
+        raise ValueError(f"none of {len(opened.photographs)} photographs in {source} shows a face.")
+    return IdentityBank(torch.cat(embeddings), encoder.name, names)
+
+
+def keep_distinct(
+    bank: IdentityBank, exclude: Sequence[IdentityBank] = (), max_similarity: float = 0.3, number: int | None = None
+) -> tuple[IdentityBank, dict[str, int]]:
+    """The identities of a bank, in its order, that are unlike each other and unlike the excluded ones; and the report
+    of `DistinctIdentities`."""
+    for other in exclude:
+        if (
+            None not in (bank.identity_encoder, other.identity_encoder)
+            and other.identity_encoder != bank.identity_encoder
+        ):
+            raise ValueError(f"banks of `{bank.identity_encoder}` and `{other.identity_encoder}` cannot be compared.")
+    excluded = [F.normalize(other.embeddings) for other in exclude]
+    empty = torch.empty(0, bank.embeddings.shape[1])
+    distinct = DistinctIdentities(torch.cat(excluded or [empty]), max_similarity, number)
+    taken = distinct.add(F.normalize(bank.embeddings))
+    return bank.take(taken.nonzero().flatten().tolist()), distinct.report
+
+
+@dataclass
+class BankReport:
+    """
+    Args:
+        nearest_other (`torch.Tensor` of shape `(N,)`): cosine of each identity to the nearest other one of its bank.
+        duplicates (`list[tuple[str, str, float]]`): names and cosine of identities nearer than 0.99.
+        nearest_known (`torch.Tensor` of shape `(N,)`, *optional*): cosine to the nearest known identity.
+        known_names (`list[str]`): the names of those.
+    """
+
+    nearest_other: torch.Tensor
+    duplicates: list[tuple[str, str, float]]
+    nearest_known: torch.Tensor | None
+    known_names: list[str]
+
+
+def inspect_bank(bank: IdentityBank, known: IdentityBank | None = None) -> BankReport:
+    """How near the identities of a bank (two or more) are to each other, and to known ones, as those of the
+    training."""
+    embeddings = F.normalize(bank.embeddings)
+    nearest, partners = [], []
+    for start in range(0, len(embeddings), CANDIDATE_ROWS):
+        similarity = embeddings[start : start + CANDIDATE_ROWS] @ embeddings.T
+        similarity.diagonal(start).fill_(-1)  # not to itself
+        values, positions = similarity.max(dim=1)
+        nearest += values.tolist()
+        partners += positions.tolist()
+    duplicates = [
+        (bank.names[i], bank.names[j], cosine)
+        for i, (j, cosine) in enumerate(zip(partners, nearest, strict=True))
+        if cosine > 0.99 and (i < j or partners[j] != i)
+    ]
+    if known is None:
+        return BankReport(torch.tensor(nearest), duplicates, None, [])
+    cosines, positions = largest_cosines(embeddings, F.normalize(known.embeddings))
+    return BankReport(torch.tensor(nearest), duplicates, cosines, [known.names[i] for i in positions.tolist()])

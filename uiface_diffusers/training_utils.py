@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -18,6 +17,8 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler
+
+from .seeds import mix_seed
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +59,6 @@ def _option_words(name: str, value) -> list[str]:
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
     return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
-
-
-def mix_seed(*numbers: int) -> int:
-    """One seed from several numbers, well mixed (numpy's SeedSequence)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 class EndlessBatchSampler(Sampler):

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from ..faces import ALIGNED_SIZE, SELECTIONS, FaceEncoder, UnusableFaceError, align_face
-from ..files import complete_file
+from ..files import check_settings, complete_file, write_json
 from ..identities import IdentityBank
 from .sources import Photograph, PhotographSource, open_source
 
@@ -44,24 +44,6 @@ def _arrow_schema() -> pa.Schema:
         "photograph_sha256": Value("string"),
     }
     return Features(features).arrow_schema
-
-
-def _write_json(path: Path, content: dict) -> None:
-    with complete_file(path) as beside:
-        beside.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def _check_settings(path: Path, settings: dict) -> None:
-    """Refuses to go on in a folder that was begun with other settings."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_json(path, settings)
-        return
-    begun = json.loads(path.read_text())
-    differing = [key for key in settings.keys() | begun.keys() if settings.get(key) != begun.get(key)]
-    if differing:
-        detail = "; ".join(f"{key}: {begun.get(key)!r} there, {settings.get(key)!r} now" for key in sorted(differing))
-        raise ValueError(f"{path.parent} was begun with other settings ({detail}): choose another folder.")
 
 
 def _prepare_photograph(
@@ -139,7 +121,7 @@ def prepare_faces(
     settings |= {"det_size": encoder.det_size, "det_thresh": encoder.det_thresh}
     settings |= {"outlier_threshold": outlier_threshold, "drop_outliers": drop_outliers}
     settings |= {"photographs": total, "files_sha256": files_hash}
-    _check_settings(output / "prepare.json", settings)
+    check_settings(output / "prepare.json", settings)
 
     shards = []
     with tqdm(total=total, unit="photo", desc="prepare") as progress:
@@ -156,7 +138,7 @@ def prepare_faces(
     # written before anything is dropped: medians would be others afterwards
     outliers_file = output / "outliers.json"
     if not outliers_file.exists():
-        _write_json(outliers_file, find_outliers(shards, outlier_threshold))
+        write_json(outliers_file, find_outliers(shards, outlier_threshold))
     outliers = json.loads(outliers_file.read_text())
     if drop_outliers:
         for shard in shards:
@@ -184,7 +166,7 @@ def prepare_faces(
         "duplicates": duplicates,
         "outliers": outliers,
     }
-    _write_json(output / "report.json", report)
+    write_json(output / "report.json", report)
     return report
 
 
@@ -271,7 +253,8 @@ class FaceCache:
         if not (self.folder / "report.json").exists():
             state = "is not finished" if (self.folder / "prepare.json").exists() else "is no cache of prepared faces"
             raise ValueError(f"{self.folder} {state}: run `uiface prepare` on it.")
-        settings = json.loads((self.folder / "prepare.json").read_text())
+        content = json.loads((self.folder / "prepare.json").read_text())
+        settings = content.get("settings", content)
         self.identity_encoder: str = settings["identity_encoder"]
         self.image_size: int = settings["image_size"]
         # a shard can hold nothing but skipped photographs

@@ -1,8 +1,6 @@
 """Latents of prepared faces, both flips, once a first stage."""
 
 import copy
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,19 +10,9 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from ..files import complete_file
+from ..fingerprint import model_fingerprint
 from ..latents import FirstStage, encode_images
 from .face_cache import FaceCache
-
-
-def first_stage_key(vae: FirstStage) -> str:
-    """Twelve hexadecimal digits that tell a first stage's configuration and weights from another's."""
-    # what starts with an underscore is not about the model, as the folder it was loaded from
-    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    digest = hashlib.sha256(json.dumps([type(vae).__name__, config], sort_keys=True, default=str).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy())
-    return digest.hexdigest()[:12]
 
 
 @torch.no_grad()
@@ -42,7 +30,7 @@ def cache_latents(
         The files, in order. Each has `latents` of shape `(n, 2, latent_channels, h, w)` in half precision: the face
         and its mirror image.
     """
-    key = first_stage_key(vae)
+    key = model_fingerprint(vae)
     # twice as fast as contiguous convolutions, on the CPU too; a copy, so that the caller's stays as it is
     vae = copy.deepcopy(vae).to(device, memory_format=torch.channels_last)
     files = [shard.with_name(shard.name.replace("faces", f"latents-{key}")) for shard in faces.shards]

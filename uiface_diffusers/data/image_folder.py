@@ -1,0 +1,161 @@
+"""Writing a data set of generated images: files, their rows of metadata, tar shards."""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..files import complete_file
+
+# first bytes of a file, and Pillow's options
+IMAGE_FORMATS = {
+    "png": (b"\x89PNG\r\n\x1a\n", {}),
+    "jpeg": (b"\xff\xd8\xff", {"quality": 95, "subsampling": 0}),
+    "webp": (b"RIFF", {"quality": 95}),
+}
+IMAGES_A_SHARD = 1000
+METADATA = "metadata.parquet"
+JOURNAL = "journal"
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """
+    Args:
+        identity (`str`): name in the bank.
+        index (`int`): number of the image within its identity.
+        seed (`int`): of the image's noise.
+        attempt (`int`): 0, or the sub-seed that gave the similarity that was asked for.
+        boundary_timestep (`int`): the first timestep that followed the identity; -1 for none.
+        perturbation (`float`, *optional*): cosine of the perturbed embedding to the identity's.
+        similarity (`float`, *optional*): cosine of the image's embedding to the identity's.
+        size (`int`): of the file in bytes.
+    """
+
+    identity: str
+    index: int
+    seed: int
+    attempt: int
+    boundary_timestep: int
+    perturbation: float | None
+    similarity: float | None
+    size: int
+
+
+SCHEMA = pa.schema(
+    [
+        ("file_name", pa.string()),
+        ("identity", pa.string()),
+        ("index", pa.int64()),
+        ("seed", pa.int64()),
+        ("attempt", pa.int64()),
+        ("boundary_timestep", pa.int64()),
+        ("perturbation", pa.float32()),
+        ("similarity", pa.float32()),
+        ("size", pa.int64()),
+    ]
+)
+Key = tuple[str, int]
+
+
+def image_name(identity: str, index: int, image_format: str) -> str:
+    return f"{identity}/{index:04d}.{'jpg' if image_format == 'jpeg' else image_format}"
+
+
+def shard_name(number: int) -> str:
+    return f"{number:06d}.tar"
+
+
+def encode_image(image: PIL.Image.Image, image_format: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **IMAGE_FORMATS[image_format][1])
+    return buffer.getvalue()
+
+
+def is_complete_image(path: Path, size: int, image_format: str) -> bool:
+    """Whether a file has the size that was written and its format's first bytes."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+            return start.startswith(IMAGE_FORMATS[image_format][0]) and os.fstat(file.fileno()).st_size == size
+    except OSError:
+        return False
+
+
+class Journal:
+    """Rows of finished images, a line each, of one part of a run."""
+
+    def __init__(self, output: Path, part: tuple[int, int]):
+        self.path = output / JOURNAL / f"{part[0]}-of-{part[1]}.jsonl"
+        if self.path.exists():
+            # a line that a kill has cut short would spoil the next one
+            content = self.path.read_bytes()
+            os.truncate(self.path, content.rfind(b"\n") + 1)
+
+    def append(self, rows: Iterable[ImageRow]) -> None:
+        lines = "".join(json.dumps(asdict(row)) + "\n" for row in rows)
+        self.path.parent.mkdir(exist_ok=True)
+        with open(self.path, "ab") as file:
+            file.write(lines.encode())
+
+
+def read_rows(output: Path) -> dict[Key, ImageRow]:
+    """Rows of all finished images, from the metadata and from all journals.
+
+    Raises:
+        ValueError: the metadata are damaged.
+    """
+    rows: dict[Key, ImageRow] = {}
+    names = [field.name for field in fields(ImageRow)]
+    metadata = output / METADATA
+    if metadata.exists():
+        try:
+            table = pq.read_table(metadata, columns=names).to_pylist()
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise ValueError(
+                f"{metadata} is damaged: restore it, or delete it and the images are made again. ({error})"
+            ) from error
+        rows = {(row["identity"], row["index"]): ImageRow(**row) for row in table}
+    for journal in sorted((output / JOURNAL).glob("*.jsonl")):
+        for line in journal.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                row = ImageRow(**json.loads(line))
+                rows[row.identity, row.index] = row
+    return rows
+
+
+def write_metadata(output: Path, rows: Sequence[ImageRow], file_names: Sequence[str]) -> None:
+    table = [{"file_name": name, **asdict(row)} for name, row in zip(file_names, rows, strict=True)]
+    with complete_file(output / METADATA) as beside:
+        pq.write_table(pa.Table.from_pylist(table, SCHEMA), beside)
+
+
+def pack_shard(
+    shard: Path, images: Path, names: Sequence[str], classes: Sequence[int], rows: Sequence[ImageRow]
+) -> None:
+    """Moves images into a tar shard of webdataset: `KEY.png`, `KEY.cls` (the identity's number) and `KEY.json` (the
+    row). The shard is complete or not there at all."""
+    shard.parent.mkdir(exist_ok=True)
+    with complete_file(shard) as beside, tarfile.open(beside, "w") as tar:
+        for name, number, row in zip(names, classes, rows, strict=True):
+            key, suffix = name.rsplit(".", 1)
+            content = (images / name).read_bytes()
+            for end, data in (
+                (suffix, content),
+                ("cls", str(number).encode()),
+                ("json", json.dumps(asdict(row)).encode()),
+            ):
+                member = tarfile.TarInfo(f"{key}.{end}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    for name in names:
+        (images / name).unlink()
+        if not any((images / name).parent.iterdir()):
+            (images / name).parent.rmdir()

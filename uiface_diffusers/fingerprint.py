@@ -1,0 +1,30 @@
+"""Short hashes that tell models from each other."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+
+def public_config(component: Any) -> dict[str, Any]:
+    """A component's configuration without what is not about the model, as the folder it was loaded from."""
+    return {name: value for name, value in component.config.items() if not name.startswith("_")}
+
+
+def model_fingerprint(component: Any) -> str:
+    """Twelve hexadecimal digits of a component's class, configuration and weights."""
+    content = json.dumps([type(component).__name__, public_config(component)], sort_keys=True, default=str)
+    digest = hashlib.sha256(content.encode())
+    weights = component.state_dict() if isinstance(component, torch.nn.Module) else {}
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()[:12]
+
+
+def pipeline_fingerprint(pipeline: DiffusionPipeline) -> str:
+    """Twelve hexadecimal digits of all components, the scheduler included."""
+    parts = {name: model_fingerprint(component) for name, component in pipeline.components.items()}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
