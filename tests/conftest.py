@@ -20,6 +20,9 @@ from uiface_diffusers import (
     convert_original_state_dict,
 )
 
+# the tests run in two processes, on two cores
+torch.set_num_threads(1)
+
 REPOSITORY = Path(__file__).parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
 ASSETS = Path(os.environ.get("UIFACE_ASSETS", REPOSITORY.parent / "shared" / "assets"))

@@ -84,16 +84,13 @@ class People:
         return [positions[i * len(positions) // number] for i in range(number)]
 
     def pictures(self, positions: list[int]) -> list[PIL.Image.Image]:
-        wanted, found, offset = set(positions), {}, 0
+        found, offset = {}, 0
         for cache in self.caches:
-            for shard in cache.shards:
-                length = cache.shard_length(shard)
-                if wanted & set(range(offset, offset + length)):
-                    for i, image in enumerate(cache.shard_images(shard)):
-                        if offset + i in wanted:
-                            found[offset + i] = PIL.Image.fromarray(image)
-                offset += length
-        return [found[position] for position in positions]
+            inside = [position for position in positions if offset <= position < offset + len(cache)]
+            images = cache.images([position - offset for position in inside])
+            found |= dict(zip(inside, images, strict=True))
+            offset += len(cache)
+        return [PIL.Image.fromarray(found[position]) for position in positions]
 
 
 def sample(

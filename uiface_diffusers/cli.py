@@ -169,6 +169,22 @@ def _add_generate(commands) -> None:
     generate.set_defaults(run=_generate)
 
 
+def _audit(args: argparse.Namespace) -> None:
+    from .data import FaceCache
+    from .evaluation.leakage import audit_dataset
+    from .faces import FaceEncoder
+
+    audit_dataset(
+        args.dataset,
+        FaceEncoder(args.encoder, args.encoder_root, args.providers, args.det_size),
+        _load_bank(args.against),
+        FaceCache(args.against) if args.against.is_dir() else None,
+        args.plot,
+        args.worst,
+        log=print,
+    )
+
+
 def _load_bank(path: Path):
     """A bank's file, or the embeddings of a cache of `uiface prepare`."""
     from . import IdentityBank
@@ -302,6 +318,21 @@ def _add_identities(commands) -> None:
     inspect_parser.set_defaults(run=_inspect_identities)
 
 
+def _add_audit(commands) -> None:
+    audit = commands.add_parser(
+        "audit",
+        help="does a data set show people of the training?",
+        description="Cosine of every image and identity of a generated data set to the nearest real embedding, and the"
+        " share above thresholds measured on real impostors.",
+    )
+    audit.add_argument("dataset", type=Path, help="a folder of `uiface generate`, or of identities")
+    audit.add_argument("--against", type=Path, required=True, help="cache of `uiface prepare`, or a bank")
+    audit.add_argument("--worst", type=int, default=8, help="pairs to show (default: %(default)s)")
+    audit.add_argument("--plot", type=Path, default=Path("audit.png"), help="their picture (default: %(default)s)")
+    _add_encoder_arguments(audit)
+    audit.set_defaults(run=_audit)
+
+
 def _convert_original(args: argparse.Namespace) -> None:
     from .convert_original import convert_original
 
@@ -349,6 +380,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_generate(commands)
     _add_identities(commands)
+    _add_audit(commands)
 
     convert = commands.add_parser(
         "convert-original",

@@ -9,7 +9,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -274,6 +274,17 @@ class FaceCache:
         table = pa.concat_tables(columns)
         embeddings = np.stack(table["embedding"].to_numpy())
         return IdentityBank(torch.from_numpy(embeddings), self.identity_encoder, table["identity"].to_pylist())
+
+    def images(self, positions: Sequence[int]) -> list[np.ndarray]:
+        """The faces at some positions, in the order of `embeddings`."""
+        wanted, found, offset = set(positions), {}, 0
+        for shard in self.shards:
+            length = self.shard_length(shard)
+            if any(offset <= position < offset + length for position in wanted):
+                images = enumerate(self.shard_images(shard), start=offset)
+                found |= {position: image for position, image in images if position in wanted}
+            offset += length
+        return [found[position] for position in positions]
 
     def shard_images(self, shard: Path) -> Iterator[np.ndarray]:
         """The faces of one shard, `(image_size, image_size, 3)` RGB bytes, one after the other."""

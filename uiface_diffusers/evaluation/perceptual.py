@@ -2,14 +2,17 @@
 
 import os
 import warnings
+from typing import TYPE_CHECKING
 
-import lpips
 from safetensors.torch import load_file
+
+if TYPE_CHECKING:
+    import lpips
 
 NETWORKS = ("alex", "squeeze", "vgg")
 
 
-def load_lpips(network: str = "alex", backbone: str | os.PathLike | None = None) -> lpips.LPIPS:
+def load_lpips(network: str = "alex", backbone: str | os.PathLike | None = None) -> "lpips.LPIPS":
     """The perceptual distance of two pictures: `model(a, b)` of `(N, 3, height, width)` in [-1, 1] gives
     `(N, 1, 1, 1)`. In eval mode, weights without gradients; differentiable in the pictures.
 
@@ -22,6 +25,8 @@ def load_lpips(network: str = "alex", backbone: str | os.PathLike | None = None)
     Raises:
         ValueError: the file lacks a tensor of the network, or it has another shape.
     """
+    import lpips  # of the extra `train`
+
     if network not in NETWORKS:
         raise ValueError(f"`network` has to be one of {NETWORKS} but is {network!r}.")
     with warnings.catch_warnings():

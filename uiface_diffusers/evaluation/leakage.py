@@ -1,0 +1,154 @@
+"""Does a synthetic data set show people of the training?"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from diffusers.utils import make_image_grid
+
+from ..data.face_cache import FaceCache
+from ..data.sources import open_source
+from ..faces import ALIGNED_SIZE, FaceEncoder
+from ..files import complete_file
+from ..identities import CANDIDATE_ROWS, IdentityBank, embed_images, largest_cosines
+
+# of the thresholds
+FALSE_ACCEPT_RATES = (1e-3, 1e-4)
+
+
+@dataclass
+class LeakageReport:
+    """
+    Args:
+        thresholds (`dict[float, float]`): false accept rate -> the cosine that so many real impostor pairs exceed.
+        impostor_pairs (`int`): how many pairs that was measured on.
+        image_cosines (`torch.Tensor` of shape `(N,)`): of each image to the nearest real embedding.
+        image_nearest (`torch.Tensor` of shape `(N,)`): its position.
+        identity_cosines (`dict[str, float]`): synthetic identity -> cosine of its mean embedding to the nearest real
+            one.
+        image_shares (`dict[float, float]`): false accept rate -> share of the images above its threshold.
+        identity_shares (`dict[float, float]`): the same, of the identities.
+    """
+
+    thresholds: dict[float, float]
+    impostor_pairs: int
+    image_cosines: torch.Tensor
+    image_nearest: torch.Tensor
+    identity_cosines: dict[str, float]
+    image_shares: dict[float, float]
+    identity_shares: dict[float, float]
+
+
+def impostor_thresholds(real: IdentityBank, rates: tuple[float, ...] = FALSE_ACCEPT_RATES) -> tuple[dict, int]:
+    """Cosines that a share of `rates` of all pairs of two identities of a bank exceeds, and the number of pairs. Only
+    the largest are held.
+
+    Raises:
+        ValueError: a single identity has no impostors.
+    """
+    embeddings, numbers = F.normalize(real.embeddings), {name: i for i, name in enumerate(dict.fromkeys(real.names))}
+    labels = torch.tensor([numbers[name] for name in real.names])
+    counts = torch.bincount(labels)
+    pairs = int((len(labels) ** 2 - counts.square().sum()) // 2)
+    if not pairs:
+        raise ValueError("all real embeddings are of one identity: there are no impostors to measure a threshold on.")
+    keep = int(max(rates) * pairs) + 1
+    largest = torch.empty(0)
+    for start in range(0, len(embeddings), CANDIDATE_ROWS):
+        rows = slice(start, start + CANDIDATE_ROWS)
+        similarity = embeddings[rows] @ embeddings.T
+        # each pair once, and of two identities
+        above = torch.arange(len(embeddings)) > torch.arange(len(embeddings))[rows, None]
+        values = torch.cat([largest, similarity[above & (labels[rows, None] != labels[None])]])
+        largest = values.topk(min(keep, len(values))).values
+    # so many may exceed it: the next one is the threshold
+    return {rate: largest[min(int(rate * pairs), len(largest) - 1)].item() for rate in rates}, pairs
+
+
+def measure_leakage(synthetic: IdentityBank, real: IdentityBank) -> LeakageReport:
+    """Cosine of every synthetic image, and of every synthetic identity, to the nearest real embedding, and how many
+    are as near as two pictures of one person.
+
+    Args:
+        synthetic: an embedding an image; names are its identities.
+        real: an embedding an image of real people, as those of the training.
+
+    Raises:
+        ValueError: the banks are of two encoders, or `real` has a single identity.
+    """
+    encoders = (synthetic.identity_encoder, real.identity_encoder)
+    if None not in encoders and encoders[0] != encoders[1]:
+        raise ValueError(f"embeddings of `{encoders[0]}` cannot be compared with those of `{encoders[1]}`.")
+    thresholds, pairs = impostor_thresholds(real)
+    known, images = F.normalize(real.embeddings), F.normalize(synthetic.embeddings)
+    cosines, nearest = largest_cosines(images, known)
+    names = list(dict.fromkeys(synthetic.names))
+    labels = torch.tensor([{name: i for i, name in enumerate(names)}[name] for name in synthetic.names])
+    means = torch.zeros(len(names), images.shape[1]).index_add_(0, labels, images)
+    of_identities = largest_cosines(F.normalize(means), known)[0]
+    return LeakageReport(
+        thresholds=thresholds,
+        impostor_pairs=pairs,
+        image_cosines=cosines,
+        image_nearest=nearest,
+        identity_cosines=dict(zip(names, of_identities.tolist(), strict=True)),
+        image_shares={rate: (cosines > value).float().mean().item() for rate, value in thresholds.items()},
+        identity_shares={rate: (of_identities > value).float().mean().item() for rate, value in thresholds.items()},
+    )
+
+
+def audit_dataset(
+    dataset: str | os.PathLike,
+    encoder: FaceEncoder,
+    real: IdentityBank,
+    faces: FaceCache | None,
+    plot: str | os.PathLike,
+    worst: int = 8,
+    log: Callable[[str], None] = lambda line: None,
+) -> LeakageReport:
+    """Embeds a data set, measures its leakage, and saves a picture of the worst images.
+
+    Args:
+        dataset: folder of `generate_dataset`, or of aligned faces `IDENTITY/FILE`.
+        encoder: of the real embeddings.
+        real: embeddings of real people.
+        faces: their pictures, in the same order: shown beside the worst images.
+        plot: the picture's file.
+        worst (`int`, defaults to 8): rows of the picture.
+        log: takes the lines of a summary.
+    """
+    dataset = Path(dataset)
+    folder = next((dataset / name for name in ("images", "shards") if (dataset / name).is_dir()), dataset)
+    source = open_source(folder)
+    photographs = {photograph.file: photograph for photograph in source.photographs}
+    embedded = embed_images(folder, encoder, aligned=True)
+    names = [photographs[file].identity for file in embedded.names]
+    report = measure_leakage(IdentityBank(embedded.embeddings, encoder.name, names), real)
+
+    cosines, identities = report.image_cosines, np.array(list(report.identity_cosines.values()))
+    log(f"{len(cosines)} images of {len(identities)} identities against {len(real)} real embeddings")
+    log(f"nearest real embedding: of images, mean {cosines.mean():.3f}, largest {cosines.max():.3f}")
+    log(f"  of identities' mean embeddings, mean {identities.mean():.3f}, largest {identities.max():.3f}")
+    for rate, threshold in report.thresholds.items():
+        shares = 100 * report.image_shares[rate], 100 * report.identity_shares[rate]
+        log(
+            f"above {threshold:.3f} (FAR {rate:g} of {report.impostor_pairs} real impostor pairs):"
+            f" {shares[0]:.2f} % of the images, {shares[1]:.2f} % of the identities"
+        )
+    order = cosines.argsort(descending=True)[:worst].tolist()
+    columns = [[source.read(photographs[embedded.names[i]]) for i in order]]
+    if faces is not None:
+        columns.append(faces.images([int(report.image_nearest[i]) for i in order]))
+    for i in order:
+        log(f"  {embedded.names[i]}: {cosines[i]:.3f} to {real.names[report.image_nearest[i]]}")
+    size = (ALIGNED_SIZE, ALIGNED_SIZE)
+    cells = [PIL.Image.fromarray(picture).resize(size) for row in zip(*columns, strict=True) for picture in row]
+    with complete_file(plot) as beside:
+        make_image_grid(cells, rows=len(order), cols=len(columns)).save(beside, "png")
+    log(f"the worst are in {plot}" + (", each beside the nearest real face" if faces is not None else ""))
+    return report
