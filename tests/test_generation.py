@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -196,6 +197,9 @@ def test_readers_of_the_field_read_it(tiny_pipeline, tmp_path):
         "imagefolder", data_dir=str(tmp_path / "folder" / "images"), split="train", cache_dir=str(tmp_path / "cache")
     )
     assert len(rows) == 12 and rows.features["label"].names == ["000000", "000001", "000002"]
+    # as the card says, from the Hub or from the folder: with the metadata
+    rows = datasets.load_dataset(str(tmp_path / "folder"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(rows) == 12 and rows[5]["identity"] == "000001" and rows[5]["image"].size == (16, 16)
     folder = torchvision.datasets.ImageFolder(tmp_path / "folder" / "images")
     assert len(folder) == 12 and [label for _, label in folder.samples] == [0] * 4 + [1] * 4 + [2] * 4
     assert (tmp_path / "folder" / metadata(tmp_path / "folder")[0]["file_name"]).exists()
@@ -209,6 +213,30 @@ def test_readers_of_the_field_read_it(tiny_pipeline, tmp_path):
     # our own reader, as a source of photographs
     source = open_source(tmp_path / "shards" / "shards")
     assert [photograph.identity for photograph in source.photographs] == ["0"] * 4 + ["1"] * 4 + ["2"] * 4
+
+
+def test_shards_by_parts_that_do_not_know_each_other(tiny_pipeline, tmp_path):
+    """2,300 images in three shards: two parts; what a kill has left beside a shard is cleared away."""
+    options = {"images_per_identity": 230, "batch_size": 100, "size": 8, "output_format": "webdataset"}
+    options["num_inference_steps"] = 1
+    first = generate_dataset(tiny_pipeline, bank(10), tmp_path, shard=(0, 2), **options)
+    assert (first.made, first.complete) == (1300, False) and not (tmp_path / "metadata.parquet").exists()
+    (tmp_path / "images" / "000000").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "images" / "000000" / "0001.png").write_bytes(b"left after packing")
+    (tmp_path / "images" / "000000" / "0000.png.123.part").write_bytes(b"cut short")
+    second = generate_dataset(tiny_pipeline, bank(10), tmp_path, shard=(1, 2), **options)
+    assert (second.made, second.complete) == (1000, True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "README.md", "generation.json", "metadata.parquet", "preview.png", "shards"
+    ]  # fmt: skip
+    keys = []
+    for shard, row in zip(sorted((tmp_path / "shards").iterdir()), (1000, 1000, 300), strict=True):
+        with tarfile.open(shard) as tar:
+            names = [name for name in tar.getnames() if name.endswith(".png")]
+        assert len(names) == row
+        keys += [f"shards/{shard.name}/{name}" for name in names]
+    assert keys == [row["file_name"] for row in metadata(tmp_path)]
+    assert generate_dataset(tiny_pipeline, bank(10), tmp_path, shard=(1, 2), **options).made == 0
 
 
 def test_images_below_the_similarity_are_made_again(tiny_pipeline, toy_root, tmp_path):

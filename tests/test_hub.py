@@ -12,7 +12,7 @@ import torch
 from conftest import tiny_components
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from hub_server import HubServer
-from huggingface_hub import ModelCard
+from huggingface_hub import DatasetCard, ModelCard
 
 from uiface_diffusers import UIFacePipeline
 from uiface_diffusers.hub import fill_card, write_remote_code
@@ -207,6 +207,33 @@ except Exception as error:
     printed = client(hub, tmp_path / "home", failing.replace("add_(1)", "add_(2)"), folder)
     assert printed == "pushed\n"
     assert hub.read("tester/model", "empty_context/diffusion_pytorch_model.safetensors") != first
+
+
+DATASET = """
+from huggingface_hub import ModelCard
+from uiface_diffusers import IdentityBank, UIFacePipeline, generate_dataset
+
+pipe = UIFacePipeline.from_pretrained(sys.argv[1])
+bank = IdentityBank(torch.eye(16)[:2], "toy")
+generate_dataset(pipe, bank, sys.argv[2], 2, push_to_hub="tester/faces", num_inference_steps=2)
+ModelCard.load(sys.argv[3]).validate()
+"""
+
+
+def test_a_data_set_is_pushed_with_its_card(hub, folder, tmp_path):
+    card = Path(__file__).parents[1] / "model_card.md"
+    client(hub, tmp_path / "home", DATASET, folder, tmp_path / "faces", card)
+    files = set(hub.files("datasets/tester/faces"))
+    assert {"images/000001/0001.png", "metadata.parquet", "generation.json", "preview.png", "README.md"} <= files
+    assert not [name for name in files if name.endswith((".part", ".lock", ".jsonl"))]
+    pushed = DatasetCard(hub.read("datasets/tester/faces", "README.md").decode())
+    assert pushed.data.size_categories == ["n<1K"] and "face-recognition" in pushed.data.tags
+    assert "| identities | 2 |" in pushed.text
+
+
+def test_the_embedded_checkpoint_has_a_card():
+    card = ModelCard.load(Path(__file__).parents[1] / "model_card.md")
+    assert card.data.library_name == "diffusers" and card.data.license == "other" and "uiface" in card.data.tags
 
 
 def test_a_card_keeps_what_people_wrote():

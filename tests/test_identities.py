@@ -87,7 +87,7 @@ def test_commands(toy_root, tmp_path, capsys):
     make = ["identities", "make", "--from-images", str(tmp_path / "photos"), *pack, "--number", "9"]
     cli.main([*make, "--output", str(bank), "--max-similarity", "0.99999"])
     assert "candidates 4, kept 3" in capsys.readouterr().out
-    assert IdentityBank.load(bank).names == ["a/0.png", "a/1.png", "a/2.png"]
+    assert IdentityBank.load(bank).names == ["a_0.png", "a_1.png", "a_2.png"]
 
     cli.main(["identities", "perturb", str(bank), "--cosine", "0.7", "0.8", "--output", str(tmp_path / "turned")])
     turned = IdentityBank.load(tmp_path / "turned")
@@ -97,7 +97,7 @@ def test_commands(toy_root, tmp_path, capsys):
     plot = tmp_path / "histogram.png"
     cli.main(["identities", "inspect", str(tmp_path / "turned"), "--against", str(bank), "--plot", str(plot)])
     printed = capsys.readouterr().out
-    assert "3 identities of `toy`, 16-d" in printed and "to a/" in printed and "#" in printed
+    assert "3 identities of `toy`, 16-d" in printed and "to a_" in printed and "#" in printed
     assert PIL.Image.open(plot).size[0] > 100
 
     known = tmp_path / "known.safetensors"

@@ -67,6 +67,7 @@ def test_recordio_gives_back_ten_thousand_records(tmp_path):
         # an empty array is the form with one label
         expected = label if isinstance(label, list) and label else [label if isinstance(label, float) else 0.0]
         assert (record.labels.tolist(), record.id, record.content) == (expected, key, content)
+        assert reader.read_label(key) == expected[0]
 
 
 def write_faces(path, label_arrays: bool, broken: bool = False) -> list[np.ndarray]:

@@ -37,6 +37,8 @@ from uiface_diffusers.evaluation import (
     reconstruction_quality,
 )
 from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.hub import IDENTITIES
+from uiface_diffusers.identities import largest_cosines
 from uiface_diffusers.seeds import image_generator
 
 matplotlib.use("Agg")
@@ -126,7 +128,7 @@ def pixels_of(pictures: list[PIL.Image.Image]) -> torch.Tensor:
 
 
 def nearest_cosines(embeddings: torch.Tensor, known: torch.Tensor) -> dict[str, float]:
-    nearest = (embeddings @ known.T).amax(dim=1)
+    nearest, _ = largest_cosines(embeddings, known)
     return {"mean": nearest.mean().item(), "p99": nearest.quantile(0.99).item(), "max": nearest.max().item()}
 
 
@@ -135,7 +137,15 @@ def main() -> None:
     started = time.monotonic()
     encoder, judge = (FaceEncoder(name, args.encoder_root, det_size=160) for name in (args.encoder, args.judge))
     train, unseen = People(args.train_faces), People([args.unseen_faces])
-    pipe = UIFacePipeline.from_pretrained(args.pipeline)
+    bank_file = Path(args.pipeline) / IDENTITIES
+    if bank_file.exists():
+        bank = IdentityBank.load(bank_file)
+        if len(bank) < args.num_identities:
+            raise ValueError(f"{bank_file} has {len(bank)} identities, {args.num_identities} are asked for.")
+        bank = bank.take(range(args.num_identities))
+    else:
+        bank = sample_identities(train.bank, args.num_identities, seed=args.seed)
+    pipe = UIFacePipeline.from_pretrained(args.pipeline).to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     settings = {key: value for key, value in vars(args).items() if isinstance(value, int | float)}
     result = {"settings": settings}
@@ -152,12 +162,6 @@ def main() -> None:
     print(f"first stage, {len(photographs['unseen'])} unseen faces: {describe(quality.figures)}")
 
     # 2. generated faces
-    bank_file = Path(args.pipeline) / "identities.safetensors"
-    if bank_file.exists():
-        bank = IdentityBank.load(bank_file)
-        bank = IdentityBank(bank.embeddings[: args.num_identities], bank.identity_encoder)
-    else:
-        bank = sample_identities(train.bank, args.num_identities, seed=args.seed)
     conditions = {"bank": bank}
     for name, people in (("training", train), ("unseen", unseen)):
         conditions[name] = IdentityBank(people.bank.embeddings[chosen[name]], people.bank.identity_encoder)

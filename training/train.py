@@ -40,6 +40,7 @@ from uiface_diffusers.data import FaceCache, cache_latents, load_latents
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.seeds import mix_seed
 from uiface_diffusers.training_utils import (
+    SWITCH,
     EndlessBatchSampler,
     add_optimizer_arguments,
     ema_weights,
@@ -66,7 +67,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--context_dropout", type=float, default=0.25, help="dropout of the context's components")
     group.add_argument("--empty_probability", type=float, default=0.2, help="how often the empty context is trained")
     group.add_argument(
-        "--balanced_sampling", action="store_true", help="every identity as often, however many faces it has"
+        "--balanced_sampling",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="every identity as often, however many faces it has",
     )
     group.add_argument("--output_dir", type=Path, help="pipeline, checkpoints, logs and validation grids")
 
@@ -82,8 +86,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("machine")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's")
-    group.add_argument("--gradient_checkpointing", action="store_true")
-    group.add_argument("--channels_last", action="store_true", help="memory format of the convolutions")
+    group.add_argument("--gradient_checkpointing", **SWITCH)
+    group.add_argument(
+        "--channels_last",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="memory format of the convolutions",
+    )
     group.add_argument("--dataloader_num_workers", type=int, default=0)
     group.add_argument("--seed", type=int, default=0)
 
@@ -102,9 +111,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="folder with models/PACK of the caches' encoder: the grid's mean cosine to its identities is logged",
     )
 
-    group.add_argument("--push_to_hub", action="store_true", help="upload the pipeline at checkpoints and at the end")
+    group.add_argument(
+        "--push_to_hub",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="upload the pipeline at checkpoints and at the end",
+    )
     group.add_argument("--hub_model_id", help="ORGANISATION/NAME (default: the output folder's name, under one's own)")
-    group.add_argument("--hub_private", action="store_true", help="a new repository is private")
+    group.add_argument("--hub_private", **SWITCH, help="a new repository is private")
     group.add_argument("--license", help="for the model card")
 
     args = parse_recipe(parser, argv, required=("train_data", "output_dir"))
@@ -230,7 +244,7 @@ def load_training_data(args, accelerator: Accelerator, vae) -> tuple[LatentFaces
     with accelerator.main_process_first():
         files = [file for cache in caches for file in cache_latents(cache, vae, accelerator.device)]
     banks = [cache.embeddings() for cache in caches]
-    names = [f"{cache.folder.name}/{name}" for cache, bank in zip(caches, banks, strict=True) for name in bank.names]
+    names = [f"{cache.folder}/{name}" for cache, bank in zip(caches, banks, strict=True) for name in bank.names]
     latents, embeddings = load_latents(files), torch.cat([bank.embeddings for bank in banks])
     if len(latents) != len(embeddings):
         raise ValueError(
@@ -247,7 +261,7 @@ def build_denoiser(
     """The three trained components and the sampler: new ones, or those of `--init_from`.
 
     Raises:
-        ValueError: the pipeline to start from is of another encoder, objective or first stage.
+        ValueError: the pipeline to start from is of another encoder, objective or number of latent channels.
     """
     channels, height, width = latents.shape[2:]
     if args.init_from is None:
@@ -268,9 +282,13 @@ def build_denoiser(
     given = {name: projector.config[name] for name in ("identity_encoder", "identity_dim")}
     given["latent channels"] = pipeline.unet.config.in_channels
     given["prediction_type"] = pipeline.scheduler.config.prediction_type
+    if given["identity_encoder"] is None:  # a fresh projector
+        given["identity_encoder"] = identity_encoder
+        projector.register_to_config(identity_encoder=identity_encoder)
     if given != wanted:
         raise ValueError(f"{args.init_from} has {given}, this training {wanted}: they do not fit together.")
     projector.context_dropout.p = args.context_dropout
+    pipeline.unet.register_to_config(sample_size=height if height == width else (height, width))
     return ConditionalDenoiser(pipeline.unet, projector, pipeline.empty_context), pipeline.scheduler
 
 

@@ -61,7 +61,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--validation_data", help="cache of other people; faces of the training if not given")
     group.add_argument("--autoencoder", type=json.loads, help="the model's config as JSON, with `_class_name`")
     group.add_argument("--init_from", help="start from this model: folder or Hub repository")
-    group.add_argument("--freeze_encoder", action="store_true", help="the decoder only: latents stay what they are")
+    group.add_argument(
+        "--freeze_encoder",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="the decoder only: latents stay what they are",
+    )
     group.add_argument("--output_dir", type=Path, help="model, checkpoints, logs and validation grids")
 
     group = parser.add_argument_group("objective and optimiser")
@@ -93,7 +98,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("machine")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's")
-    group.add_argument("--channels_last", action="store_true", help="memory format of the convolutions")
+    group.add_argument(
+        "--channels_last",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="memory format of the convolutions",
+    )
     group.add_argument("--dataloader_num_workers", type=int, default=0)
     group.add_argument("--seed", type=int, default=0)
 
@@ -221,7 +231,7 @@ def measure_latents(vae: FirstStage, pixels: torch.Tensor, batch_size: int = 32)
 
 def picture_grid(pixels: torch.Tensor, reconstructions: torch.Tensor, columns: int = 8) -> PIL.Image.Image:
     """Rows of photographs, each above its row of reconstructions."""
-    rows = []
+    rows, columns = [], min(columns, len(pixels))
     for start in range(0, len(pixels) - columns + 1, columns):
         for row in (to_unit_range(pixels), reconstructions):
             rows.append(torch.cat(list(row[start : start + columns]), dim=2))
@@ -351,13 +361,15 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with ema_weights(ema, trained):
-            spread = range(0, len(dataset), max(1, len(dataset) // 1024))
-            mean, deviation = measure_latents(vae, dataset.__getitems__(list(spread)))
-            if not isinstance(vae, VQModel):  # its config has no shift
-                vae.register_to_config(shift_factor=mean)
-            vae.register_to_config(scaling_factor=1 / deviation)
+            if not args.freeze_encoder:
+                spread = range(0, len(dataset), max(1, len(dataset) // 1024))
+                mean, deviation = measure_latents(vae, dataset.__getitems__(list(spread)))
+                logger.info(f"latents: mean {mean:.4f}, deviation {deviation:.4f}")
+                if not isinstance(vae, VQModel):  # its config has no shift
+                    vae.register_to_config(shift_factor=mean)
+                vae.register_to_config(scaling_factor=1 / deviation)
             vae.save_pretrained(args.output_dir)
-        logger.info(f"latents: mean {mean:.4f}, deviation {deviation:.4f}; model saved to {args.output_dir}")
+        logger.info(f"model saved to {args.output_dir}")
     accelerator.end_training()
 
 

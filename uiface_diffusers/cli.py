@@ -4,6 +4,7 @@ import argparse
 import ast
 import inspect
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -90,8 +91,9 @@ def _generate(args: argparse.Namespace) -> None:
             raise ValueError(f"--scheduler {args.scheduler} is no scheduler of diffusers, as DDIMScheduler is one.")
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     # all of a bank that was asked for, a handful of one that was not
-    number = args.max_identities or (len(identities) if args.identities else 4)
-    images = args.images_per_identity or (50 if args.identities else 8)
+    number, images = args.max_identities, args.images_per_identity
+    number = (len(identities) if args.identities else 4) if number is None else number
+    images = (50 if args.identities else 8) if images is None else images
     encoder = None
     if args.encoder is not None:
         encoder = FaceEncoder(args.encoder, args.encoder_root, args.providers, args.det_size)
@@ -194,6 +196,8 @@ def _load_bank(path: Path):
 
 
 def _make_identities(args: argparse.Namespace) -> None:
+    import torch
+
     from . import UIFacePipeline, default_checkpoint
     from .faces import FaceEncoder
     from .identities import embed_images, keep_distinct, make_identities, sample_identities
@@ -208,10 +212,15 @@ def _make_identities(args: argparse.Namespace) -> None:
     encoder = FaceEncoder(args.encoder, args.encoder_root, args.providers, args.det_size)
     if args.from_images is not None:
         candidates = embed_images(args.from_images, encoder, args.aligned)
+        # names that can be folders
+        candidates.names = [re.sub(r"[/:\\]", "_", name) for name in candidates.names]
         bank, report = keep_distinct(candidates, exclude, args.max_similarity, args.number)
         bank.save(args.output)
+        if len(bank) < args.number:
+            print(f"only {len(bank)} of {args.number} identities were found", file=sys.stderr)
     else:
-        pipeline = UIFacePipeline.from_pretrained(args.model or default_checkpoint())
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        pipeline = UIFacePipeline.from_pretrained(args.model or default_checkpoint()).to(device)
         report = make_identities(
             pipeline,
             encoder,
@@ -219,6 +228,7 @@ def _make_identities(args: argparse.Namespace) -> None:
             args.output,
             exclude=exclude,
             max_similarity=args.max_similarity,
+            max_candidates=args.max_candidates,
             seed=args.seed,
             batch_size=args.batch_size,
             num_inference_steps=args.num_inference_steps,
@@ -295,12 +305,17 @@ def _add_identities(commands) -> None:
     make.add_argument("--output", type=Path, required=True, help="the bank, .safetensors")
     make.add_argument("--exclude", type=Path, nargs="+", default=[], help="banks or caches of known identities")
     make.add_argument("--max-similarity", type=float, default=0.3, help="largest cosine (default: %(default)s)")
+    make.add_argument("--max-candidates", type=int, help="give up after so many (default: 20 times --number)")
+    make.add_argument("--device", help="default: a GPU if there is one")
     make.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     make.add_argument("--batch-size", type=int, default=16, help="faces a call (default: %(default)s)")
     make.add_argument("--num-inference-steps", type=int, default=50, help="default: %(default)s")
-    make.add_argument("--from-images", type=Path, help="embed these photographs instead")
+    instead = make.add_mutually_exclusive_group()
+    instead.add_argument("--from-images", type=Path, help="embed these photographs instead")
     make.add_argument("--aligned", action="store_true", help="they are aligned faces: no detection")
-    make.add_argument("--random", action="store_true", help="directions from the distribution of --exclude (weaker)")
+    instead.add_argument(
+        "--random", action="store_true", help="directions from the distribution of --exclude (weaker)"
+    )
     _add_encoder_arguments(make)
     make.set_defaults(run=_make_identities)
 
@@ -405,7 +420,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     try:
         args.run(args)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"uiface {args.command}: {error}")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, VQModel
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .models import EmptyContext, IdentityProjector, UIFaceUNet2DModel
@@ -271,7 +272,10 @@ def load_original(file: str | os.PathLike) -> dict[str, torch.Tensor]:
         ValueError: the file holds other objects, which would have to be executed, or is damaged.
     """
     if Path(file).suffix == ".safetensors":
-        return load_file(file)
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is missing or damaged: {error}") from error
     if not Path(file).is_file():
         raise ValueError(f"{file} is missing.")
     try:

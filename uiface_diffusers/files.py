@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 
 @contextmanager
@@ -11,7 +12,7 @@ def complete_file(path: str | os.PathLike) -> Iterator[Path]:
     """Gives a name beside `path` to write to, and renames at the end: `path` is complete or not there at all, also
     when two processes write it."""
     path = Path(path)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    beside = path.with_name(f"{path.name}.{uuid4().hex[:12]}.part")
     try:
         yield beside
         beside.replace(path)

@@ -26,6 +26,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ def generate_dataset(
         "min_similarity": min_similarity,
         "encoder": None if encoder is None else encoder.name,
         "max_attempts": max_attempts if min_similarity is not None else 1,
-        "sampling": sampling,
+        "sampling": _sampling_defaults(pipeline) | sampling,
     }
     run = _Run(pipeline, identities, output, settings, encoder, batch_size)
     with _locked(output, part):
@@ -189,9 +190,9 @@ def generate_dataset(
         versions |= {"diffusers": diffusers.__version__, "uiface_diffusers": version("uiface-diffusers")}
         check_settings(output / "generation.json", settings, versions=versions)
         made, seconds = run.make(part)
-    state.wait_for_everyone()
-    complete = run.finish()
-    if push_to_hub is not None and complete and part[0] == 0:
+    # the last one to come here completes the data set
+    complete, wrote = run.finish()
+    if push_to_hub is not None and (wrote or (complete and part[0] == 0)):
         upload_dataset(output, push_to_hub)
     return GenerationReport(
         made=made,
@@ -202,10 +203,16 @@ def generate_dataset(
     )
 
 
+def _sampling_defaults(pipeline: UIFacePipeline) -> dict[str, Any]:
+    """The arguments of the pipeline's call that a data set leaves open, with their defaults."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if name not in OWN_ARGUMENTS}
+
+
 def _check_arguments(pipeline: UIFacePipeline, identities: IdentityBank, arguments: Mapping[str, Any]) -> None:
     if not len(identities):
         raise ValueError("the bank of identities is empty.")
-    bad = [name for name in identities.names if Path(name).name != name or name in (".", "..") or ":" in name]
+    bad = [name for name in identities.names if not name or Path(name).name != name or ":" in name or name[0] == "."]
     if bad:
         raise ValueError(f"the identity's name {bad[0]!r} cannot be a folder's.")
     if len(set(identities.names)) < len(identities):
@@ -224,7 +231,9 @@ def _check_arguments(pipeline: UIFacePipeline, identities: IdentityBank, argumen
         raise ValueError(f"the bank is of `{wanted}`: its identities cannot be measured by `{encoder.name}`.")
     if arguments["min_similarity"] is not None and encoder is None:
         raise ValueError("`min_similarity` needs an `encoder` to measure by.")
-    taken = set(inspect.signature(pipeline.__call__).parameters) - OWN_ARGUMENTS
+    if any(hasattr(module, "_hf_hook") for module in pipeline.components.values()):
+        raise ValueError("the pipeline is offloaded; images are decoded beside sampling: put it on one device.")
+    taken = _sampling_defaults(pipeline).keys()
     unknown = sorted(arguments["sampling"].keys() - taken)
     if unknown:
         raise ValueError(
@@ -245,6 +254,7 @@ class _Run:
         self.images = output / "images"
         self.plan = [(i, n) for i in range(len(identities)) for n in range(settings["images_per_identity"])]
         self.unet_rows = 0
+        self.rows: dict[tuple[str, int], ImageRow] = {}
         # of images that were not similar enough yet: the best attempt
         self.best: dict[tuple[int, int], tuple[PIL.Image.Image, ImageRow]] = {}
 
@@ -254,17 +264,18 @@ class _Run:
     def name(self, number: tuple[int, int]) -> str:
         return image_name(*self.key(number), self.settings["image_format"])
 
-    def shards(self) -> list[Path]:
-        """One a thousand planned images, for webdataset."""
-        return [self.output / "shards" / shard_name(k) for k in range(-(-len(self.plan) // IMAGES_A_SHARD))]
+    def shard(self, number: tuple[int, int]) -> Path:
+        """The tar shard of an image, for webdataset: one a thousand planned images."""
+        position = number[0] * self.settings["images_per_identity"] + number[1]
+        return self.output / "shards" / shard_name(position // IMAGES_A_SHARD)
 
     def make(self, part: tuple[int, int]) -> tuple[int, float]:
         """Makes what is missing of part i of n; returns the number of images and the seconds."""
-        rows, packs = read_rows(self.output), self.settings["output_format"] == "webdataset"
+        self.rows, packs = read_rows(self.output), self.settings["output_format"] == "webdataset"
         # of a shard, all images are made by one process
         unit = IMAGES_A_SHARD if packs else self.batch_size
         units = [self.plan[k : k + unit] for k in range(0, len(self.plan), unit)][part[0] :: part[1]]
-        done = {number for numbers in units for number in numbers if self._is_done(number, rows)}
+        done = {number for numbers in units for number in numbers if self._is_done(number)}
         journal = Journal(self.output, part)
         started, made = time.monotonic(), 0
         self.pipeline.set_progress_bar_config(disable=True)
@@ -273,7 +284,7 @@ class _Run:
         try:
             with tqdm(total=total, initial=len(done), desc="generate", unit="image") as progress:
                 # images of several units fill a batch, but a shard's do not wait for another shard's
-                for numbers in units if packs else [sum(units, [])]:
+                for numbers in units if packs else [list(chain.from_iterable(units))]:
                     made += self._make_images([n for n in numbers if n not in done], journal, progress)
                     if packs:
                         self._pack(numbers)
@@ -286,14 +297,12 @@ class _Run:
             hook.remove()
         return made, time.monotonic() - started
 
-    def _is_done(self, number: tuple[int, int], rows: Mapping) -> bool:
-        row = rows.get(self.key(number))
+    def _is_done(self, number: tuple[int, int]) -> bool:
+        row = self.rows.get(self.key(number))
         if row is None:
             return False
-        if self.settings["output_format"] == "webdataset":
-            position = number[0] * self.settings["images_per_identity"] + number[1]
-            if self.shards()[position // IMAGES_A_SHARD].exists():
-                return True
+        if self.settings["output_format"] == "webdataset" and self.shard(number).exists():
+            return True
         return is_complete_image(self.images / self.name(number), row.size, self.settings["image_format"])
 
     def _count_rows(self, module, args, kwargs) -> None:
@@ -368,39 +377,39 @@ class _Run:
                 beside.write_bytes(content)
             rows.append(replace(row, size=len(content)))
         journal.append(rows)
+        self.rows |= {(row.identity, row.index): row for row in rows}
         progress.update(len(rows))
         progress.set_postfix({"UNet rows/image": f"{self.unet_rows / max(progress.n - progress.initial, 1):.1f}"})
         return again
 
     def _pack(self, numbers: list[tuple[int, int]]) -> None:
-        first = numbers[0][0] * self.settings["images_per_identity"] + numbers[0][1]
-        shard = self.shards()[first // IMAGES_A_SHARD]
-        if not shard.exists():
-            rows = read_rows(self.output)
-            names = [self.name(number) for number in numbers]
-            pack_shard(shard, self.images, names, [i for i, _ in numbers], [rows[self.key(n)] for n in numbers])
+        names, rows = [self.name(number) for number in numbers], [self.rows[self.key(number)] for number in numbers]
+        pack_shard(self.shard(numbers[0]), self.images, names, [identity for identity, _ in numbers], rows)
 
-    def finish(self) -> bool:
-        """Metadata, preview and card, once all parts are complete; says whether they are."""
+    def finish(self) -> tuple[bool, bool]:
+        """Metadata, preview and card, once all parts are complete; says whether they are, and whether this call wrote
+        them."""
         with _lock(self.output, "finish", timeout=-1):
-            rows = read_rows(self.output)
-            if not all(self._is_done(number, rows) for number in self.plan):
-                return False
+            self.rows = read_rows(self.output)
+            packs = self.settings["output_format"] == "webdataset"
+            # images that wait to be packed by another process are not done yet
+            if not all(self._is_done(number) and (not packs or self.shard(number).exists()) for number in self.plan):
+                return False, False
             if not (self.output / JOURNAL).exists() and (self.output / METADATA).exists():
-                return True
-            if self.settings["output_format"] == "webdataset":
-                names = [f"shards/{shard_name(k // IMAGES_A_SHARD)}/{self.name(n)}" for k, n in enumerate(self.plan)]
-                if self.images.exists():
-                    self.images.rmdir()  # all have moved into shards
-            else:
-                names = [f"images/{self.name(number)}" for number in self.plan]
-            ordered = [rows[self.key(number)] for number in self.plan]
+                return True, False
+            names = [f"images/{self.name(number)}" for number in self.plan]
+            if packs:
+                names = [f"shards/{self.shard(number).name}/{self.name(number)}" for number in self.plan]
+                shutil.rmtree(self.images, ignore_errors=True)  # empty folders
+            ordered = [self.rows[self.key(number)] for number in self.plan]
             write_metadata(self.output, ordered, names)
             self._write_preview()
             with complete_file(self.output / "README.md") as beside:
                 beside.write_text(dataset_card(self.settings, ordered))
+            for cut_short in self.images.glob("*/*.part"):
+                cut_short.unlink()
             shutil.rmtree(self.output / JOURNAL)
-        return True
+        return True, True
 
     def _write_preview(self) -> None:
         columns = min(GRID_COLUMNS, self.settings["images_per_identity"])
@@ -412,8 +421,7 @@ class _Run:
     def _open(self, number: tuple[int, int]) -> PIL.Image.Image:
         if self.settings["output_format"] == "imagefolder":
             return PIL.Image.open(self.images / self.name(number))
-        position = number[0] * self.settings["images_per_identity"] + number[1]
-        with tarfile.open(self.shards()[position // IMAGES_A_SHARD]) as tar:
+        with tarfile.open(self.shard(number)) as tar:
             return PIL.Image.open(io.BytesIO(tar.extractfile(self.name(number)).read()))
 
 
@@ -456,7 +464,7 @@ def dataset_card(settings: Mapping[str, Any], rows: list[ImageRow]) -> str:
     """README.md of a generated data set, with metadata for the Hub."""
     number = len(rows)
     category = next(name for limit, name in SIZE_CATEGORIES if number < limit)
-    folder = "images/**" if settings["output_format"] == "imagefolder" else "shards/*.tar"
+    folder = '["images/**", metadata.parquet]' if settings["output_format"] == "imagefolder" else "shards/*.tar"
     similarities = [row.similarity for row in rows if row.similarity is not None]
     measured = (
         f"| mean cosine to the identity (`{settings['encoder']}`) | {np.mean(similarities):.3f} |\n"
@@ -506,6 +514,10 @@ def upload_dataset(output: Path, repo_id: str) -> str:
     """Uploads a finished data set to the Hub; returns its address."""
     repo_id = create_repo(repo_id, repo_type="dataset", exist_ok=True).repo_id
     commit = upload_folder(
-        repo_id=repo_id, repo_type="dataset", folder_path=output, commit_message="Upload synthetic faces"
+        repo_id=repo_id,
+        repo_type="dataset",
+        folder_path=output,
+        commit_message="Upload synthetic faces",
+        ignore_patterns=["*.part", "*.lock"],
     )
     return str(commit)

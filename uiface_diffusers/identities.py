@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MAX_ROUNDS = 100
 # rows of one matrix product: 1024 x 16384 cosines are 64 MiB
 CANDIDATE_ROWS, KNOWN_ROWS = 1024, 16384
+EMBEDDED_AT_ONCE = 1024
 
 
 @dataclass
@@ -197,12 +198,13 @@ def sample_identities(bank: IdentityBank, number: int, max_similarity: float = 0
         raise ValueError(f"a distribution needs two embeddings or more; the bank has {len(bank)}.")
     known = F.normalize(bank.embeddings)
     mean, centred = known.mean(dim=0), known - known.mean(dim=0)
+    # a standard normal vector times the covariance's root has that covariance
+    values, vectors = torch.linalg.eigh((centred.T @ centred).double() / (len(known) - 1))
+    root = (vectors * values.clamp(min=0).sqrt()).T.float()
     generator = torch.Generator().manual_seed(seed)
     distinct = DistinctIdentities(known, max_similarity, number)
     for _ in range(MAX_ROUNDS):
-        # rows of a Gaussian matrix times the centred embeddings have the embeddings' covariance
-        weights = torch.randn(number, len(known), generator=generator) / (len(known) - 1) ** 0.5
-        distinct.add(F.normalize(mean + weights @ centred))
+        distinct.add(F.normalize(mean + torch.randn(number, len(root), generator=generator) @ root))
         if distinct.complete:
             return IdentityBank(distinct.kept, bank.identity_encoder)
     raise ValueError(
@@ -294,19 +296,24 @@ def embed_images(source: str | os.PathLike, encoder: "FaceEncoder", aligned: boo
         ValueError: no photographs, or no face in any of them.
     """
     from .data.sources import open_source
-    from .faces import NoFaceError, UnusableFaceError
+    from .faces import UnusableFaceError
 
-    opened, names, embeddings = open_source(source), [], []
+    opened, names, embeddings, waiting = open_source(source), [], [], []
     for photograph in tqdm(opened.photographs, desc="embed", unit="photo"):
         try:
             pixels = opened.read(photograph)
             if aligned:
-                embeddings.append(encoder.embed_pictures([PIL.Image.fromarray(pixels)]))
+                waiting.append(PIL.Image.fromarray(pixels))
             else:
                 embeddings.append(encoder.embed([pixels]).embeddings)
-        except (OSError, NoFaceError, UnusableFaceError):
+        except (OSError, UnusableFaceError):
             continue
         names.append(photograph.file)
+        if len(waiting) == EMBEDDED_AT_ONCE:
+            embeddings.append(encoder.embed_pictures(waiting))
+            waiting = []
+    if waiting:
+        embeddings.append(encoder.embed_pictures(waiting))
     if not names:
         raise ValueError(f"none of {len(opened.photographs)} photographs in {source} shows a face.")
     return IdentityBank(torch.cat(embeddings), encoder.name, names)
@@ -350,10 +357,12 @@ def inspect_bank(bank: IdentityBank, known: IdentityBank | None = None) -> BankR
     """How near the identities of a bank (two or more) are to each other, and to known ones, as those of the
     training."""
     embeddings = F.normalize(bank.embeddings)
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(bank.names))}
+    labels = torch.tensor([numbers[name] for name in bank.names])
     nearest, partners = [], []
     for start in range(0, len(embeddings), CANDIDATE_ROWS):
         similarity = embeddings[start : start + CANDIDATE_ROWS] @ embeddings.T
-        similarity.diagonal(start).fill_(-1)  # not to itself
+        similarity[labels[start : start + CANDIDATE_ROWS, None] == labels] = -1  # not to itself
         values, positions = similarity.max(dim=1)
         nearest += values.tolist()
         partners += positions.tolist()

@@ -23,6 +23,10 @@ from .seeds import mix_seed
 logger = logging.getLogger(__name__)
 
 
+# an option that the command line can also turn off, as --no-NAME
+SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
+
+
 def parse_recipe(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None = None, required: Sequence[str] = ()
 ) -> argparse.Namespace:

@@ -113,6 +113,7 @@ def prepare_faces(
     """
     if face not in SELECTIONS:
         raise ValueError(f"`face` has to be one of {SELECTIONS} but is {face!r}.")
+    _arrow_schema()  # what is not installed is named before the work
     output = Path(output)
     photographs = open_source(source, identities, min_images)
     total = len(photographs.photographs)
@@ -180,7 +181,9 @@ def _write_shard(
         try:
             pixels = source.read(photograph)
             face = _prepare_photograph(pixels, encoder, *settings)
-        except OSError:
+        except OSError as error:
+            if error.errno is not None:  # not the picture but the disk or the network
+                raise
             skipped[photograph.file] = "unreadable"
         except UnusableFaceError as error:
             skipped[photograph.file] = str(error)

@@ -123,7 +123,8 @@ def read_rows(output: Path) -> dict[Key, ImageRow]:
                 f"{metadata} is damaged: restore it, or delete it and the images are made again. ({error})"
             ) from error
         rows = {(row["identity"], row["index"]): ImageRow(**row) for row in table}
-    for journal in sorted((output / JOURNAL).glob("*.jsonl")):
+    # of an image that was made again, the newest row counts
+    for journal in sorted((output / JOURNAL).glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns):
         for line in journal.read_bytes().splitlines(keepends=True):
             if line.endswith(b"\n"):
                 row = ImageRow(**json.loads(line))
@@ -141,21 +142,17 @@ def pack_shard(
     shard: Path, images: Path, names: Sequence[str], classes: Sequence[int], rows: Sequence[ImageRow]
 ) -> None:
     """Moves images into a tar shard of webdataset: `KEY.png`, `KEY.cls` (the identity's number) and `KEY.json` (the
-    row). The shard is complete or not there at all."""
-    shard.parent.mkdir(exist_ok=True)
-    with complete_file(shard) as beside, tarfile.open(beside, "w") as tar:
-        for name, number, row in zip(names, classes, rows, strict=True):
-            key, suffix = name.rsplit(".", 1)
-            content = (images / name).read_bytes()
-            for end, data in (
-                (suffix, content),
-                ("cls", str(number).encode()),
-                ("json", json.dumps(asdict(row)).encode()),
-            ):
-                member = tarfile.TarInfo(f"{key}.{end}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+    row). The shard is complete or not there at all; of one that is there, what a kill has left is cleared away."""
+    if not shard.exists():
+        shard.parent.mkdir(exist_ok=True)
+        with complete_file(shard) as beside, tarfile.open(beside, "w") as tar:
+            for name, number, row in zip(names, classes, rows, strict=True):
+                key, suffix = name.rsplit(".", 1)
+                members = {suffix: (images / name).read_bytes(), "cls": str(number).encode()}
+                members["json"] = json.dumps(asdict(row)).encode()
+                for end, data in members.items():
+                    member = tarfile.TarInfo(f"{key}.{end}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
     for name in names:
-        (images / name).unlink()
-        if not any((images / name).parent.iterdir()):
-            (images / name).parent.rmdir()
+        (images / name).unlink(missing_ok=True)

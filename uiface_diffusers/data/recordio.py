@@ -55,15 +55,18 @@ class RecordReader:
     def keys(self) -> list[int]:
         return list(self.offsets)
 
+    def _open(self):
+        if self._process != os.getpid():
+            self._file, self._process = open(self.path, "rb"), os.getpid()
+        return self._file
+
     def read(self, key: int) -> bytes:
         """The data of a record.
 
         Raises:
             OSError: the file is truncated or damaged there.
         """
-        if self._process != os.getpid():
-            self._file, self._process = open(self.path, "rb"), os.getpid()
-        self._file.seek(self.offsets[key])
+        self._open().seek(self.offsets[key])
         parts, expected = [], (WHOLE, FIRST)
         while True:
             head = self._file.read(8)
@@ -96,6 +99,24 @@ class RecordReader:
             raise OSError(f"{self.path}: the record of key {key} has {flag} labels but ends before them.")
         labels = np.frombuffer(data[HEADER.size : end], "<f4") if flag else np.array([label], np.float32)
         return ImageRecord(labels, number, data[end:])
+
+    def read_label(self, key: int) -> float:
+        """The (first) label of a picture's record, without reading the picture.
+
+        Raises:
+            OSError: the record is damaged.
+        """
+        self._open().seek(self.offsets[key])
+        start = self._file.read(8 + HEADER.size + 4)
+        # nearly always the label lies in the record's first part
+        if len(start) == 8 + HEADER.size + 4 and struct.unpack("<I", start[:4])[0] == MAGIC:
+            length = struct.unpack("<I", start[4:8])[0] & (2**29 - 1)
+            flag, label, _, _ = HEADER.unpack_from(start, 8)
+            if not flag:
+                return label
+            if length >= HEADER.size + 4:
+                return struct.unpack_from("<f", start, 8 + HEADER.size)[0]
+        return float(self.read_image(key).labels[0])
 
     def image_keys(self) -> list[int]:
         """Keys of the pictures. InsightFace's files start with a record 0 without picture, whose label array says

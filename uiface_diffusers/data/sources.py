@@ -60,8 +60,7 @@ class RecordIOSource:
         self.reader = RecordReader(path)
         self.photographs = []
         for key in tqdm(self.reader.image_keys(), desc="labels", unit="record"):
-            label = self.reader.read_image(key).labels[0]
-            self.photographs.append(Photograph(f"{int(label):07d}", str(key)))
+            self.photographs.append(Photograph(f"{int(self.reader.read_label(key)):07d}", str(key)))
 
     def read(self, photograph: Photograph) -> np.ndarray:
         return load_photograph(io.BytesIO(self.reader.read_image(int(photograph.file)).content))

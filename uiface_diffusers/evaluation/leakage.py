@@ -15,10 +15,11 @@ from ..data.face_cache import FaceCache
 from ..data.sources import open_source
 from ..faces import ALIGNED_SIZE, FaceEncoder
 from ..files import complete_file
-from ..identities import CANDIDATE_ROWS, IdentityBank, embed_images, largest_cosines
+from ..identities import CANDIDATE_ROWS, KNOWN_ROWS, IdentityBank, embed_images, largest_cosines
 
 # of the thresholds
 FALSE_ACCEPT_RATES = (1e-3, 1e-4)
+HISTOGRAM_BINS = 200_000
 
 
 @dataclass
@@ -33,6 +34,8 @@ class LeakageReport:
             one.
         image_shares (`dict[float, float]`): false accept rate -> share of the images above its threshold.
         identity_shares (`dict[float, float]`): the same, of the identities.
+        real_shares (`dict[float, float]`): the same, of the real images and the nearest one of another person: what is
+            to be expected of strangers among so many.
     """
 
     thresholds: dict[float, float]
@@ -42,32 +45,41 @@ class LeakageReport:
     identity_cosines: dict[str, float]
     image_shares: dict[float, float]
     identity_shares: dict[float, float]
+    real_shares: dict[float, float]
 
 
-def impostor_thresholds(real: IdentityBank, rates: tuple[float, ...] = FALSE_ACCEPT_RATES) -> tuple[dict, int]:
-    """Cosines that a share of `rates` of all pairs of two identities of a bank exceeds, and the number of pairs. Only
-    the largest are held.
+def _labels(names: list[str]) -> torch.Tensor:
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([numbers[name] for name in names])
+
+
+def impostor_thresholds(
+    real: IdentityBank, rates: tuple[float, ...] = FALSE_ACCEPT_RATES
+) -> tuple[dict[float, float], int, torch.Tensor]:
+    """Cosines that at most a share of `rates` of all pairs of two identities of a bank exceeds (to 1e-5), the number
+    of pairs, and of each embedding the cosine to the nearest one of another identity, `(N,)`.
 
     Raises:
         ValueError: a single identity has no impostors.
     """
-    embeddings, numbers = F.normalize(real.embeddings), {name: i for i, name in enumerate(dict.fromkeys(real.names))}
-    labels = torch.tensor([numbers[name] for name in real.names])
-    counts = torch.bincount(labels)
-    pairs = int((len(labels) ** 2 - counts.square().sum()) // 2)
+    embeddings, labels = F.normalize(real.embeddings), _labels(real.names)
+    pairs = int((len(labels) ** 2 - torch.bincount(labels).square().sum()) // 2)
     if not pairs:
         raise ValueError("all real embeddings are of one identity: there are no impostors to measure a threshold on.")
-    keep = int(max(rates) * pairs) + 1
-    largest = torch.empty(0)
+    counts, nearest = torch.zeros(HISTOGRAM_BINS, dtype=torch.long), torch.full((len(labels),), -1.0)
     for start in range(0, len(embeddings), CANDIDATE_ROWS):
         rows = slice(start, start + CANDIDATE_ROWS)
-        similarity = embeddings[rows] @ embeddings.T
-        # each pair once, and of two identities
-        above = torch.arange(len(embeddings)) > torch.arange(len(embeddings))[rows, None]
-        values = torch.cat([largest, similarity[above & (labels[rows, None] != labels[None])]])
-        largest = values.topk(min(keep, len(values))).values
-    # so many may exceed it: the next one is the threshold
-    return {rate: largest[min(int(rate * pairs), len(largest) - 1)].item() for rate in rates}, pairs
+        for first in range(0, len(embeddings), KNOWN_ROWS):
+            columns = slice(first, first + KNOWN_ROWS)
+            similarity = embeddings[rows] @ embeddings[columns].T
+            others = labels[rows, None] != labels[columns]
+            # both directions of a pair are counted, and halved below
+            bins = ((similarity[others] + 1) / 2 * HISTOGRAM_BINS).long().clamp(0, HISTOGRAM_BINS - 1)
+            counts += torch.bincount(bins, minlength=HISTOGRAM_BINS)
+            nearest[rows] = torch.maximum(nearest[rows], similarity.masked_fill(~others, -1).amax(dim=1))
+    above = counts.flip(0).cumsum(0).flip(0) // 2  # pairs in this bin or a higher one
+    edges = {rate: int((above > int(rate * pairs)).sum()) for rate in rates}
+    return {rate: 2 * edge / HISTOGRAM_BINS - 1 for rate, edge in edges.items()}, pairs, nearest
 
 
 def measure_leakage(synthetic: IdentityBank, real: IdentityBank) -> LeakageReport:
@@ -84,11 +96,11 @@ def measure_leakage(synthetic: IdentityBank, real: IdentityBank) -> LeakageRepor
     encoders = (synthetic.identity_encoder, real.identity_encoder)
     if None not in encoders and encoders[0] != encoders[1]:
         raise ValueError(f"embeddings of `{encoders[0]}` cannot be compared with those of `{encoders[1]}`.")
-    thresholds, pairs = impostor_thresholds(real)
+    thresholds, pairs, of_real = impostor_thresholds(real)
     known, images = F.normalize(real.embeddings), F.normalize(synthetic.embeddings)
     cosines, nearest = largest_cosines(images, known)
     names = list(dict.fromkeys(synthetic.names))
-    labels = torch.tensor([{name: i for i, name in enumerate(names)}[name] for name in synthetic.names])
+    labels = _labels(synthetic.names)
     means = torch.zeros(len(names), images.shape[1]).index_add_(0, labels, images)
     of_identities = largest_cosines(F.normalize(means), known)[0]
     return LeakageReport(
@@ -99,6 +111,7 @@ def measure_leakage(synthetic: IdentityBank, real: IdentityBank) -> LeakageRepor
         identity_cosines=dict(zip(names, of_identities.tolist(), strict=True)),
         image_shares={rate: (cosines > value).float().mean().item() for rate, value in thresholds.items()},
         identity_shares={rate: (of_identities > value).float().mean().item() for rate, value in thresholds.items()},
+        real_shares={rate: (of_real > value).float().mean().item() for rate, value in thresholds.items()},
     )
 
 
@@ -138,7 +151,8 @@ def audit_dataset(
         shares = 100 * report.image_shares[rate], 100 * report.identity_shares[rate]
         log(
             f"above {threshold:.3f} (FAR {rate:g} of {report.impostor_pairs} real impostor pairs):"
-            f" {shares[0]:.2f} % of the images, {shares[1]:.2f} % of the identities"
+            f" {shares[0]:.2f} % of the images, {shares[1]:.2f} % of the identities;"
+            f" of the real images, to another person's: {100 * report.real_shares[rate]:.2f} %"
         )
     order = cosines.argsort(descending=True)[:worst].tolist()
     columns = [[source.read(photographs[embedded.names[i]]) for i in order]]

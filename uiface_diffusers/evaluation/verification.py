@@ -1,7 +1,6 @@
 """Verification: are two faces of one person?"""
 
 import numpy as np
-from sklearn.metrics import roc_curve
 
 
 def equal_error_rate(genuine: np.ndarray, impostor: np.ndarray) -> float:
@@ -18,6 +17,8 @@ def equal_error_rate(genuine: np.ndarray, impostor: np.ndarray) -> float:
     Raises:
         ValueError: one of the two is empty.
     """
+    from sklearn.metrics import roc_curve  # of the extra `train`
+
     if not len(genuine) or not len(impostor):
         raise ValueError(f"{len(genuine)} genuine and {len(impostor)} impostor pairs: an error rate needs both.")
     labels = np.concatenate([np.ones(len(genuine)), np.zeros(len(impostor))])
