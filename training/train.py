@@ -42,9 +42,12 @@ from uiface_diffusers.seeds import mix_seed
 from uiface_diffusers.training_utils import (
     SWITCH,
     EndlessBatchSampler,
+    add_checkpoint_arguments,
+    add_machine_arguments,
     add_optimizer_arguments,
     ema_weights,
     find_checkpoint,
+    is_out_of_time,
     load_checkpoint,
     make_lr_scheduler,
     parse_recipe,
@@ -84,26 +87,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_optimizer_arguments(group, learning_rate=1e-4, lr_scheduler="cosine_warm_restarts")
     group.add_argument("--ema_decay", type=float, default=0.9999)
 
-    group = parser.add_argument_group("machine")
-    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's")
-    group.add_argument("--gradient_checkpointing", **SWITCH)
-    group.add_argument(
-        "--channels_last",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="memory format of the convolutions",
-    )
-    group.add_argument("--dataloader_num_workers", type=int, default=0)
-    group.add_argument("--seed", type=int, default=0)
+    add_machine_arguments(parser).add_argument("--gradient_checkpointing", **SWITCH)
 
-    group = parser.add_argument_group("checkpoints, logs, validation")
-    group.add_argument("--checkpointing_steps", type=int, default=5000)
-    group.add_argument("--checkpoints_total_limit", type=int, default=2)
+    group = add_checkpoint_arguments(parser, steps=5000)
     group.add_argument("--snapshot_steps", type=int, default=0, help="keep the pipeline of every so many steps, too")
-    group.add_argument("--resume_from_checkpoint", help="a checkpoint folder, or `latest`")
-    group.add_argument("--report_to", default="tensorboard", help="an accelerate tracker, or `none`")
-    group.add_argument("--logging_steps", type=int, default=50)
-    group.add_argument("--validation_steps", type=int, default=5000, help="0: no validation grids")
     group.add_argument("--validation_seeds", type=int, default=4, help="pictures a row of the grid")
     group.add_argument("--validation_inference_steps", type=int, default=50)
     group.add_argument(
@@ -440,10 +427,7 @@ def main(argv: list[str] | None = None) -> None:
         progress.update()
 
         hours = (time.monotonic() - started) / 3600
-        if args.max_train_hours is not None:
-            # the main process decides for all
-            late = torch.tensor(float(hours > args.max_train_hours and rank == 0), device=accelerator.device)
-            stop = bool(accelerator.reduce(late, "sum"))
+        stop = is_out_of_time(accelerator, hours, args.max_train_hours)
         is_last = stop or step == args.max_train_steps
         saves = step % args.checkpointing_steps == 0 or is_last
         if step % args.logging_steps == 0 or saves:

@@ -38,9 +38,12 @@ from uiface_diffusers.latents import FirstStage
 from uiface_diffusers.seeds import mix_seed
 from uiface_diffusers.training_utils import (
     EndlessBatchSampler,
+    add_checkpoint_arguments,
+    add_machine_arguments,
     add_optimizer_arguments,
     ema_weights,
     find_checkpoint,
+    is_out_of_time,
     load_checkpoint,
     make_lr_scheduler,
     parse_recipe,
@@ -96,24 +99,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_optimizer_arguments(group, learning_rate=5e-4, lr_scheduler="cosine")
     group.add_argument("--ema_decay", type=float, default=0.999)
 
-    group = parser.add_argument_group("machine")
-    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's")
-    group.add_argument(
-        "--channels_last",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="memory format of the convolutions",
-    )
-    group.add_argument("--dataloader_num_workers", type=int, default=0)
-    group.add_argument("--seed", type=int, default=0)
+    add_machine_arguments(parser)
 
-    group = parser.add_argument_group("checkpoints, logs, validation")
-    group.add_argument("--checkpointing_steps", type=int, default=1000)
-    group.add_argument("--checkpoints_total_limit", type=int, default=2)
-    group.add_argument("--resume_from_checkpoint", help="a checkpoint folder, or `latest`")
-    group.add_argument("--report_to", default="tensorboard", help="an accelerate tracker, or `none`")
-    group.add_argument("--logging_steps", type=int, default=50)
-    group.add_argument("--validation_steps", type=int, default=1000, help="0: no validation")
+    group = add_checkpoint_arguments(parser, steps=1000)
     group.add_argument("--validation_faces", type=int, default=64)
 
     args = parse_recipe(parser, argv, required=("train_data", "output_dir"))
@@ -330,10 +318,7 @@ def main(argv: list[str] | None = None) -> None:
             counts[name] = counts.get(name, 0) + 1
 
         hours = (time.monotonic() - started) / 3600
-        if args.max_train_hours is not None:
-            # the main process decides for all
-            late = torch.tensor(float(hours > args.max_train_hours and rank == 0), device=device)
-            stop = bool(accelerator.reduce(late, "sum"))
+        stop = is_out_of_time(accelerator, hours, args.max_train_hours)
         is_last = stop or step == args.max_train_steps
         saves = step % args.checkpointing_steps == 0 or is_last
         if step % args.logging_steps == 0 or saves:

@@ -129,6 +129,36 @@ def add_optimizer_arguments(group, learning_rate: float, lr_scheduler: str) -> N
     group.add_argument("--max_grad_norm", type=float, help="clip the gradient's norm")
 
 
+def add_machine_arguments(parser: argparse.ArgumentParser):
+    """The options of where and how a script computes; returns the group."""
+    group = parser.add_argument_group("machine")
+    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's")
+    group.add_argument("--channels_last", **SWITCH, help="memory format of the convolutions")
+    group.add_argument("--dataloader_num_workers", type=int, default=0)
+    group.add_argument("--seed", type=int, default=0)
+    return group
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser, steps: int):
+    """The options of checkpoints, logs and validation, every `steps` steps by default; returns the group."""
+    group = parser.add_argument_group("checkpoints, logs, validation")
+    group.add_argument("--checkpointing_steps", type=int, default=steps)
+    group.add_argument("--checkpoints_total_limit", type=int, default=2)
+    group.add_argument("--resume_from_checkpoint", help="a checkpoint folder, or `latest`")
+    group.add_argument("--report_to", default="tensorboard", help="an accelerate tracker, or `none`")
+    group.add_argument("--logging_steps", type=int, default=50)
+    group.add_argument("--validation_steps", type=int, default=steps, help="0: no validation")
+    return group
+
+
+def is_out_of_time(accelerator: Accelerator, hours: float, max_hours: float | None) -> bool:
+    """Whether a run of `hours` is to stop; the main process decides for all."""
+    if max_hours is None:
+        return False
+    late = torch.tensor(float(hours > max_hours and accelerator.is_main_process), device=accelerator.device)
+    return bool(accelerator.reduce(late, "sum"))
+
+
 def make_lr_scheduler(args, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     """The schedule over `args.max_train_steps` optimiser steps. To be stepped once a step, whatever the number of
     processes: it is not given to `Accelerator.prepare`."""
