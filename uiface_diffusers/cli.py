@@ -16,9 +16,15 @@ def _add_encoder_arguments(parser: argparse.ArgumentParser, default: str | None 
     parser.add_argument("--det-size", type=int, help="side of the detector's input (default: insightface's choice)")
 
 
+def _face_encoder(args: argparse.Namespace):
+    """The encoder of `_add_encoder_arguments`."""
+    from .faces import FaceEncoder
+
+    return FaceEncoder(args.encoder, args.encoder_root, args.providers, args.det_size)
+
+
 def _prepare(args: argparse.Namespace) -> None:
     from .data import prepare_faces
-    from .faces import FaceEncoder
 
     identities = None
     if args.identities is not None:
@@ -30,7 +36,7 @@ def _prepare(args: argparse.Namespace) -> None:
     report = prepare_faces(
         args.source,
         args.output,
-        FaceEncoder(args.encoder, args.encoder_root, args.providers, args.det_size),
+        _face_encoder(args),
         image_size=args.image_size,
         face=args.face,
         aligned=args.aligned,
@@ -73,7 +79,6 @@ def _generate(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from . import IdentityBank, UIFacePipeline, default_checkpoint, generate_dataset
-    from .faces import FaceEncoder
     from .hub import IDENTITIES
 
     state = PartialState(cpu=args.device == "cpu")
@@ -96,7 +101,7 @@ def _generate(args: argparse.Namespace) -> None:
     images = (50 if args.identities else 8) if images is None else images
     encoder = None
     if args.encoder is not None:
-        encoder = FaceEncoder(args.encoder, args.encoder_root, args.providers, args.det_size)
+        encoder = _face_encoder(args)
     report = generate_dataset(
         pipeline.to(args.device or state.device),
         identities.take(range(min(number, len(identities)))),
@@ -174,11 +179,10 @@ def _add_generate(commands) -> None:
 def _audit(args: argparse.Namespace) -> None:
     from .data import FaceCache
     from .evaluation.leakage import audit_dataset
-    from .faces import FaceEncoder
 
     audit_dataset(
         args.dataset,
-        FaceEncoder(args.encoder, args.encoder_root, args.providers, args.det_size),
+        _face_encoder(args),
         _load_bank(args.against),
         FaceCache(args.against) if args.against.is_dir() else None,
         args.plot,
@@ -199,7 +203,6 @@ def _make_identities(args: argparse.Namespace) -> None:
     import torch
 
     from . import UIFacePipeline, default_checkpoint
-    from .faces import FaceEncoder
     from .identities import embed_images, keep_distinct, make_identities, sample_identities
 
     exclude = [_load_bank(path) for path in args.exclude]
@@ -209,7 +212,7 @@ def _make_identities(args: argparse.Namespace) -> None:
         sample_identities(exclude[0], args.number, args.max_similarity, args.seed).save(args.output)
         print(f"{args.number} identities saved to {args.output}")
         return
-    encoder = FaceEncoder(args.encoder, args.encoder_root, args.providers, args.det_size)
+    encoder = _face_encoder(args)
     if args.from_images is not None:
         candidates = embed_images(args.from_images, encoder, args.aligned)
         # names that can be folders
