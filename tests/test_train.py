@@ -369,7 +369,7 @@ def test_snapshots_and_validation_cosine(workspace, toy_root):
         "tensorboard",
     )
     options += ("--validation_inference_steps", "2", "--validation_seeds", "3")
-    result = train(workspace, "snapshots", *options, "--validation_encoder_root", str(toy_root))
+    result = train(workspace, "snapshots", *options, "--encoder_root", str(toy_root))
     assert result.returncode == 0, result.stderr
     folder = workspace / "snapshots"
     assert_equal_parameters(folder / "step-0000004", folder, "[!cs]*")

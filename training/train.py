@@ -38,6 +38,7 @@ from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline, UI
 from uiface_diffusers.convert_original import NOISE_SCHEDULE, SAMPLER
 from uiface_diffusers.data import FaceCache, cache_latents, load_latents
 from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.latents import decode_latents
 from uiface_diffusers.seeds import mix_seed
 from uiface_diffusers.training_utils import (
     SWITCH,
@@ -80,6 +81,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("objective and optimiser")
     group.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), default="epsilon")
     group.add_argument("--snr_gamma", type=float, help="min-SNR loss weights (Hang et al. 2023); 5.0 is usual")
+    group.add_argument(
+        "--identity_weight",
+        type=float,
+        default=0.0,
+        help="of 1 - cosine between the denoised face and the identity it was told (DCFace, Kim et al. 2023); needs"
+        " --encoder_root and v_prediction",
+    )
+    group.add_argument("--identity_samples", type=int, default=8, help="faces a batch that are decoded for it")
     group.add_argument("--train_batch_size", type=int, default=64, help="samples a step and process")
     group.add_argument("--max_train_steps", type=int, default=250_000)
     group.add_argument("--max_train_hours", type=float, help="save and stop after this time in this run")
@@ -94,7 +103,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--validation_seeds", type=int, default=4, help="pictures a row of the grid")
     group.add_argument("--validation_inference_steps", type=int, default=50)
     group.add_argument(
-        "--validation_encoder_root",
+        "--encoder_root",
         help="folder with models/PACK of the caches' encoder: the grid's mean cosine to its identities is logged",
     )
 
@@ -111,6 +120,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parse_recipe(parser, argv, required=("train_data", "output_dir"))
     if args.init_from is None and args.vae is None:
         parser.error("--vae or --init_from is required")
+    if args.identity_weight and (args.encoder_root is None or args.prediction_type != "v_prediction"):
+        # of predicted noise the clean latents are no stable function: the noisier, the less
+        parser.error("--identity_weight needs --encoder_root and --prediction_type v_prediction")
     if args.init_from is not None and args.unet:
         parser.error("--unet cannot change the network of --init_from")
     return args
@@ -150,11 +162,13 @@ class ConditionalDenoiser(nn.Module):
 
 
 class DenoisingLoss(NamedTuple):
-    """Of every sample: loss `(batch,)`, timestep `(batch,)`, and whether the context was empty `(batch,)`."""
+    """Of every sample: loss `(batch,)`, timestep `(batch,)`, whether the context was empty `(batch,)`, and the clean
+    latents as predicted `(batch, C, h, w)`."""
 
     losses: torch.Tensor
     timesteps: torch.Tensor
     is_empty: torch.Tensor
+    denoised: torch.Tensor
 
 
 def denoising_loss(
@@ -189,11 +203,33 @@ def denoising_loss(
     if snr_gamma is not None:
         snr = compute_snr(scheduler, timesteps)
         loss = loss * snr.clamp(max=snr_gamma) / (snr + 1 if is_velocity else snr)
-    return DenoisingLoss(loss, timesteps, is_empty)
+    # the step to the end of the trajectory
+    alphas = scheduler.alphas_cumprod.to(device)[timesteps].view(-1, 1, 1, 1)
+    if is_velocity:
+        denoised = alphas.sqrt() * noisy - (1 - alphas).sqrt() * prediction
+    else:
+        denoised = (noisy - (1 - alphas).sqrt() * prediction) / alphas.sqrt()
+    return DenoisingLoss(loss, timesteps, is_empty, denoised)
+
+
+def identity_cosines(
+    vae: nn.Module, recognizer: nn.Module, loss: DenoisingLoss, identity_embeds: torch.Tensor, num_samples: int
+) -> torch.Tensor:
+    """Cosine of the first samples that were told an identity, denoised in one step and decoded, to that identity.
+
+    Returns:
+        `torch.Tensor` of shape `(at most num_samples,)`: differentiable in the prediction.
+    """
+    told = (~loss.is_empty).nonzero()[:num_samples, 0]
+    if not len(told):
+        return loss.losses[:0]
+    faces = decode_latents(vae, loss.denoised[told].to(vae.dtype))
+    return F.cosine_similarity(recognizer(faces.float()), identity_embeds[told])
 
 
 class LossLog:
-    """Running means of the loss: over all, by quarter of the timesteps, by context. Sums stay on the device."""
+    """Running means of the loss: over all, by quarter of the timesteps, by context; and of the identity cosine, where
+    one is measured. Sums stay on the device."""
 
     QUARTERS = 4
 
@@ -201,13 +237,17 @@ class LossLog:
         self.num_train_timesteps = num_train_timesteps
         # quarter x context (identity, empty) x (sum of the finite losses, their number, the number of all)
         self.sums = torch.zeros(self.QUARTERS, 2, 3, device=device)
+        self.cosines = torch.zeros(2, device=device)  # sum and number
 
-    def add(self, loss: DenoisingLoss) -> None:
+    def add(self, loss: DenoisingLoss, cosines: torch.Tensor | None = None) -> None:
         losses = loss.losses.detach().float()
         finite = losses.isfinite()
         quarter = loss.timesteps * self.QUARTERS // self.num_train_timesteps
         values = torch.stack([losses.nan_to_num(0, 0, 0) * finite, finite.float(), torch.ones_like(losses)], dim=1)
         self.sums.index_put_((quarter, loss.is_empty.long()), values, accumulate=True)
+        if cosines is not None:
+            self.cosines[0] += cosines.detach().float().sum()
+            self.cosines[1] += len(cosines)
 
     def take(self, accelerator: Accelerator) -> tuple[dict[str, float], float]:
         """The means of all processes since the last call, what had no sample left out, and the share of samples whose
@@ -218,6 +258,10 @@ class LossLog:
         parts |= {f"loss/quarter_{quarter + 1}": sums[quarter].sum(dim=0) for quarter in range(self.QUARTERS)}
         parts |= {f"loss/{context}": sums[:, i].sum(dim=0) for i, context in enumerate(("identity", "empty"))}
         means = {name: (total / number).item() for name, (total, number, _) in parts.items() if number}
+        total, number = accelerator.reduce(self.cosines, "sum").cpu()
+        self.cosines = torch.zeros_like(self.cosines)
+        if number:
+            means["identity_cosine"] = (total / number).item()
         return means, (parts["loss"][1] / parts["loss"][2]).item()
 
 
@@ -283,7 +327,7 @@ def push_to_hub(pipeline: UIFacePipeline, args: argparse.Namespace, message: str
     """Uploads the pipeline. What goes wrong is logged: a training does not end for it."""
     repo_id = args.hub_model_id or args.output_dir.resolve().name
     recipe = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str | list | dict)}
-    paths = ("train_data", "vae", "output_dir", "init_from", "hub_model_id", "validation_encoder_root")
+    paths = ("train_data", "vae", "output_dir", "init_from", "hub_model_id", "encoder_root")
     lines = [f"    {name}: {value}" for name, value in recipe.items() if name not in paths]
     recipe = "\n".join(["`training/train.py` with", "", *lines])
     try:
@@ -336,9 +380,11 @@ def main(argv: list[str] | None = None) -> None:
     vae = AutoModel.from_pretrained(vae_path, subfolder=vae_subfolder).eval().requires_grad_(False)
     vae.to(accelerator.device)
     dataset, names, identity_encoder = load_training_data(args, accelerator, vae)
-    validation_encoder = None
-    if args.validation_encoder_root is not None:
-        validation_encoder = FaceEncoder(identity_encoder, args.validation_encoder_root, det_size=160)
+    face_encoder = recognizer = None
+    if args.encoder_root is not None:
+        face_encoder = FaceEncoder(identity_encoder, args.encoder_root, det_size=160)
+        if args.identity_weight:
+            recognizer = face_encoder.to_torch().to(accelerator.device)
 
     # 2. models
     torch.manual_seed(args.seed)
@@ -415,12 +461,16 @@ def main(argv: list[str] | None = None) -> None:
                     loss = denoising_loss(
                         model, noise_scheduler, latents, identity_embeds, args.empty_probability, args.snr_gamma
                     )
-                accelerator.backward(loss.losses.mean())
+                objective, cosines = loss.losses.mean(), None
+                if recognizer is not None:
+                    cosines = identity_cosines(vae, recognizer, loss, identity_embeds, args.identity_samples)
+                    objective = objective + args.identity_weight * (1 - cosines).sum() / max(len(cosines), 1)
+                accelerator.backward(objective)
                 if args.max_grad_norm is not None and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            log.add(loss)
+            log.add(loss, cosines)
         lr_scheduler.step()
         ema.step(denoiser.parameters())
         step += 1
@@ -450,8 +500,8 @@ def main(argv: list[str] | None = None) -> None:
                 images = validation_images(
                     ema_pipeline(), validation_identities, args.validation_seeds, args.validation_inference_steps
                 )
-            if validation_encoder is not None:
-                embeddings = validation_encoder.embed_pictures(images[args.validation_seeds :])
+            if face_encoder is not None:
+                embeddings = face_encoder.embed_pictures(images[args.validation_seeds :])
                 wanted = validation_identities.repeat_interleave(args.validation_seeds, dim=0)
                 accelerator.log({"validation/cosine": F.cosine_similarity(embeddings, wanted).mean().item()}, step)
             # rows: empty context, then the identities; columns: seeds, the same in every row
