@@ -254,9 +254,7 @@ def _perturb_identities(args: argparse.Namespace) -> None:
 
 
 def _inspect_identities(args: argparse.Namespace) -> None:
-    import numpy as np
-
-    from .identities import inspect_bank
+    from .identities import inspect_bank, plot_histograms, text_histogram
 
     bank = _load_bank(args.bank)
     known = None if args.against is None else _load_bank(args.against)
@@ -265,31 +263,16 @@ def _inspect_identities(args: argparse.Namespace) -> None:
     histograms = {"nearest other identity": report.nearest_other}
     if known is not None:
         histograms[f"nearest of {args.against}"] = report.nearest_known
-    edges = np.linspace(-0.2, 1.0, 25)
     for title, values in histograms.items():
         print(f"cosine to the {title}: mean {values.mean():.3f}, largest {values.max():.3f}")
-        counts, _ = np.histogram(values.clamp(-0.2, 1), edges)
-        for low, count in zip(edges, counts, strict=False):
-            if count:
-                print(f"  {low:5.2f} {'#' * int(np.ceil(50 * count / counts.max())):50} {count}")
+        print("\n".join("  " + line for line in text_histogram(values)))
     for first, second, cosine in report.duplicates:
         print(f"duplicate: {first} and {second}, {cosine:.4f}")
     if known is not None:
         position = int(report.nearest_known.argmax())
         print(f"nearest: {bank.names[position]} to {report.known_names[position]}, {report.nearest_known.max():.4f}")
     if args.plot is not None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        figure, axis = plt.subplots()
-        for title, values in histograms.items():
-            axis.hist(values.numpy(), edges, alpha=0.6, label=title)
-        axis.set_xlabel("cosine")
-        axis.set_ylabel("identities")
-        axis.legend()
-        figure.savefig(args.plot)
+        plot_histograms(histograms, args.plot)
         print(f"histogram saved to {args.plot}")
 
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,8 @@ MAX_ROUNDS = 100
 # rows of one matrix product: 1024 x 16384 cosines are 64 MiB
 CANDIDATE_ROWS, KNOWN_ROWS = 1024, 16384
 EMBEDDED_AT_ONCE = 1024
+# of cosines, for histograms
+BIN_EDGES = np.linspace(-0.2, 1.0, 25)
 
 
 @dataclass
@@ -375,3 +377,26 @@ def inspect_bank(bank: IdentityBank, known: IdentityBank | None = None) -> BankR
         return BankReport(torch.tensor(nearest), duplicates, None, [])
     cosines, positions = largest_cosines(embeddings, F.normalize(known.embeddings))
     return BankReport(torch.tensor(nearest), duplicates, cosines, [known.names[i] for i in positions.tolist()])
+
+
+def text_histogram(cosines: torch.Tensor) -> list[str]:
+    """A line for each bin that is not empty: its lower edge, a bar, and the count. Cosines below -0.2 are in the
+    first bin."""
+    counts, _ = np.histogram(cosines.clamp(BIN_EDGES[0], BIN_EDGES[-1]), BIN_EDGES)
+    bars = ["#" * int(np.ceil(50 * count / counts.max())) for count in counts]
+    rows = zip(BIN_EDGES, bars, counts, strict=False)
+    return [f"{low:5.2f} {bar:50} {count}" for low, bar, count in rows if count]
+
+
+def plot_histograms(histograms: Mapping[str, torch.Tensor], path: str | os.PathLike) -> None:
+    """The same as a picture: a colour for each of several sets of cosines, by title."""
+    from matplotlib.figure import Figure  # of the extra `train`
+
+    figure = Figure()
+    axis = figure.subplots()
+    for title, values in histograms.items():
+        axis.hist(values.numpy(), BIN_EDGES, alpha=0.6, label=title)
+    axis.set_xlabel("cosine")
+    axis.set_ylabel("identities")
+    axis.legend()
+    figure.savefig(path)
