@@ -1,0 +1,250 @@
+#!/usr/bin/env python
+"""The exact sampler against a plain one and against its floor, side by side in one process.
+
+- plain: the published code's course: two UNet passes over the whole batch in every step, the first under the empty
+  context, which keeps the logits of every attention, the second under the identity, which takes them;
+- exact: `UIFacePipeline`;
+- floor: the UNet rows of the exact sampler's plan, each step's in one call of the bare UNet with diffusers' own
+  processors, and decoding.
+
+    python benchmarks/sampling.py                               the embedded checkpoint
+    python benchmarks/sampling.py --model published --batch-size 8 --num-inference-steps 10
+    python benchmarks/sampling.py --dtype bfloat16              the pipeline and its floor in bfloat16
+
+`published` is the published size with random weights. The boundary threshold is 0 if none is given: every sample seeks
+its boundary until the cap. Prints a table, and JSON with the machine.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, VQModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+
+from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline, UIFaceUNet2DModel, default_checkpoint
+from uiface_diffusers.attention_processor import cross_attention_names
+from uiface_diffusers.convert_original import NOISE_SCHEDULE, SAMPLER
+from uiface_diffusers.latents import decode_latents
+from uiface_diffusers.two_stage import attention_map, block_attention_map, map_distance
+
+
+def published_pipeline() -> UIFacePipeline:
+    """The published size with random weights."""
+    torch.manual_seed(0)
+    unet = UIFaceUNet2DModel()
+    vae = VQModel(
+        block_out_channels=(128, 256, 512),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=2,
+        latent_channels=3,
+        num_vq_embeddings=8192,
+        scaling_factor=1.0,
+    )
+    scheduler = DDIMScheduler(**NOISE_SCHEDULE, **SAMPLER)
+    return UIFacePipeline(vae.eval(), unet.eval(), scheduler, IdentityProjector(512, 256).eval(), EmptyContext(256))
+
+
+class MaterialisingProcessor:
+    """Attention with its map in memory; under the empty context the logits are kept, under the identity they replace
+    (self-attention) or renormalise (cross-attention) the own ones, in the samples of `selected`."""
+
+    def __init__(self):
+        self.is_empty_pass, self.logits, self.injects, self.selected = True, None, (False, False), None
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        is_cross = encoder_hidden_states is not None
+        context = hidden_states
+        if is_cross:
+            context = (
+                attn.norm_encoder_hidden_states(encoder_hidden_states) if attn.norm_cross else (encoder_hidden_states)
+            )
+        query, key, value = (
+            layer(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for layer, states in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        )
+        logits = attn.scale * query @ key.transpose(-2, -1)
+        if self.is_empty_pass:
+            self.logits = logits
+        elif self.injects[is_cross]:
+            injected = self.logits
+            if is_cross:
+                std, empty_std = logits.std(-1, keepdim=True), self.logits.std(-1, keepdim=True)
+                scale = (0.5 * empty_std + 0.5 * std) / std
+                shift = 0.5 * self.logits.mean(-1, keepdim=True) + 0.5 * logits.mean(-1, keepdim=True)
+                injected = (logits - logits.mean(-1, keepdim=True)) * scale + shift
+            logits = torch.where(self.selected[:, None, None, None], injected, logits)
+        return attn.to_out[0]((logits.softmax(-1) @ value).transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+def plain_sampler(pipe: UIFacePipeline, embeds, noise, args) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final latents and boundary timesteps of the published code's course."""
+    processors = {name: MaterialisingProcessor() for name in pipe.unet.attn_processors}
+    cross = [processors[f"{name}.processor"] for name in cross_attention_names(pipe.unet)]
+    stock = pipe.unet.attn_processors
+    pipe.unet.set_attn_processor(dict(processors))
+    try:
+        identity, empty = pipe.encode_identity(embeds), pipe.empty_context(len(embeds)).context
+        pipe.scheduler.set_timesteps(args.num_inference_steps)
+        latents, flags, previous = noise, torch.zeros(len(embeds), dtype=torch.bool), None
+        boundaries = torch.full((len(embeds),), -1)
+        for t in pipe.scheduler.timesteps:
+            below_cap = t < args.latest_boundary
+            stage_two = flags | below_cap
+            boundaries[stage_two & (boundaries < 0)] = int(t)
+            for processor in processors.values():
+                processor.is_empty_pass = True
+            of_empty = pipe.unet(latents, t, empty).sample
+            block_maps = []
+            for processor in cross:
+                side = round(processor.logits.shape[2] ** 0.5)
+                block_maps.append(block_attention_map(processor.logits, side, side))
+            for processor in processors.values():
+                processor.is_empty_pass, processor.injects, processor.selected = False, (True, below_cap), stage_two
+            of_identity = pipe.unet(latents, t, identity).sample
+            current = attention_map(block_maps)
+            if previous is not None and not below_cap:
+                flags = flags | (map_distance(current, previous) < args.boundary_threshold)
+            previous = current
+            if below_cap:
+                prediction = of_empty + 2.0 * (of_identity - of_empty)
+            else:
+                prediction = torch.where(stage_two[:, None, None, None], of_identity, of_empty)
+            latents = pipe.scheduler.step(prediction, t, latents, return_dict=False)[0]
+    finally:
+        pipe.unet.set_attn_processor(stock)
+    decode_latents(pipe.vae, latents)
+    return latents, boundaries
+
+
+def exact_sampler(pipe: UIFacePipeline, embeds, noise, args) -> tuple[torch.Tensor, torch.Tensor]:
+    options = {"boundary_threshold": args.boundary_threshold, "latest_boundary": args.latest_boundary}
+    steps = args.num_inference_steps
+    out = pipe(embeds, num_inference_steps=steps, latents=noise, output_type="latent", **options)
+    with torch.no_grad():
+        decode_latents(pipe.vae, out.images)
+    return out.images, out.boundary_timesteps
+
+
+@torch.no_grad()
+def bare_rows(pipe: UIFacePipeline, row_counts: list[int], noise: torch.Tensor) -> None:
+    stock = pipe.unet.attn_processors
+    pipe.unet.set_attn_processor(AttnProcessor2_0())
+    try:
+        for rows in row_counts:
+            states = noise[torch.arange(rows) % len(noise)]
+            pipe.unet(states, 500, pipe.empty_context(rows).context.to(noise.dtype))
+        decode_latents(pipe.vae, noise)
+    finally:
+        pipe.unet.set_attn_processor(stock)
+
+
+def record_rows(pipe: UIFacePipeline, sample: Callable) -> tuple[list[int], tuple]:
+    """The rows of every UNet call, and what `sample` returns."""
+    rows = []
+    hook = pipe.unet.register_forward_pre_hook(
+        lambda module, inputs, kwargs: rows.append(len(inputs[0] if inputs else kwargs["sample"])), with_kwargs=True
+    )
+    result = sample()
+    hook.remove()
+    return rows, result
+
+
+def build(args: argparse.Namespace) -> tuple[UIFacePipeline, UIFacePipeline, torch.Tensor, torch.Tensor]:
+    """The pipeline in float32 for the plain sampler, the one to be measured, embeddings and noise."""
+
+    def load() -> UIFacePipeline:
+        if args.model == "published":
+            return published_pipeline()
+        return UIFacePipeline.from_pretrained(args.model)
+
+    plain = load()
+    pipe = plain if args.dtype == "float32" else load().to(dtype=getattr(torch, args.dtype))
+    for each in (plain, pipe):
+        each.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(args.seed)
+    embeds = torch.nn.functional.normalize(torch.randn(args.batch_size, 512, generator=generator))
+    side, channels = args.latent_size or plain.unet.config.sample_size, plain.unet.config.in_channels
+    return plain, pipe, embeds, torch.randn(args.batch_size, channels, side, side, generator=generator)
+
+
+def peak_memory(args: argparse.Namespace, which: str) -> float:
+    """GiB that a process of its own (on Linux) took at most, beyond the loaded model."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--only", which]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(default_checkpoint()), help="folder, or `published`")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--latent-size", type=int, help="default: the model's")
+    parser.add_argument("--num-inference-steps", type=int, default=50)
+    parser.add_argument("--boundary-threshold", type=float, default=0.0)
+    parser.add_argument("--latest-boundary", type=int, default=500)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory", action="store_true", help="also the peak memory, of a process each")
+    parser.add_argument("--only", choices=("plain", "exact"), help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    plain, pipe, embeds, noise = build(args)
+    own_noise = noise.to(pipe.unet.dtype)
+    if args.only is not None:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        loaded = pages * resource.getpagesize() / 2**10
+        sampler, of = (plain_sampler, plain) if args.only == "plain" else (exact_sampler, pipe)
+        sampler(of, embeds, noise if args.only == "plain" else own_noise, args)
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - loaded) / 2**20)
+        return
+
+    plain_rows, (expected, expected_boundaries) = record_rows(plain, lambda: plain_sampler(plain, embeds, noise, args))
+    rows, (latents, boundaries) = record_rows(pipe, lambda: exact_sampler(pipe, embeds, own_noise, args))
+    candidates = {
+        "plain": lambda: plain_sampler(plain, embeds, noise, args),
+        "exact": lambda: exact_sampler(pipe, embeds, own_noise, args),
+        "floor": lambda: bare_rows(pipe, rows, own_noise),
+    }
+    seconds = {name: [] for name in candidates}
+    for _ in range(args.rounds):
+        for name, run in candidates.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    number = args.batch_size
+    for name, count in (("plain", sum(plain_rows)), ("exact", sum(rows)), ("floor", sum(rows))):
+        rate = number / medians[name]
+        print(f"{name}: {medians[name]:8.2f} s, {rate:6.3f} images/s, {count / number:.1f} UNet rows an image")
+    result = {
+        "plain / exact": medians["plain"] / medians["exact"],
+        "exact / floor": medians["exact"] / medians["floor"],
+        "largest difference of the final latents": (latents.float() - expected).abs().max().item(),
+        "largest final latent": expected.abs().max().item(),
+        "equal boundaries": torch.equal(boundaries, expected_boundaries),
+    }
+    if args.memory:
+        memory = {which: peak_memory(args, which) for which in ("plain", "exact")}
+        result |= {f"GiB for sampling, {which}": value for which, value in memory.items()}
+        result["memory, exact / plain"] = memory["exact"] / memory["plain"]
+    for name, value in result.items():
+        print(f"{name}: {value if isinstance(value, bool) else format(value, '.4g')}")
+    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    machine |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    settings = {name: value for name, value in vars(args).items() if name != "only"}
+    print(json.dumps({"settings": settings, "machine": machine, "seconds": seconds, "rows": rows, **result}))
+
+
+if __name__ == "__main__":
+    main()
