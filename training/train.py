@@ -44,8 +44,10 @@ from uiface_diffusers.training_utils import (
     SWITCH,
     EndlessBatchSampler,
     add_checkpoint_arguments,
+    add_hub_arguments,
     add_machine_arguments,
     add_optimizer_arguments,
+    describe_recipe,
     ema_weights,
     find_checkpoint,
     is_out_of_time,
@@ -107,15 +109,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="folder with models/PACK of the caches' encoder: the grid's mean cosine to its identities is logged",
     )
 
-    group.add_argument(
-        "--push_to_hub",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="upload the pipeline at checkpoints and at the end",
-    )
-    group.add_argument("--hub_model_id", help="ORGANISATION/NAME (default: the output folder's name, under one's own)")
-    group.add_argument("--hub_private", **SWITCH, help="a new repository is private")
-    group.add_argument("--license", help="for the model card")
+    add_hub_arguments(group, "pipeline")
 
     args = parse_recipe(parser, argv, required=("train_data", "output_dir"))
     if args.init_from is None and args.vae is None:
@@ -326,17 +320,14 @@ def build_denoiser(
 def push_to_hub(pipeline: UIFacePipeline, args: argparse.Namespace, message: str) -> None:
     """Uploads the pipeline. What goes wrong is logged: a training does not end for it."""
     repo_id = args.hub_model_id or args.output_dir.resolve().name
-    recipe = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str | list | dict)}
     paths = ("train_data", "vae", "output_dir", "init_from", "hub_model_id", "encoder_root")
-    lines = [f"    {name}: {value}" for name, value in recipe.items() if name not in paths]
-    recipe = "\n".join(["`training/train.py` with", "", *lines])
     try:
         pipeline.push_to_hub(
             repo_id,
             commit_message=message,
             private=args.hub_private or None,
             card_metadata={"license": args.license},
-            recipe=recipe,
+            recipe=describe_recipe("training/train.py", args, paths),
         )
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         logger.warning(f"{repo_id} was not pushed to the Hub; the training goes on. {type(error).__name__}: {error}")

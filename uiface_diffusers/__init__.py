@@ -1,20 +1,30 @@
 """UIFace in diffusers: synthetic face recognition data by two-stage, identity-conditioned latent diffusion.
 
 Everything that a saved pipeline may name is imported here: diffusers resolves the components of a `model_index.json`
-only in modules that are already imported.
+only in modules that are already imported. The face recogniser registers with transformers' `AutoModel` on import.
 """
 
 from .checkpoints import default_checkpoint
 from .convert_original import convert_original_state_dict
 from .generation import generate_dataset
 from .identities import IdentityBank, sample_identities
-from .models import EmptyContext, IdentityProjector, UIFaceUNet2DModel
+from .models import (
+    EmptyContext,
+    IdentityProjector,
+    IResNetConfig,
+    IResNetImageProcessor,
+    IResNetModel,
+    UIFaceUNet2DModel,
+)
 from .pipeline_uiface import UIFacePipeline, UIFacePipelineOutput
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EmptyContext",
+    "IResNetConfig",
+    "IResNetImageProcessor",
+    "IResNetModel",
     "IdentityBank",
     "IdentityProjector",
     "UIFacePipeline",

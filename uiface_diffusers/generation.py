@@ -42,6 +42,7 @@ from huggingface_hub import create_repo, upload_folder
 from tqdm import tqdm
 
 from .data.image_folder import (
+    GENERATION,
     IMAGE_FORMATS,
     IMAGES_A_SHARD,
     JOURNAL,
@@ -188,7 +189,7 @@ def generate_dataset(
     with _locked(output, part):
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions |= {"diffusers": diffusers.__version__, "uiface_diffusers": version("uiface-diffusers")}
-        check_settings(output / "generation.json", settings, versions=versions)
+        check_settings(output / GENERATION, settings, versions=versions)
         made, seconds = run.make(part)
     # the last one to come here completes the data set
     complete, wrote = run.finish()

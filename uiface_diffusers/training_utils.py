@@ -119,10 +119,12 @@ class EndlessBatchSampler(Sampler):
 LR_SCHEDULERS = ("cosine_warm_restarts", "constant", "constant_with_warmup", "cosine", "linear")
 
 
-def add_optimizer_arguments(group, learning_rate: float, lr_scheduler: str) -> None:
-    """The options that `make_lr_scheduler` reads, with a script's defaults."""
+def add_optimizer_arguments(
+    group, learning_rate: float, lr_scheduler: str, lr_schedulers: Sequence[str] = LR_SCHEDULERS
+) -> None:
+    """The options that `make_lr_scheduler` reads, with a script's defaults and the schedules it knows."""
     group.add_argument("--learning_rate", type=float, default=learning_rate)
-    group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default=lr_scheduler)
+    group.add_argument("--lr_scheduler", choices=lr_schedulers, default=lr_scheduler)
     group.add_argument("--lr_warmup_steps", type=int, default=0, help="of the schedules that have a warm-up")
     group.add_argument("--lr_restart_steps", type=int, default=10_000, help="T_0 of cosine_warm_restarts")
     group.add_argument("--lr_restart_factor", type=int, default=2, help="T_mult of cosine_warm_restarts")
@@ -149,6 +151,21 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, steps: int):
     group.add_argument("--logging_steps", type=int, default=50)
     group.add_argument("--validation_steps", type=int, default=steps, help="0: no validation")
     return group
+
+
+def add_hub_arguments(group, what: str) -> None:
+    """The options of pushing `what` is trained."""
+    group.add_argument("--push_to_hub", **SWITCH, help=f"upload the {what} at checkpoints and at the end")
+    group.add_argument("--hub_model_id", help="ORGANISATION/NAME (default: the output folder's name, under one's own)")
+    group.add_argument("--hub_private", **SWITCH, help="a new repository is private")
+    group.add_argument("--license", help="for the model card")
+
+
+def describe_recipe(script: str, args: argparse.Namespace, paths: Sequence[str]) -> str:
+    """How a model was trained, for its card, in Markdown: the options of `script`, without the `paths` among them."""
+    recipe = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str | list | dict)}
+    lines = [f"    {name}: {value}" for name, value in recipe.items() if name not in paths]
+    return "\n".join([f"`{script}` with", "", *lines])
 
 
 def is_out_of_time(accelerator: Accelerator, hours: float, max_hours: float | None) -> bool:
@@ -227,12 +244,19 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
 
 
 def save_checkpoint(
-    accelerator: Accelerator, ema: EMAModel, output_dir: Path, step: int, order: dict, total_limit: int, hours: float
+    accelerator: Accelerator,
+    ema: EMAModel | None,
+    output_dir: Path,
+    step: int,
+    order: dict,
+    total_limit: int,
+    hours: float,
 ) -> None:
     """Saves all that a resumed run needs. Writes beside and renames, so that a kill at any moment leaves complete
     checkpoints only.
 
     Args:
+        ema: the averaged weights, if there are any.
         order: what the order of the data depends on besides the step.
         total_limit: older checkpoints beyond this number are deleted.
         hours: how long has been trained, over all runs.
@@ -244,9 +268,11 @@ def save_checkpoint(
     accelerator.save_state(beside)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        shadow = {str(i): parameter.contiguous() for i, parameter in enumerate(ema.shadow_params)}
-        save_file(shadow, beside / "ema.safetensors")
-        state = {"step": step, "ema_step": ema.optimization_step, "hours": round(hours, 4), "order": order}
+        state = {"step": step, "hours": round(hours, 4), "order": order}
+        if ema is not None:
+            shadow = {str(i): parameter.contiguous() for i, parameter in enumerate(ema.shadow_params)}
+            save_file(shadow, beside / "ema.safetensors")
+            state["ema_step"] = ema.optimization_step
         (beside / "training.json").write_text(json.dumps(state, indent=1) + "\n")
         beside.rename(output_dir / f"checkpoint-{step}")
         for old in list_checkpoints(output_dir)[:-total_limit]:
@@ -255,8 +281,10 @@ def save_checkpoint(
             shutil.rmtree(old.rename(beside))
 
 
-def load_checkpoint(accelerator: Accelerator, ema: EMAModel, checkpoint: Path, order: dict) -> tuple[int, float]:
-    """Restores the state of a checkpoint.
+def load_checkpoint(
+    accelerator: Accelerator, ema: EMAModel | None, checkpoint: Path, order: dict
+) -> tuple[int, float]:
+    """Restores the state of a checkpoint, with the averaged weights if there are any.
 
     Returns:
         Its step, and the hours that it took to come there.
@@ -269,8 +297,9 @@ def load_checkpoint(accelerator: Accelerator, ema: EMAModel, checkpoint: Path, o
     if changed:
         raise ValueError(f"{checkpoint} cannot be resumed with another order of the data ({'; '.join(changed)}).")
     accelerator.load_state(checkpoint)
-    shadow = load_file(checkpoint / "ema.safetensors")
-    for i, parameter in enumerate(ema.shadow_params):
-        parameter.copy_(shadow[str(i)])
-    ema.optimization_step = state["ema_step"]
+    if ema is not None:
+        shadow = load_file(checkpoint / "ema.safetensors")
+        for i, parameter in enumerate(ema.shadow_params):
+            parameter.copy_(shadow[str(i)])
+        ema.optimization_step = state["ema_step"]
     return state["step"], state["hours"]

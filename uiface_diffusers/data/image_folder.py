@@ -21,6 +21,7 @@ IMAGE_FORMATS = {
     "webp": (b"RIFF", {"quality": 95}),
 }
 IMAGES_A_SHARD = 1000
+GENERATION = "generation.json"
 METADATA = "metadata.parquet"
 JOURNAL = "journal"
 

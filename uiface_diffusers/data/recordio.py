@@ -51,6 +51,10 @@ class RecordReader:
         # opened by each process that reads
         self._file, self._process = None, None
 
+    def __getstate__(self) -> dict:
+        # for the workers of a DataLoader that are not forked
+        return {**self.__dict__, "_file": None, "_process": None}
+
     @property
     def keys(self) -> list[int]:
         return list(self.offsets)

@@ -1,4 +1,5 @@
-"""Where photographs come from: a folder of identities, InsightFace's RecordIO, webdataset shards."""
+"""Where photographs come from: a folder of identities, InsightFace's RecordIO, webdataset shards, or a data set of
+`generate_dataset`."""
 
 import io
 import os
@@ -11,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..faces import load_photograph
+from .image_folder import GENERATION, JOURNAL, METADATA
 from .recordio import RecordReader
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -35,6 +37,13 @@ class PhotographSource(Protocol):
             OSError: it cannot be read.
         """
 
+    def content(self, photograph: Photograph) -> bytes:
+        """Its file, not decoded.
+
+        Raises:
+            OSError: it is missing or damaged.
+        """
+
 
 class FolderSource:
     """`ROOT/IDENTITY/*.jpg`, sorted."""
@@ -52,6 +61,9 @@ class FolderSource:
     def read(self, photograph: Photograph) -> np.ndarray:
         return load_photograph(self.root / photograph.file)
 
+    def content(self, photograph: Photograph) -> bytes:
+        return (self.root / photograph.file).read_bytes()
+
 
 class RecordIOSource:
     """InsightFace's `train.rec` and `train.idx`: the identity is the (first) label, the file is the key."""
@@ -63,7 +75,10 @@ class RecordIOSource:
             self.photographs.append(Photograph(f"{int(self.reader.read_label(key)):07d}", str(key)))
 
     def read(self, photograph: Photograph) -> np.ndarray:
-        return load_photograph(io.BytesIO(self.reader.read_image(int(photograph.file)).content))
+        return load_photograph(io.BytesIO(self.content(photograph)))
+
+    def content(self, photograph: Photograph) -> bytes:
+        return self.reader.read_image(int(photograph.file)).content
 
 
 class WebDatasetSource:
@@ -102,10 +117,24 @@ class WebDatasetSource:
             self.photographs.append(photograph)
 
     def read(self, photograph: Photograph) -> np.ndarray:
+        return load_photograph(io.BytesIO(self.content(photograph)))
+
+    def content(self, photograph: Photograph) -> bytes:
         shard, offset, size = self.members[photograph.file]
         with open(shard, "rb") as file:
             file.seek(offset)
-            return load_photograph(io.BytesIO(file.read(size)))
+            return file.read(size)
+
+
+def _generated_photographs(path: Path) -> Path:
+    """The images or shards in a folder of `generate_dataset`."""
+    if (path / JOURNAL).exists() or not (path / METADATA).exists():
+        raise ValueError(
+            f"{path} is an unfinished data set: go on with `uiface generate`, or give {path / 'images'} to use what"
+            " there is."
+        )
+    shards = path / "shards"
+    return shards if shards.is_dir() else path / "images"
 
 
 def open_source(path: str | os.PathLike, identities: list[str] | None = None, min_images: int = 1) -> PhotographSource:
@@ -113,14 +142,17 @@ def open_source(path: str | os.PathLike, identities: list[str] | None = None, mi
 
     Args:
         path: a folder `ROOT/IDENTITY/*.jpg`; a `.rec` file, or a folder with `train.rec`; a `.tar` shard, or a folder
-            of them.
+            of them; a folder of `generate_dataset`.
         identities: only these; all if not given.
         min_images: identities with fewer photographs are left out.
 
     Raises:
-        ValueError: there are no photographs, or an identity that was asked for is not there.
+        ValueError: there are no photographs, an identity that was asked for is not there, or the generation of the
+            data set is not finished.
     """
     path = Path(path)
+    if (path / GENERATION).is_file():
+        path = _generated_photographs(path)
     shards = sorted(path.glob("*.tar")) if path.is_dir() else [path] if path.suffix == ".tar" else []
     if path.suffix == ".rec" or (path / "train.rec").exists():
         source = RecordIOSource(path if path.suffix == ".rec" else path / "train.rec")

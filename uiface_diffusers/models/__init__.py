@@ -2,12 +2,17 @@
 from diffusers import ModelMixin
 
 from .empty_context import EmptyContext, EmptyContextOutput
+from .face_recognition import IResNetConfig, IResNetImageProcessor, IResNetModel, IResNetModelOutput
 from .identity_projector import IdentityProjector, IdentityProjectorOutput
 from .unet_uiface import UIFaceUNet2DModel
 
 __all__ = [
     "EmptyContext",
     "EmptyContextOutput",
+    "IResNetConfig",
+    "IResNetImageProcessor",
+    "IResNetModel",
+    "IResNetModelOutput",
     "IdentityProjector",
     "IdentityProjectorOutput",
     "ModelMixin",

@@ -1,0 +1,431 @@
+import io
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from conftest import REPOSITORY
+from hub_server import HubServer
+from safetensors.torch import load_file
+from test_sources import RecordWriter, image_record
+from transformers import AutoImageProcessor, AutoModel
+
+from uiface_diffusers import IResNetConfig, IResNetModel
+from uiface_diffusers.data.image_folder import ImageRow, pack_shard, write_metadata
+from uiface_diffusers.data.labelled_faces import LabelledFaces, check_faces
+from uiface_diffusers.evaluation import verification
+
+SCRIPT = REPOSITORY / "training" / "train_face_recognition.py"
+sys.path.insert(0, str(SCRIPT.parent))
+import train_face_recognition as script  # noqa: E402
+
+IDENTITIES, IMAGES, SIZE = 8, 12, 32
+
+
+def toy_face(identity: int, index: int, size: int = SIZE) -> PIL.Image.Image:
+    """A coarse pattern of the identity's colours, shifted, dimmed, with noise."""
+    pattern = np.random.default_rng(identity).integers(40, 216, (5, 5, 3), dtype=np.uint8)
+    generator = np.random.default_rng((identity, index))
+    face = PIL.Image.fromarray(pattern).resize((size + 8, size + 8), PIL.Image.Resampling.BICUBIC)
+    x, y = (int(value) for value in generator.integers(0, 8, 2))
+    face = np.asarray(face.crop((x, y, x + size, y + size)), np.float32) * generator.uniform(0.6, 1.1)
+    return PIL.Image.fromarray((face + generator.normal(0, 10, face.shape)).clip(0, 255).astype(np.uint8))
+
+
+def write_faces(root: Path, identities: int = IDENTITIES, images: int = IMAGES, size: int = SIZE) -> Path:
+    for identity in range(identities):
+        folder = root / f"person_{identity}"
+        folder.mkdir(parents=True)
+        for index in range(images):
+            toy_face(identity, index, size).save(folder / f"{index:04d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    """Faces and a recipe of a tiny training."""
+    root = tmp_path_factory.mktemp("train_face_recognition")
+    recipe = {
+        "train_data": [str(write_faces(root / "faces"))],
+        "recognizer": {"layers": 18, "width": 4, "embedding_dim": 16, "image_size": SIZE, "dropout": 0.1},
+        "epochs": 3,
+        "train_batch_size": 8,
+        "lr_milestones": [2],
+        "checkpointing_steps": 7,
+        "report_to": "none",
+    }
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return root
+
+
+def options_of(workspace: Path, output: str, *options: str) -> list[str]:
+    return ["--config", str(workspace / "recipe.yaml"), "--output_dir", str(workspace / output), *options]
+
+
+@pytest.fixture(autouse=True)
+def one_cpu(monkeypatch):
+    # one thread: nothing is left to the order in which threads add
+    for name, value in {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def train(workspace: Path, output: str, *options: str) -> Path:
+    """In this process: starting another one takes longer than the training."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    script.main(options_of(workspace, output, *options))
+    return workspace / output
+
+
+def train_elsewhere(workspace: Path, output: str, *options: str, launch: tuple[str, ...] = (), **environment):
+    command = [sys.executable, *launch, str(SCRIPT), *options_of(workspace, output, *options)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def last_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    return load_file(newest / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(workspace) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        return train(workspace, "whole")
+
+
+def test_saves_a_recogniser_for_the_auto_classes(uninterrupted):
+    files = sorted(path.name for path in uninterrupted.iterdir() if path.is_file())
+    assert files == ["config.json", "model.safetensors", "preprocessor_config.json"]
+    model, info = AutoModel.from_pretrained(uninterrupted, output_loading_info=True)
+    assert isinstance(model, IResNetModel) and not any(info.values())
+    faces = [np.asarray(toy_face(0, index)) for index in range(3)]
+    inputs = AutoImageProcessor.from_pretrained(uninterrupted)(faces, return_tensors="pt")
+    assert np.allclose(model(**inputs).embeddings.detach(), model.embed_faces(np.stack(faces)), atol=1e-5)
+    # the head's weights are in the checkpoints only
+    saved = load_file(uninterrupted / "model.safetensors")
+    assert saved.keys() == model.state_dict().keys()
+    checkpoint = last_checkpoint(uninterrupted)
+    assert checkpoint["head.weight"].shape == (IDENTITIES, 16)
+    assert all(torch.equal(checkpoint[f"recognizer.{name}"], tensor) for name, tensor in saved.items())
+    # 3 epochs of 96 faces in batches of 8; the limit of checkpoints is 2
+    assert sorted(path.name for path in uninterrupted.glob("checkpoint*")) == ["checkpoint-35", "checkpoint-36"]
+
+
+def test_learns_to_tell_people_apart(workspace):
+    """On pictures that were not trained on: every genuine pair's cosine against every impostor pair's."""
+
+    def separation(model: IResNetModel) -> float:
+        faces = np.stack([np.asarray(toy_face(i, 100 + j)) for i in range(IDENTITIES) for j in range(4)])
+        embeddings = model.embed_faces(faces)
+        embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+        same = np.kron(np.eye(IDENTITIES), np.ones((4, 4))).astype(bool)
+        pairs = np.triu(np.ones_like(same), 1)
+        cosines = embeddings @ embeddings.T
+        return float((cosines[same & pairs][:, None] > cosines[~same & pairs]).mean())
+
+    options = ("--train_batch_size", "32", "--max_train_steps", "80", "--lr_milestones", "20")
+    trained = separation(AutoModel.from_pretrained(train(workspace, "learnt", *options)))
+    torch.manual_seed(0)
+    fresh = separation(IResNetModel(IResNetConfig(layers=18, width=4, embedding_dim=16, image_size=SIZE)))
+    assert trained > 0.97 and fresh < 0.8, (trained, fresh)
+
+
+def test_sigkill_and_resume_gives_the_same_parameters(uninterrupted, workspace):
+    """With two workers, killed at a random step; an uninterrupted run without workers has the same weights."""
+    options = ("--dataloader_num_workers", "2")
+    command = [sys.executable, str(SCRIPT), *options_of(workspace, "killed", *options)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "TQDM_MININTERVAL": "0"})
+    kill_at = int(np.random.default_rng().integers(8, 30))
+    seen = b""
+    while f"| {kill_at}/36".encode() not in seen and process.poll() is None:
+        seen += process.stderr.read1()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, seen.decode()
+    folder = workspace / "killed"
+    assert list(folder.glob("checkpoint-*")) and not (folder / "config.json").exists()
+    train(workspace, "killed", *options, "--resume_from_checkpoint", "latest")
+    ours, theirs = last_checkpoint(folder), last_checkpoint(uninterrupted)
+    assert ours.keys() == theirs.keys() and len(ours) > 100
+    assert [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])] == []
+
+
+def test_two_processes_train_as_two_batches(workspace):
+    """The same faces, augmented the same way, in two processes or one after the other: equal steps up to rounding.
+    Batch norm's running statistics differ: the main process has seen half of the faces."""
+    options = ("--train_batch_size", "4", "--max_train_steps", "3")
+    options += ("--recognizer", f'{{"layers": 18, "width": 4, "embedding_dim": 16, "image_size": {SIZE}}}')
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    result = train_elsewhere(workspace, "two", *options, launch=launch)
+    assert result.stderr.count("recogniser saved") == 1 and result.stderr.count("96 checked") == 1
+    two = last_checkpoint(workspace / "two")
+    one = last_checkpoint(train(workspace, "one", *options, "--gradient_accumulation_steps", "2"))
+    torch.manual_seed(0)
+    fresh = IResNetModel(IResNetConfig(layers=18, width=4, embedding_dim=16, image_size=SIZE))
+    for name, parameter in fresh.named_parameters():
+        a, b = (state[f"recognizer.{name}"] for state in (one, two))
+        moved = (a - parameter.detach()).norm()
+        assert (a - b).norm() < 1e-2 * moved + 1e-6, name
+    assert torch.allclose(one["head.weight"], two["head.weight"], atol=1e-4)
+
+
+def test_options_train_and_save(workspace):
+    options = ("--mixed_precision", "bf16", "--channels_last", "--head", "adaface", "--max_grad_norm", "5")
+    options += ("--lr_warmup_steps", "2", "--max_train_steps", "2", "--checked_faces", "10")
+    folder = train(workspace, "options", *options)
+    assert all(tensor.isfinite().all() for tensor in last_checkpoint(folder).values())
+    assert "head.deviation" in last_checkpoint(folder)
+    AutoModel.from_pretrained(folder)
+    stopped = train(workspace, "stopped", "--max_train_hours", "0", "--head", "cosface", "--lr_scheduler", "cosine")
+    assert [path.name for path in stopped.glob("checkpoint*")] == ["checkpoint-1"]
+    with pytest.raises(ValueError, match="train_batch_size: 8 then, 16 now"):
+        train(workspace, "stopped", "--train_batch_size", "16", "--resume_from_checkpoint", "latest")
+
+
+def test_benchmarks_and_log(workspace, tmp_path, monkeypatch):
+    """`verify_benchmarks` gets a function from aligned faces in bytes to embeddings; its accuracies are logged."""
+    faces = np.stack([np.asarray(toy_face(i, i, 112)) for i in range(3)])
+    embedded = []
+
+    def verify_benchmarks(embed, folder):
+        assert sorted(path.name for path in Path(folder).iterdir()) == ["lfw.bin"]
+        embedded.append(embed(faces))
+        return {"lfw": SimpleNamespace(accuracy=0.75), "calfw": SimpleNamespace(accuracy=0.5)}
+
+    monkeypatch.setattr(verification, "verify_benchmarks", verify_benchmarks, raising=False)
+    (tmp_path / "bins").mkdir()
+    (tmp_path / "bins" / "lfw.bin").touch()
+    data = write_faces(tmp_path / "faces", identities=2, images=2, size=112)
+    options = ("--train_data", str(data), "--train_batch_size", "4", "--max_train_steps", "3", "--logging_steps", "1")
+    options += ("--report_to", "tensorboard", "--benchmarks", str(tmp_path / "bins"), "--validation_steps", "2")
+    folder = train(
+        workspace, "benchmarks", *options, "--recognizer", '{"layers": 18, "width": 4, "embedding_dim": 16}'
+    )
+    assert len(embedded) == 2  # at step 2 and at the end
+    model = AutoModel.from_pretrained(folder)
+    assert embedded[1].shape == (3, 16) and np.allclose(embedded[1], model.embed_faces(faces), atol=1e-5)
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "logs" / "train_face_recognition"))
+    events.Reload()
+    scalars = {"loss", "accuracy", "images/s", "lr", "epoch", "accuracy/lfw", "accuracy/calfw", "accuracy/mean"}
+    assert scalars <= set(events.Tags()["scalars"])
+    assert [(event.step, event.value) for event in events.Scalars("accuracy/mean")] == [(2, 0.625), (3, 0.625)]
+    with pytest.raises(ValueError, match="benchmarks have faces of 112 pixels, the recogniser takes 32"):
+        train(workspace, "small", "--benchmarks", str(tmp_path / "bins"))
+
+
+def test_pushes_and_survives_a_failed_upload(workspace, tmp_path):
+    with HubServer(tmp_path / "hub") as hub:
+        hub.fail_uploads = 1
+        options = ("--push_to_hub", "--hub_model_id", "tester/recogniser", "--hub_private", "--license", "mit")
+        options += ("--max_train_steps", "2", "--checkpointing_steps", "1")
+        result = train_elsewhere(workspace, "pushed", *options, **hub.environment(tmp_path / "home"))
+        assert "tester/recogniser was not pushed to the Hub; the training goes on." in result.stderr
+        files = hub.files("tester/recogniser")
+        assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} <= set(files)
+        assert hub.repositories["tester/recogniser"].private
+        pushed = hub.read("tester/recogniser", "model.safetensors")
+        assert pushed == (workspace / "pushed" / "model.safetensors").read_bytes()
+        card = hub.read("tester/recogniser", "README.md").decode()
+        assert "license: mit" in card and "head: arcface" in card and str(workspace) not in card
+
+
+def test_recipe_is_the_papers():
+    recipe = REPOSITORY / "training" / "configs" / "fr_ir50_arcface.yaml"
+    args = script.parse_args(["--config", str(recipe), "--train_data", "data", "--output_dir", "out"])
+    assert (args.recognizer, args.head, args.margin, args.scale) == ({"layers": 50}, "arcface", 0.5, 64)
+    assert (args.epochs, args.train_batch_size, args.learning_rate) == (40, 512, 0.1)
+    assert (args.momentum, args.weight_decay) == (0.9, 5e-4)
+    assert (args.flip_probability, args.crop_probability, args.crop_scale) == (0.5, 0.2, [0.2, 1.0])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    schedule = script.make_schedule(args, optimizer, batches_per_epoch=10)
+    rates = []
+    for _ in range(400):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    expected = [0.1] * 220 + [0.01] * 60 + [0.001] * 40 + [0.0001] * 80
+    assert np.allclose(rates, expected, rtol=1e-9)
+
+
+def test_warm_up_and_accumulation():
+    factors = [script.multi_step(step, [6], 0.1, warmup_steps=4) for step in range(8)]
+    assert np.allclose(factors, [0.25, 0.5, 0.75, 1, 1, 1, 0.1, 0.1])
+    argv = ["--train_data", "x", "--output_dir", "y", "--lr_milestones", "3", "--gradient_accumulation_steps", "2"]
+    args = script.parse_args([*argv, "--learning_rate", "1"])
+    schedule = script.make_schedule(args, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), 5)
+    assert [schedule.lr_lambdas[0](step) for step in (6, 7)] == [1, 0.1]  # 15 batches are 7 steps and a half
+
+
+def test_augmentation_depends_on_its_number_alone():
+    augment = script.Augmentation(0, SIZE, flip_probability=0.5, crop_probability=0.2, crop_scale=(0.2, 1.0))
+    face = torch.tensor(np.asarray(toy_face(0, 0))).permute(2, 0, 1)
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    first = [augment(face, number) for number in range(1000)]
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert torch.equal(first[7], augment(face, 7)) and first[7].dtype == torch.uint8
+    kinds = Counter()
+    for picture in first:
+        kind = "same" if torch.equal(picture, face) else "flipped" if torch.equal(picture, face.flip(-1)) else "crop"
+        kinds[kind] += 1
+    # flipped or not 0.4 each, cropped 0.2: four standard deviations
+    assert abs(kinds["same"] - 400) < 62 and abs(kinds["flipped"] - 400) < 62 and abs(kinds["crop"] - 200) < 51
+    other = script.Augmentation(1, SIZE, 0.5, 0.2, (0.2, 1.0))
+    assert sum(torch.equal(a, other(face, number)) for number, a in enumerate(first[:100])) < 60
+    # a crop keeps at least a fifth of the area: a gradient's range shrinks to no less
+    ramp = torch.arange(SIZE).mul(8).byte().expand(3, SIZE, SIZE)
+    crops = [augment(ramp, number)[0, 0].float() for number in range(300)]
+    slopes = torch.stack([(row[-1] - row[0]).abs() / (8 * (SIZE - 1)) for row in crops])
+    assert slopes.min() > math.sqrt(0.2 * 3 / 4) - 0.1 and slopes.min() < 0.7
+
+
+def test_faces_are_numbered_alike_for_any_number_of_processes():
+    def numbers(world_size: int, batch_size: int, steps: int, start: int = 0) -> dict[int, int]:
+        numbered = {}
+        for rank in range(world_size):
+            sampler = script.EndlessBatchSampler(40, batch_size, 0, rank, world_size, start=start)
+            batches = iter(script.NumberedBatches(sampler))
+            numbered |= {number: index for _ in range(steps) for index, number in next(batches)}
+        return numbered
+
+    one = numbers(1, 8, steps=10)
+    assert one == numbers(2, 4, steps=10) and sorted(one) == list(range(80))
+    assert numbers(1, 8, steps=3, start=7) == {number: one[number] for number in range(56, 80)}
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory) -> dict[str, Path]:
+    """The same six faces of three people in every form in which peers publish them."""
+    root = tmp_path_factory.mktemp("forms")
+    faces = {(i, j): toy_face(i, j) for i in range(3) for j in range(2)}
+    names = {key: f"person_{key[0]}/{key[1]:04d}.png" for key in faces}
+    rows = [ImageRow(f"person_{i}", j, 0, 0, -1, None, None, 0) for i, j in faces]
+    for generated in ("folder", "generated", "generated_shards", "shards"):
+        images = root / generated if generated == "folder" else root / generated / "images"
+        for key, name in names.items():
+            (images / name).parent.mkdir(parents=True, exist_ok=True)
+            faces[key].save(images / name)
+    for generated in ("generated_shards", "shards"):
+        output = root / generated
+        for number in range(3):
+            part = [key for key in faces if key[0] == number]
+            classes = [number] * len(part)
+            shard = output / "shards" / f"{number:06d}.tar"
+            pack_shard(shard, output / "images", [names[key] for key in part], classes, rows[:2])
+    for generated in ("generated", "generated_shards"):
+        (root / generated / "generation.json").write_text("{}")
+        write_metadata(root / generated, rows, list(names.values()))
+    writer = RecordWriter(root / "train.rec")
+    writer.write(0, image_record([7.0, 10.0], 0, b""))
+    for key, ((i, _), face) in enumerate(faces.items(), start=1):
+        content = io.BytesIO()
+        face.save(content, "png")
+        writer.write(key, image_record(float(i), key, content.getvalue()))
+    writer.close()
+    forms = {name: root / name for name in ("folder", "generated", "generated_shards")}
+    return forms | {"shards": root / "shards" / "shards", "recordio": root / "train.rec"}
+
+
+@pytest.mark.parametrize("form", ["folder", "generated", "generated_shards", "shards", "recordio"])
+def test_every_form_gives_the_same_faces(forms, form):
+    # as workers get it that are not forked
+    faces = pickle.loads(pickle.dumps(LabelledFaces([forms[form]], SIZE)))
+    pixels, labels = faces.__getitems__([(index, 0) for index in range(6)])
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2] and faces.num_identities == 3
+    expected = np.stack([np.asarray(toy_face(i, j)) for i in range(3) for j in range(2)])
+    assert np.array_equal(pixels.permute(0, 2, 3, 1), expected)
+
+
+def test_several_data_sets_have_different_people(forms):
+    faces = LabelledFaces([forms["folder"], forms["recordio"]], SIZE)
+    assert faces.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert faces.name(7).endswith("train.rec: 2") and faces.name(2).endswith("folder: person_1/0000.png")
+    report = check_faces(faces, num_workers=1)
+    assert report == {"faces": 12, "identities": 6, "single": 0, "checked": 12, "uniform": 0}
+    with pytest.raises(ValueError, match="folder is given twice"):
+        LabelledFaces([forms["folder"], forms["folder"] / "."], SIZE)
+
+
+def test_hostile_data_is_named(workspace, tmp_path):
+    """Before the first step, all kinds at once, with their numbers and an example."""
+    data = write_faces(tmp_path / "faces", identities=3, images=4)
+    toy_face(0, 0).convert("L").save(data / "person_0" / "0000.png")
+    toy_face(0, 1).convert("RGBA").save(data / "person_0" / "0001.png")
+    toy_face(0, 2, size=40).save(data / "person_0" / "0002.png")
+    content = (data / "person_1" / "0000.png").read_bytes()
+    (data / "person_1" / "0000.png").write_bytes(content[: len(content) // 2])
+    (data / "person_1" / "0001.png").write_bytes(b"no picture")
+    (data / "person_1" / "0002.png").write_bytes(b"")
+    PIL.Image.new("RGB", (SIZE, SIZE)).save(data / "person_2" / "0000.png")
+    PIL.Image.new("RGB", (SIZE, SIZE), (255, 0, 0)).save(data / "person_2" / "0001.png")
+    with pytest.raises(ValueError) as error:
+        train(workspace, "hostile", "--train_data", str(data))
+    message = str(error.value)
+    assert "8 of 12 faces cannot be trained on" in message
+    assert f"3 unreadable, as {data}: person_1/0000.png" in message
+    assert f"2 of one colour, as {data}: person_2/0000.png" in message
+    assert f"1 40x40, not {SIZE}x{SIZE}, as {data}: person_0/0002.png" in message
+    assert "1 of mode L, not RGB" in message and "1 of mode RGBA, not RGB" in message
+    assert not list((workspace / "hostile").glob("*"))
+    # what is not checked is named when it is met
+    faces = LabelledFaces([data], SIZE)
+    with pytest.raises(ValueError, match="person_0/0002.png is 40x40, not 32x32"):
+        faces.__getitems__([(2, 0)])
+
+
+def test_too_few_people_and_single_faces(tmp_path, caplog, workspace):
+    data = write_faces(tmp_path / "faces", identities=3, images=4)
+    for index in (1, 2, 3):
+        (data / "person_2" / f"{index:04d}.png").unlink()
+    assert check_faces(LabelledFaces([data], SIZE))["single"] == 1
+    assert LabelledFaces([data], SIZE, min_images=2).num_identities == 2
+    with caplog.at_level("INFO"):
+        train(workspace, "single", "--train_data", str(data), "--max_train_steps", "1")
+    assert "1 of 3 identities have a single face" in caplog.text
+    with pytest.raises(ValueError, match="4 faces of one identity, two are needed"):
+        LabelledFaces([write_faces(tmp_path / "alone", identities=1, images=4)], SIZE)
+    # among many faces a few of one colour are reported, no more
+    for index in range(4, 120):
+        toy_face(0, index).save(data / "person_0" / f"{index:04d}.png")
+    PIL.Image.new("RGB", (SIZE, SIZE)).save(data / "person_0" / "0000.png")
+    assert check_faces(LabelledFaces([data], SIZE))["uniform"] == 1
+
+
+def test_unfinished_generation_is_refused(forms, tmp_path):
+    (tmp_path / "generation.json").write_text("{}")
+    write_faces(tmp_path / "images", identities=2, images=2)
+    with pytest.raises(ValueError, match="unfinished data set: go on with `uiface generate`"):
+        LabelledFaces([tmp_path], SIZE)
+    assert len(LabelledFaces([tmp_path / "images"], SIZE)) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--recognizer", '{"layer": 18}'), "--recognizer has unknown options: layer"),
+        (("--train_batch_size", "1"), "--train_batch_size has to be 2 at least"),
+        (("--benchmarks", "nowhere"), "--benchmarks nowhere has no .bin files"),
+        (("--head", "softmax"), "argument --head"),
+    ],
+)
+def test_wrong_options_are_named(workspace, capsys, options, message):
+    with pytest.raises(SystemExit):
+        script.parse_args(options_of(workspace, "wrong", *options))
+    assert message in capsys.readouterr().err

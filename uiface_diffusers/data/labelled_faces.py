@@ -1,0 +1,180 @@
+"""Aligned faces and the numbers of their identities: what a face recogniser is trained on."""
+
+import io
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ..faces import ALIGNED_SIZE, UnusableFaceError
+from .sources import open_source
+
+# a picture whose channels each vary by less, of 255, shows nothing
+UNIFORM_RANGE = 16
+# more of them than this share, and something went wrong where the pictures were made
+MAX_UNIFORM_SHARE = 0.01
+UNIFORM = "of one colour"
+
+
+def decode_face(content: bytes, size: int) -> np.ndarray:
+    """Reads an aligned face as `(size, size, 3)` RGB bytes; nothing is converted or resized.
+
+    Raises:
+        UnusableFaceError: it cannot be read, is of another size, or is not RGB.
+    """
+    try:
+        with PIL.Image.open(io.BytesIO(content)) as picture:
+            if picture.size != (size, size):
+                raise UnusableFaceError(f"{picture.width}x{picture.height}, not {size}x{size}")
+            if picture.mode != "RGB":
+                raise UnusableFaceError(f"of mode {picture.mode}, not RGB")
+            return np.asarray(picture)
+    except UnusableFaceError:
+        raise
+    except Exception as error:  # damaged files raise nearly anything in Pillow's plug-ins
+        raise UnusableFaceError("unreadable") from error
+
+
+class LabelledFaces(Dataset):
+    """Faces of one or several data sets, decoded when they are fetched, a batch at a time.
+
+    Args:
+        paths: of `open_source`. People of two data sets are two, whatever their names.
+        image_size (`int`, defaults to 112): height and width of all faces.
+        min_images (`int`, defaults to 1): identities with fewer faces are left out.
+        transform (*optional*): called with each face, `(3, image_size, image_size)` bytes, and its number in the
+            training; gives a face of the same form.
+
+    Raises:
+        ValueError: a data set is missing, unfinished or given twice, or there are fewer than two identities.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | os.PathLike],
+        image_size: int = ALIGNED_SIZE,
+        min_images: int = 1,
+        transform: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+    ):
+        resolved = [str(Path(path).resolve()) for path in paths]
+        twice = [path for path, number in Counter(resolved).items() if number > 1]
+        if twice:
+            raise ValueError(f"{twice[0]} is given twice: its people would be two of each.")
+        self.paths, self.image_size, self.transform = list(paths), image_size, transform
+        self.sources = [open_source(path, min_images=min_images) for path in paths]
+        # where each source's faces begin
+        self.starts = np.cumsum([0] + [len(source.photographs) for source in self.sources])
+        names = [(i, face.identity) for i, source in enumerate(self.sources) for face in source.photographs]
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        self.num_identities = len(numbers)
+        self.labels = torch.tensor([numbers[name] for name in names])
+        if self.num_identities < 2:
+            raise ValueError(f"{', '.join(map(str, paths))}: {len(names)} faces of one identity, two are needed.")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def _find(self, index: int):
+        source = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return source, self.sources[source].photographs[index - self.starts[source]]
+
+    def name(self, index: int) -> str:
+        """The file, by its data set."""
+        source, photograph = self._find(index)
+        return f"{self.paths[source]}: {photograph.file}"
+
+    def face(self, index: int) -> np.ndarray:
+        """`(image_size, image_size, 3)` RGB bytes.
+
+        Raises:
+            UnusableFaceError: it cannot be trained on.
+        """
+        source, photograph = self._find(index)
+        try:
+            content = self.sources[source].content(photograph)
+        except OSError as error:
+            raise UnusableFaceError("unreadable") from error
+        return decode_face(content, self.image_size)
+
+    def flaw(self, index: int) -> str | None:
+        """What is wrong with a face, if anything is."""
+        try:
+            face = self.face(index)
+        except UnusableFaceError as error:
+            return str(error)
+        return UNIFORM if np.ptp(face, axis=(0, 1)).max() < UNIFORM_RANGE else None
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            keys: position in the data set and number in the training of each face.
+
+        Returns:
+            Faces `(batch, 3, image_size, image_size)` in bytes and labels `(batch,)`.
+
+        Raises:
+            ValueError: a face cannot be trained on; the message names the file.
+        """
+        faces = []
+        for index, number in keys:
+            try:
+                face = torch.tensor(self.face(index)).permute(2, 0, 1)
+            except UnusableFaceError as error:
+                raise ValueError(f"{self.name(index)} is {error}.") from error
+            faces.append(face if self.transform is None else self.transform(face, number))
+        return torch.stack(faces), self.labels[[index for index, _ in keys]]
+
+
+class _Flaws(Dataset):
+    """`LabelledFaces.flaw` for a DataLoader."""
+
+    def __init__(self, faces: LabelledFaces):
+        self.faces = faces
+
+    def __len__(self) -> int:
+        return len(self.faces)
+
+    def __getitem__(self, index: int) -> str | None:
+        return self.faces.flaw(index)
+
+
+def check_faces(faces: LabelledFaces, max_faces: int | None = None, num_workers: int = 0) -> dict[str, int]:
+    """Reads faces before a training does, so that it does not end after hours for one of them.
+
+    Args:
+        faces: all of them are of one size and RGB, or it is an error.
+        max_faces (`int`, *optional*): read only so many, spread over the data set.
+        num_workers (`int`, defaults to 0): processes that read.
+
+    Returns:
+        `faces`, `identities`, `single` (identities with one face), `checked` and `uniform` (faces of one colour).
+
+    Raises:
+        ValueError: faces that cannot be trained on, or too many of one colour; kinds, numbers and an example of each.
+    """
+    number = len(faces) if max_faces is None else min(max_faces, len(faces))
+    indices = np.linspace(0, len(faces) - 1, number).round().astype(int).tolist()
+    loader = DataLoader(_Flaws(faces), batch_size=64, sampler=indices, num_workers=num_workers, collate_fn=list)
+    counts, examples = Counter(), {}
+    with tqdm(total=number, desc="check", unit="face") as progress:
+        for flaws in loader:
+            for flaw, index in zip(flaws, indices[progress.n : progress.n + len(flaws)], strict=True):
+                if flaw is not None:
+                    counts[flaw] += 1
+                    examples.setdefault(flaw, faces.name(index))
+            progress.update(len(flaws))
+    uniform = counts[UNIFORM]
+    if uniform <= MAX_UNIFORM_SHARE * number:
+        counts.pop(UNIFORM, None)
+    if counts.total():
+        kinds = "; ".join(f"{count} {flaw}, as {examples[flaw]}" for flaw, count in counts.most_common())
+        raise ValueError(f"{counts.total()} of {number} faces cannot be trained on: {kinds}.")
+    single = int((torch.bincount(faces.labels) == 1).sum())
+    sizes = {"faces": len(faces), "identities": faces.num_identities, "single": single}
+    return {**sizes, "checked": number, "uniform": uniform}
