@@ -1,6 +1,12 @@
+import contextlib
+import io
 import json
+import logging
 import os
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -8,6 +14,7 @@ import PIL.Image
 import PIL.ImageDraw
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderTiny, DDIMScheduler
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file
@@ -30,6 +37,38 @@ ASSETS = Path(os.environ.get("UIFACE_ASSETS", REPOSITORY.parent / "shared" / "as
 # the sampler that the published code means
 DDIM = {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True, "clip_sample": False}
 BETAS = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+
+
+class Outcome(NamedTuple):
+    """Of a script: as of a process, exit code and what it wrote to stderr."""
+
+    returncode: int
+    stderr: str
+
+
+def run_script(main: Callable[[list[str]], None], argv: list[str], **environment: str) -> Outcome:
+    """Runs a training script's `main` on the CPU in this process: starting another one takes longer than the trainings
+    of the tests."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    written, returncode, root = io.StringIO(), 0, logging.getLogger()
+    handler, level = logging.StreamHandler(written), root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(written):
+        for name, value in {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", **environment}.items():
+            patch.setenv(name, value)
+        try:
+            main(argv)
+        except SystemExit as error:
+            returncode = error.code
+        except Exception:
+            returncode = 1
+            written.write(traceback.format_exc())
+        finally:
+            root.removeHandler(handler)
+            root.setLevel(level)
+    return Outcome(returncode, written.getvalue())
 
 
 @pytest.fixture(scope="session")

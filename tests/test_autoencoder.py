@@ -5,12 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, Outcome, run_script
 from diffusers import AutoencoderKL, AutoModel
 from safetensors.torch import load_file, save_file
 
@@ -20,6 +21,9 @@ from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.latents import decode_latents, encode_images
 
 SCRIPT = REPOSITORY / "training" / "train_autoencoder.py"
+sys.path.insert(0, str(SCRIPT.parent))
+import train_autoencoder as script  # noqa: E402
+
 ALEXNET = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
 TWO = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
 TWO |= {"block_out_channels": [8, 16], "norm_num_groups": 4, "latent_channels": 4, "sample_size": 64}
@@ -71,19 +75,14 @@ def workspace(tmp_path_factory, toy_root, toy_photographs, backbone):
     return root
 
 
-def command(workspace: Path, output: str, *options: str) -> list[str]:
-    recipe = ["--config", str(workspace / "recipe.yaml"), "--output_dir", str(workspace / output)]
-    return [sys.executable, str(SCRIPT), *recipe, *options]
+def options_of(workspace: Path, output: str, *options: str) -> list[str]:
+    return ["--config", str(workspace / "recipe.yaml"), "--output_dir", str(workspace / output), *options]
 
 
-def environment(workspace: Path) -> dict[str, str]:
-    cpu = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    return {**os.environ, **cpu, "HF_DATASETS_CACHE": str(workspace / "datasets")}
-
-
-def train(workspace: Path, output: str, *options: str) -> subprocess.CompletedProcess:
-    run = command(workspace, output, *options)
-    return subprocess.run(run, capture_output=True, text=True, env=environment(workspace))
+def train(workspace: Path, output: str, *options: str) -> Outcome:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", workspace / "datasets")
+        return run_script(script.main, options_of(workspace, output, *options))
 
 
 def pictures(workspace: Path) -> torch.Tensor:
@@ -113,10 +112,12 @@ def test_learns_to_reconstruct_and_measures_its_latents(uninterrupted, workspace
 
 
 def test_sigkill_and_resume_gives_the_same_parameters(uninterrupted, workspace):
+    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    environment |= {"HF_DATASETS_CACHE": str(workspace / "datasets"), "TQDM_MININTERVAL": "0"}
     process = subprocess.Popen(
-        command(workspace, "killed", "--scale_equivariance_probability", "0"),
+        [sys.executable, str(SCRIPT), *options_of(workspace, "killed", "--scale_equivariance_probability", "0")],
         stderr=subprocess.PIPE,
-        env={**environment(workspace), "TQDM_MININTERVAL": "0"},
+        env={**os.environ, **environment},
     )
     seen = b""
     while b"| 15/30" not in seen and process.poll() is None:
@@ -173,9 +174,6 @@ def test_a_frozen_encoder_keeps_the_latents(uninterrupted, workspace):
 
 def test_the_terms_of_the_loss(workspace, backbone, toy_root):
     """Against the same written out by hand."""
-    sys.path.insert(0, str(SCRIPT.parent))
-    import train_autoencoder as script
-
     torch.manual_seed(0)
     vae = AutoencoderKL.from_config(MODELS["AutoencoderKL"])
     pixels = pictures(workspace)[:4].float() / 127.5 - 1

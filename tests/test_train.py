@@ -8,8 +8,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
-from conftest import REPOSITORY, TINY_UNET, tiny_autoencoder
+from conftest import REPOSITORY, TINY_UNET, Outcome, run_script, tiny_autoencoder
 from hub_server import HubServer
 from safetensors.torch import load_file
 
@@ -45,12 +46,19 @@ def workspace(tmp_path_factory, toy_root, toy_photographs):
     return root
 
 
+def options_of(workspace: Path, output: str, *options: str) -> list[str]:
+    return ["--config", str(workspace / "recipe.yaml"), "--output_dir", str(workspace / output), *options]
+
+
 def command(workspace: Path, output: str, *options: str, launch: tuple[str, ...] = ()) -> list[str]:
-    run = [sys.executable, *launch, str(TRAIN), "--config", str(workspace / "recipe.yaml")]
-    return [*run, "--output_dir", str(workspace / output), *options]
+    return [sys.executable, *launch, str(TRAIN), *options_of(workspace, output, *options)]
 
 
-def train(*args, **kwargs) -> subprocess.CompletedProcess:
+def train(workspace: Path, output: str, *options: str) -> Outcome:
+    return run_script(train_script.main, options_of(workspace, output, *options))
+
+
+def launch(*args, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(command(*args, **kwargs), capture_output=True, text=True, env=environment())
 
 
@@ -158,9 +166,9 @@ LAUNCH_TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
 
 
 def test_accelerate_launch_trains(workspace):
-    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
-    launch += ("--mixed_precision", "no", "--dynamo_backend", "no")
-    result = train(workspace, "launched", "--max_train_steps", "3", launch=launch)
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
+    launcher += ("--mixed_precision", "no", "--dynamo_backend", "no")
+    result = launch(workspace, "launched", "--max_train_steps", "3", launch=launcher)
     assert result.returncode == 0, result.stderr
     assert [p.name for p in (workspace / "launched").glob("checkpoint*")] == ["checkpoint-3"]
     UIFacePipeline.from_pretrained(workspace / "launched")
@@ -170,10 +178,10 @@ def test_two_processes_train_one_model(workspace):
     """One set of files, also after a resume: half as many batches an epoch, twice as many samples a step."""
     options = ("--validation_steps", "4", "--validation_inference_steps", "2", "--checkpointing_steps", "3")
     options += ("--report_to", "tensorboard")
-    result = train(workspace, "two", *options, "--max_train_steps", "3", launch=LAUNCH_TWO)
+    result = launch(workspace, "two", *options, "--max_train_steps", "3", launch=LAUNCH_TWO)
     assert result.returncode == 0, result.stderr
     options += ("--resume_from_checkpoint", "latest")
-    result = train(workspace, "two", *options, "--max_train_steps", "6", launch=LAUNCH_TWO)
+    result = launch(workspace, "two", *options, "--max_train_steps", "6", launch=LAUNCH_TWO)
     assert result.returncode == 0, result.stderr
     assert "samples=48" in result.stderr and result.stderr.count("pipeline saved") == 1
     folder = workspace / "two"
@@ -189,7 +197,7 @@ def test_the_gradients_of_two_batches_are_averaged(workspace, by):
     """A step of two batches, one a process or one after the other, against the same step by hand: both batches, mean
     gradient, one AdamW step."""
     if by == "processes":
-        result = train(workspace, by, "--max_train_steps", "1", launch=LAUNCH_TWO)
+        result = launch(workspace, by, "--max_train_steps", "1", launch=LAUNCH_TWO)
     else:
         result = train(workspace, by, "--max_train_steps", "1", "--gradient_accumulation_steps", "2")
     assert result.returncode == 0 and "samples=8" in result.stderr, result.stderr
@@ -247,8 +255,11 @@ def test_objective(prediction_type):
 
     torch.manual_seed(1)
     oracle = Oracle(right)
-    loss = train_script.denoising_loss(oracle, scheduler, latents, embeds, 0.2, None).losses
-    assert loss.shape == (512,) and loss.max() < 1e-4
+    loss = train_script.denoising_loss(oracle, scheduler, latents, embeds, 0.2, None)
+    assert loss.losses.shape == (512,) and loss.losses.max() < 1e-4
+    # of the predicted noise, the clean latents are had back but where they have nearly vanished
+    clear = loss.timesteps < 600 if prediction_type == "epsilon" else slice(None)
+    assert (loss.denoised - face[0])[clear].abs().max() < 1e-3
     wrong = train_script.denoising_loss(
         Oracle(lambda *args: right(*args) + 0.5), scheduler, latents, embeds, 0.2, None
     ).losses
@@ -284,7 +295,7 @@ def test_the_log_tells_quarters_and_contexts_apart():
     losses[0, 5] = float("nan")
     timesteps[0, 5], is_empty[0, 5] = 999, True
     for row in zip(losses, timesteps, is_empty, strict=True):
-        log.add(train_script.DenoisingLoss(*row))
+        log.add(train_script.DenoisingLoss(*row, denoised=None))
     means, finite = log.take(accelerator)
     ok = losses.isfinite()
     expected = {"loss": ok, "loss/empty": ok & is_empty, "loss/identity": ok & ~is_empty}
@@ -292,8 +303,52 @@ def test_the_log_tells_quarters_and_contexts_apart():
     assert means.keys() == expected.keys() and finite == pytest.approx(79 / 80)
     for name, chosen in expected.items():
         assert means[name] == pytest.approx(losses[chosen].mean().item(), abs=1e-6), name
-    log.add(train_script.DenoisingLoss(torch.ones(3), torch.zeros(3, dtype=int), torch.ones(3, dtype=bool)))
-    assert log.take(accelerator) == ({"loss": 1.0, "loss/quarter_1": 1.0, "loss/empty": 1.0}, 1.0)
+    for cosines in ([0.5], [], [0.0, 0.1]):
+        loss = train_script.DenoisingLoss(torch.ones(3), torch.zeros(3, dtype=int), torch.ones(3, dtype=bool), None)
+        log.add(loss, torch.tensor(cosines))
+    means = {"loss": 1.0, "loss/quarter_1": 1.0, "loss/empty": 1.0, "identity_cosine": pytest.approx(0.2)}
+    assert log.take(accelerator) == (means, 1.0)
+
+
+def test_the_denoised_face_is_compared_with_the_identity_it_was_told(toy_root):
+    """Against the pictures of the decoder, embedded by onnxruntime; the gradient leads to a larger cosine."""
+    torch.manual_seed(0)
+    vae, encoder = tiny_autoencoder().requires_grad_(False), FaceEncoder("toy", str(toy_root), det_size=160)
+    denoised, identities = torch.randn(6, 4, 8, 8, requires_grad=True), F.normalize(torch.randn(6, 16))
+    is_empty = torch.tensor([True, False, False, True, False, False])
+    loss = train_script.DenoisingLoss(torch.zeros(6), torch.zeros(6, dtype=int), is_empty, denoised)
+    recognizer = encoder.to_torch()
+    cosines = train_script.identity_cosines(vae, recognizer, loss, identities, 3)
+    faces = vae.decode(denoised.detach()[[1, 2, 4]] / vae.config.scaling_factor).sample
+    pixels = F.interpolate(faces, (112, 112), mode="bilinear", antialias=True)
+    session = encoder.recognizer.session
+    features = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})[0]
+    expected = (F.normalize(torch.from_numpy(features)) * identities[[1, 2, 4]]).sum(dim=1)
+    assert torch.allclose(cosines, expected, atol=1e-3)
+    (gradient,) = torch.autograd.grad(cosines.sum(), denoised)
+    assert gradient[[0, 3, 5]].abs().max() == 0
+    step = loss._replace(denoised=denoised + 0.1 * gradient / gradient.norm())
+    assert train_script.identity_cosines(vae, recognizer, step, identities, 3).sum() > cosines.sum()
+    none_told = loss._replace(is_empty=torch.ones(6, dtype=torch.bool))
+    assert train_script.identity_cosines(vae, recognizer, none_told, identities, 3).shape == (0,)
+
+
+def test_the_identity_loss_trains(workspace, toy_root):
+    options = ("--prediction_type", "v_prediction", "--max_train_steps", "3", "--report_to", "tensorboard")
+    options += ("--encoder_root", str(toy_root))
+    for weight in ("0", "0.5"):
+        result = train(workspace, f"identity_{weight}", *options, "--identity_weight", weight)
+        assert result.returncode == 0, result.stderr
+    first, second = (parameters(workspace / f"identity_{weight}") for weight in ("0", "0.5"))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(workspace / "identity_0.5" / "logs" / "train"))
+    events.Reload()
+    assert -1 <= events.Scalars("identity_cosine")[-1].value <= 1
+    result = train(workspace, "identity_epsilon", "--encoder_root", str(toy_root), "--identity_weight", "1")
+    assert result.returncode == 2 and "--prediction_type v_prediction" in result.stderr
 
 
 def test_balanced_sampling_gives_every_identity_its_share():
