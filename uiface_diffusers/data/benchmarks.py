@@ -110,7 +110,7 @@ STAND_INS: dict[tuple[str, str], Callable] = {
 }
 for _core in ("numpy.core", "numpy._core"):  # before numpy 2, and since
     STAND_INS[f"{_core}.multiarray", "_reconstruct"] = _NumpyArray
-    STAND_INS[f"{_core}.multiarray", "scalar"] = lambda dtype, data: np.frombuffer(data, dtype.code)[0]
+    STAND_INS[f"{_core}.multiarray", "scalar"] = lambda dtype, data: np.frombuffer(data, dtype.code)[0].item()
     STAND_INS[f"{_core}.numeric", "_frombuffer"] = _array_from_buffer
 
 
@@ -142,7 +142,7 @@ def _booleans(labels: Any) -> np.ndarray:
     if not isinstance(labels, list | tuple | np.ndarray):
         raise ValueError(f"its labels are {type(labels).__name__}, not a list")
     for label in labels:
-        if not isinstance(label, bool | int | np.bool_ | np.integer) or label not in (0, 1):
+        if not isinstance(label, int | np.bool_ | np.integer) or label not in (0, 1):
             raise ValueError(f"a label is {label!r}, neither true nor false")
     return np.array(labels, bool)
 
