@@ -334,6 +334,62 @@ def _add_audit(commands) -> None:
     audit.set_defaults(run=_audit)
 
 
+def _make_benchmark(args: argparse.Namespace) -> None:
+    from .data import make_benchmark
+
+    report = make_benchmark(args.pairs, args.images, args.output, None if args.aligned else _face_encoder(args))
+    print(f"{report['pairs']} pairs of {report['photographs']} photographs saved to {args.output}")
+    if not args.aligned:
+        print(f"  {report['several_faces']} photographs have several faces: the central one was taken")
+        print(f"  {len(report['without_face'])} show none: the square about their centre was taken")
+    for name in report["without_face"]:
+        print(f"    {name}")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from .evaluation import load_recognizer, save_verification, verification_table, verify_benchmarks
+
+    if args.output is not None:
+        import matplotlib  # noqa: F401  what is not installed is named before the work
+
+    recognizer = load_recognizer(args.model, args.encoder_root, args.providers, args.device)
+    results = verify_benchmarks(recognizer, args.benchmarks)
+    print(verification_table(results))
+    if args.output is not None:
+        save_verification(results, recognizer.name, args.output)
+        print(f"figures and curves saved to {args.output}")
+
+
+def _add_verification(commands) -> None:
+    make = commands.add_parser(
+        "make-benchmark",
+        help="a list of pairs and photographs -> a verification benchmark",
+        description="LFW's pairs.txt (or a list of its form) and a folder NAME/NAME_0001.jpg -> InsightFace's .bin, of"
+        " aligned faces.",
+        epilog="example: uiface make-benchmark --pairs lfw/pairs.txt --images lfw/images --output benchmarks/lfw.bin",
+    )
+    make.add_argument("--pairs", type=Path, required=True, help="list of pairs")
+    make.add_argument("--images", type=Path, required=True, help="folder of NAME/NAME_0001.jpg")
+    make.add_argument("--output", type=Path, required=True, help="the benchmark, .bin")
+    make.add_argument("--aligned", action="store_true", help="the pictures are aligned faces already: no detection")
+    _add_encoder_arguments(make)
+    make.set_defaults(run=_make_benchmark)
+
+    verify = commands.add_parser(
+        "verify",
+        help="measure a recogniser",
+        description="Verification accuracy on ten folds, equal error rate and true accept rates, with 95 % intervals.",
+        epilog="example: uiface verify buffalo_l --benchmarks benchmarks --output results",
+    )
+    verify.add_argument("model", help="insightface model pack; or a recogniser's folder or Hub repository ORG/NAME")
+    verify.add_argument("--benchmarks", type=Path, required=True, help="folder of .bin files, or one")
+    verify.add_argument("--output", type=Path, help="folder for verification.json and roc.png")
+    verify.add_argument("--encoder-root", default="~/.insightface", help="folder with models/PACK")
+    verify.add_argument("--providers", nargs="+", help="onnxruntime execution providers, for a pack")
+    verify.add_argument("--device", help="for another model (default: a GPU if there is one)")
+    verify.set_defaults(run=_verify)
+
+
 def _convert_original(args: argparse.Namespace) -> None:
     from .convert_original import convert_original
 
@@ -382,6 +438,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_identities(commands)
     _add_audit(commands)
+    _add_verification(commands)
 
     convert = commands.add_parser(
         "convert-original",

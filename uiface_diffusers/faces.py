@@ -160,14 +160,15 @@ class FaceEncoder:
         centre = np.array([shape[1], shape[0]]) / 2
         return min(faces, key=lambda face: float(np.linalg.norm((face.box[:2] + face.box[2:]) / 2 - centre)))
 
-    def embed_aligned(self, faces: Sequence[np.ndarray]) -> np.ndarray:
-        """Embeds aligned faces.
+    def features(self, faces: Sequence[np.ndarray]) -> np.ndarray:
+        """What the recognition model makes of aligned faces, before it is brought to unit length: verification adds
+        the features of a face and of its mirror image.
 
         Args:
             faces: `(112, 112, 3)` RGB bytes each.
 
         Returns:
-            `np.ndarray` of shape `(N, identity_dim)`, float32, unit length.
+            `np.ndarray` of shape `(N, identity_dim)`, float32.
 
         Raises:
             ValueError: a face has another shape.
@@ -180,7 +181,11 @@ class FaceEncoder:
         size = self.recognizer.input_shape[0]
         size = size if isinstance(size, int) and size > 0 else len(bgr)
         features = [self.recognizer.get_feat(bgr[start : start + size]) for start in range(0, len(bgr), size)]
-        features = np.concatenate(features)
+        return np.concatenate(features)
+
+    def embed_aligned(self, faces: Sequence[np.ndarray]) -> np.ndarray:
+        """Embeds aligned faces: their `features`, of unit length."""
+        features = self.features(faces)
         return features / np.linalg.norm(features, axis=1, keepdims=True)
 
     def embed_pictures(self, pictures: Sequence[PIL.Image.Image], batch_size: int = 64) -> torch.Tensor:

@@ -1,4 +1,14 @@
+from .benchmarks import Benchmark, make_benchmark, read_benchmark, read_pairs
 from .face_cache import FaceCache, prepare_faces
 from .latent_cache import cache_latents, load_latents
 
-__all__ = ["FaceCache", "cache_latents", "load_latents", "prepare_faces"]
+__all__ = [
+    "Benchmark",
+    "FaceCache",
+    "cache_latents",
+    "load_latents",
+    "make_benchmark",
+    "prepare_faces",
+    "read_benchmark",
+    "read_pairs",
+]

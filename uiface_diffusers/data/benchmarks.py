@@ -1,0 +1,299 @@
+"""Verification benchmarks: InsightFace's `.bin` files, and LFW's lists of pairs from which they are made.
+
+A `.bin` file is a pickle of two lists: the files of 2 N aligned faces in bytes, of which 2 i and 2 i + 1 are pair i;
+and N booleans, whether a pair is of one person. They are written by Python 2 or 3. Where OpenCV has encoded the faces,
+as in InsightFace's own tools, numpy arrays stand for the bytes.
+"""
+
+import io
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+from tqdm import tqdm
+
+from ..faces import ALIGNED_SIZE, FaceEncoder, UnusableFaceError, align_face, load_photograph
+from ..files import complete_file
+from .image_folder import encode_image
+from .sources import IMAGE_SUFFIXES
+
+# that InsightFace's readers and Python 3.4 know
+PICKLE_PROTOCOL = 4
+# of arrays in a benchmark: booleans, bytes, labels as integers
+NUMPY_TYPES = ("b1", "u1", "i4", "i8")
+
+
+@dataclass
+class Benchmark:
+    """
+    Args:
+        name (`str`): the file's, without suffix.
+        images (`list[bytes]`): 2 N files of aligned faces; 2 i and 2 i + 1 are pair i.
+        same (`np.ndarray` of shape `(N,)`): booleans, whether a pair is of one person.
+    """
+
+    name: str
+    images: list[bytes]
+    same: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.same)
+
+    def face(self, position: int) -> np.ndarray:
+        """An image as `(112, 112, 3)` RGB bytes; one of another size is resized.
+
+        Raises:
+            ValueError: it cannot be read, or is not square.
+        """
+        try:
+            return _resize_aligned(load_photograph(io.BytesIO(self.images[position])))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"image {position} of benchmark `{self.name}` is no aligned face: {error}") from error
+
+
+def _resize_aligned(photograph: np.ndarray) -> np.ndarray:
+    if photograph.shape[0] != photograph.shape[1]:
+        raise UnusableFaceError(f"not aligned: {photograph.shape[1]}x{photograph.shape[0]} is not square")
+    if photograph.shape[0] == ALIGNED_SIZE:
+        return photograph
+    size = (ALIGNED_SIZE, ALIGNED_SIZE)
+    return np.asarray(PIL.Image.fromarray(photograph).resize(size, PIL.Image.Resampling.BILINEAR))
+
+
+class _NumpyType:
+    """Stands in for `numpy.dtype`; the state, which says the byte order, is not needed for labels of 0 and 1."""
+
+    def __init__(self, code: bytes | str, *_):
+        self.code = code.decode("latin1") if isinstance(code, bytes) else code
+        if self.code not in NUMPY_TYPES:
+            raise ValueError(f"it holds numpy data of type {self.code!r}, not of {', '.join(NUMPY_TYPES)}")
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _NumpyArray:
+    """Stands in for numpy's empty array that a pickle then fills: `values`, flat."""
+
+    values: np.ndarray | None = None
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, state: tuple) -> None:
+        _, _, dtype, _, data = state
+        self.values = np.frombuffer(data, dtype.code)
+
+
+def _array_from_buffer(data: bytes, dtype: _NumpyType, *_) -> _NumpyArray:
+    array = _NumpyArray()
+    array.values = np.frombuffer(data, dtype.code)
+    return array
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise ValueError(f"it holds text in {encoding!r}")
+    return str.encode(text, encoding)
+
+
+# what a pickle of bytes, booleans and numpy arrays refers to, and what is called in its place: functions of this file
+STAND_INS: dict[tuple[str, str], Callable] = {
+    ("_codecs", "encode"): _encode,  # Python 3's bytes in protocols below 3
+    ("numpy", "dtype"): _NumpyType,
+    ("numpy", "ndarray"): _NumpyArray,
+}
+for _core in ("numpy.core", "numpy._core"):  # before numpy 2, and since
+    STAND_INS[f"{_core}.multiarray", "_reconstruct"] = _NumpyArray
+    STAND_INS[f"{_core}.multiarray", "scalar"] = lambda dtype, data: np.frombuffer(data, dtype.code)[0].item()
+    STAND_INS[f"{_core}.numeric", "_frombuffer"] = _array_from_buffer
+
+
+class _DataUnpickler(pickle.Unpickler):
+    """Reads lists, tuples, numbers, bytes and numpy arrays. What a pickle refers to by name is neither imported nor
+    called."""
+
+    def find_class(self, module: str, name: str) -> Callable:
+        stand_in = STAND_INS.get((module, name))
+        if stand_in is None:
+            raise ValueError(
+                f"it refers to `{module}.{name}`, which is more than data, and was not executed. If you trust its"
+                " origin, load it with Python's pickle and save it anew as ([bytes, ...], [bool, ...])"
+            )
+        # a new function each time: a pickle can set attributes of what it refers to
+        return lambda *arguments: stand_in(*arguments)
+
+
+def _image_bytes(image: Any) -> bytes:
+    if isinstance(image, _NumpyArray) and image.values is not None and image.values.dtype == np.uint8:
+        return image.values.tobytes()
+    if isinstance(image, bytes | bytearray):
+        return bytes(image)
+    raise ValueError(f"an image is {type(image).__name__}, not bytes")
+
+
+def _booleans(labels: Any) -> np.ndarray:
+    labels = labels.values if isinstance(labels, _NumpyArray) else labels
+    if not isinstance(labels, list | tuple | np.ndarray):
+        raise ValueError(f"its labels are {type(labels).__name__}, not a list")
+    for label in labels:
+        if not isinstance(label, int | np.bool_ | np.integer) or label not in (0, 1):
+            raise ValueError(f"a label is {label!r}, neither true nor false")
+    return np.array(labels, bool)
+
+
+def read_benchmark(path: str | os.PathLike) -> Benchmark:
+    """Reads InsightFace's `.bin`. Nothing that the file refers to is executed.
+
+    Raises:
+        ValueError: the file is damaged, refers to more than data, or has not two images a label.
+    """
+    path = Path(path)
+    with open(path, "rb") as file:
+        try:
+            # `str` of Python 2 is bytes
+            content = _DataUnpickler(file, encoding="bytes").load()
+            if not isinstance(content, list | tuple) or len(content) != 2:
+                raise ValueError("it is not a list of images and a list of labels")
+            if not isinstance(content[0], list | tuple):
+                raise ValueError(f"its images are {type(content[0]).__name__}, not a list")
+            images, same = [_image_bytes(image) for image in content[0]], _booleans(content[1])
+        except Exception as error:  # damaged pickles raise nearly anything
+            raise ValueError(f"{path} cannot be read as a benchmark: {error}.") from error
+    if len(images) != 2 * len(same) or not images:
+        raise ValueError(f"{path} has {len(images)} images and {len(same)} labels: a label is of two images.")
+    return Benchmark(path.stem, images, same)
+
+
+class Pair(NamedTuple):
+    """Two photographs as `NAME/NAME_0001`, without suffix, and whether they are of one person."""
+
+    first: str
+    second: str
+    same: bool
+
+
+def _parse_pair(line: str) -> Pair:
+    words = [word.strip() for word in line.split("\t")] if "\t" in line else line.split()
+    if len(words) not in (3, 4):
+        raise ValueError("neither NAME I J nor NAME I NAME J")
+    same = len(words) == 3
+    first, second = words[:2], [words[0], words[2]] if same else words[2:]
+    return Pair(*(f"{name}/{name}_{int(number):04d}" for name, number in (first, second)), same)
+
+
+def read_pairs(path: str | os.PathLike) -> list[Pair]:
+    """Reads a list of pairs of LFW (Huang et al. 2007).
+
+    A line is `NAME I J` of a genuine pair or `NAME I NAME J` of an impostor pair, separated by tabs or blanks. The
+    first line counts them: `FOLDS N` of View 2 (`pairs.txt`), folds of N genuine and N impostor pairs, or `N` of
+    View 1 (`pairsDevTest.txt`).
+
+    Returns:
+        The pairs of View 2 in their order: folds are consecutive. View 1 has no folds, and all genuine pairs first:
+        its pairs alternate here, so that consecutive parts of a benchmark have both kinds.
+
+    Raises:
+        ValueError: a line is of another form, or there are more or fewer pairs than counted.
+    """
+    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    counts = lines[0].split() if lines else []
+    if len(counts) not in (1, 2) or not all(count.isdigit() for count in counts):
+        raise ValueError(f"{path} does not start with FOLDS and PAIRS, nor with PAIRS, as LFW's lists do.")
+    pairs = []
+    for line in lines[1:]:
+        try:
+            pairs.append(_parse_pair(line))
+        except ValueError as error:
+            raise ValueError(f"{path} has the line {line!r}: {error}.") from error
+    kinds = [pair for pair in pairs if pair.same], [pair for pair in pairs if not pair.same]
+    expected = int(np.prod([int(count) for count in counts]))
+    if [len(kind) for kind in kinds] != [expected, expected]:
+        raise ValueError(
+            f"{path} has {len(kinds[0])} genuine and {len(kinds[1])} impostor pairs, {expected} of each are counted in"
+            " its first line."
+        )
+    return pairs if len(counts) == 2 else [pair for two in zip(*kinds, strict=True) for pair in two]
+
+
+def _find_photographs(root: Path, wanted: list[str]) -> dict[str, Path]:
+    """The files of `NAME/NAME_0001`, of any suffix."""
+    folders = [root / name for name in dict.fromkeys(photograph.split("/")[0] for photograph in wanted)]
+    files = {
+        f"{folder.name}/{file.stem}": file
+        for folder in folders
+        if folder.is_dir()
+        for file in folder.iterdir()
+        if file.suffix.lower() in IMAGE_SUFFIXES
+    }
+    missing = [photograph for photograph in wanted if photograph not in files]
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(wanted)} photographs are not in {root}, as {missing[0]}.jpg.")
+    return {photograph: files[photograph] for photograph in wanted}
+
+
+def _centre_square(photograph: np.ndarray) -> np.ndarray:
+    height, width = photograph.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return _resize_aligned(photograph[top : top + side, left : left + side])
+
+
+def make_benchmark(
+    pairs: str | os.PathLike, images: str | os.PathLike, output: str | os.PathLike, encoder: FaceEncoder | None
+) -> dict:
+    """Makes a `.bin` of a list of pairs: faces are detected, aligned to 112x112 and stored as PNG.
+
+    In a photograph of several people the face nearest to the centre is meant: LFW's photographs were cut about it. Of
+    one in which no face is found, the square about its centre is stored, as by InsightFace's own tool: to leave pairs
+    out would leave out hard ones, and move the folds.
+
+    Args:
+        pairs: the list, see `read_pairs`.
+        images: folder of `NAME/NAME_0001.jpg`, or of another suffix.
+        output: the file; its folder is made.
+        encoder: detects faces; `None` for photographs that are aligned to the 112x112 template already.
+
+    Returns:
+        `pairs` and `photographs` (how many), `several_faces` (photographs with more than one), `without_face` (names
+        of those with none).
+
+    Raises:
+        ValueError: a photograph is missing or cannot be read, or is not square though aligned; the list is damaged.
+    """
+    listed = read_pairs(pairs)
+    files = _find_photographs(Path(images), list(dict.fromkeys(photo for pair in listed for photo in pair[:2])))
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    encoded, several, without = {}, 0, []
+    for name, file in tqdm(files.items(), desc="benchmark", unit="photo"):
+        try:
+            photograph = load_photograph(file)
+            if encoder is None:
+                face = _resize_aligned(photograph)
+            else:
+                face, found = _central_face(photograph, encoder)
+                several += found > 1
+                without += [name] if not found else []
+        except (OSError, UnusableFaceError) as error:
+            raise ValueError(f"{file} cannot be used: {error}") from error
+        encoded[name] = encode_image(PIL.Image.fromarray(face), "png")
+    contents = [encoded[photo] for pair in listed for photo in pair[:2]], [pair.same for pair in listed]
+    with complete_file(output) as beside, open(beside, "wb") as stream:
+        pickle.dump(contents, stream, PICKLE_PROTOCOL)
+    return {"pairs": len(listed), "photographs": len(files), "several_faces": several, "without_face": without}
+
+
+def _central_face(photograph: np.ndarray, encoder: FaceEncoder) -> tuple[np.ndarray, int]:
+    """The aligned face, and how many were found; the centre's square without any."""
+    try:
+        faces = encoder.detect(photograph)
+        face = encoder.select(faces, photograph.shape, "central")
+    except UnusableFaceError:
+        return _centre_square(photograph), 0
+    return align_face(photograph, face.landmarks), len(faces)

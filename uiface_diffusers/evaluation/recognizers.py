@@ -1,0 +1,90 @@
+"""Recognisers to measure: an insightface model pack, or a model of this package."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from transformers import AutoImageProcessor, AutoModel
+
+from ..faces import FaceEncoder
+
+
+class Recognizer(Protocol):
+    """Features of aligned faces."""
+
+    name: str
+
+    def __call__(self, faces: np.ndarray) -> np.ndarray:
+        """
+        Args:
+            faces (`np.ndarray` of shape `(N, 112, 112, 3)`): RGB bytes.
+
+        Returns:
+            `np.ndarray` of shape `(N, identity_dim)`: float32, of any length.
+        """
+
+
+class PackRecognizer:
+    """The recognition model of an insightface pack."""
+
+    def __init__(self, encoder: FaceEncoder):
+        self.name, self.encoder = encoder.name, encoder
+
+    def __call__(self, faces: np.ndarray) -> np.ndarray:
+        return self.encoder.features(list(faces))
+
+
+class ModelRecognizer:
+    """A recogniser of transformers' form: `model(**processor(images, return_tensors="pt")).embeddings`.
+
+    Args:
+        model: a module with `device`, in eval mode.
+        processor: takes a list of `(112, 112, 3)` RGB bytes.
+        name (`str`): of the results.
+
+    Raises:
+        ValueError: at a call: the model gives no `embeddings`.
+    """
+
+    def __init__(self, model: torch.nn.Module, processor: Callable, name: str):
+        self.model, self.processor, self.name = model, processor, name
+
+    @torch.no_grad()
+    def __call__(self, faces: np.ndarray) -> np.ndarray:
+        inputs = self.processor(list(faces), return_tensors="pt").to(self.model.device)
+        embeddings = getattr(self.model(**inputs), "embeddings", None)
+        if embeddings is None:
+            raise ValueError(f"`{self.name}` is a {type(self.model).__name__}, which gives no `embeddings` of faces.")
+        return embeddings.float().cpu().numpy()
+
+
+def load_recognizer(
+    model: str | os.PathLike,
+    root: str | os.PathLike = "~/.insightface",
+    providers: list[str] | None = None,
+    device: str | None = None,
+) -> Recognizer:
+    """Loads a recogniser by its name.
+
+    Args:
+        model: the name of an insightface pack; or a folder, or a Hub repository `ORGANISATION/NAME`, of a recogniser
+            that this package or transformers knows: weights as safetensors, no code of the repository's.
+        root (defaults to `"~/.insightface"`): the folder with `models/PACK`.
+        providers (`list[str]`, *optional*): onnxruntime's execution providers, for a pack.
+        device (`str`, *optional*): for another model; a GPU if there is one.
+
+    Raises:
+        OSError: there is no such folder or repository, or a file of it is missing.
+        ValueError: there is no such pack, or it has no recogniser.
+    """
+    model = os.fspath(model)
+    if not Path(model).is_dir() and "/" not in model:
+        return PackRecognizer(FaceEncoder(model, os.fspath(root), providers))
+    # classes of this package are known to transformers since it was imported
+    loaded = AutoModel.from_pretrained(model, use_safetensors=True, trust_remote_code=False)
+    processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return ModelRecognizer(loaded.eval().to(device), processor, Path(model).name)
