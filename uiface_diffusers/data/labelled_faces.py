@@ -108,7 +108,8 @@ class LabelledFaces(Dataset):
             face = self.face(index)
         except UnusableFaceError as error:
             return str(error)
-        return UNIFORM if np.ptp(face, axis=(0, 1)).max() < UNIFORM_RANGE else None
+        # a sixteenth of the pixels tells it: looking at all takes longer than decoding
+        return UNIFORM if np.ptp(face[::4, ::4], axis=(0, 1)).max() < UNIFORM_RANGE else None
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """
