@@ -1,4 +1,4 @@
-from .face_cache import FaceCache, prepare_faces
+from .face_cache import FaceCache, FaceCacheSource, prepare_faces
 from .latent_cache import cache_latents, load_latents
 
-__all__ = ["FaceCache", "cache_latents", "load_latents", "prepare_faces"]
+__all__ = ["FaceCache", "FaceCacheSource", "cache_latents", "load_latents", "prepare_faces"]

@@ -35,6 +35,9 @@ class PhotographSource(Protocol):
             OSError: it cannot be read.
         """
 
+    def stamp(self, photograph: Photograph) -> str:
+        """Another one after the photograph was changed, as its size in bytes; without reading it."""
+
 
 class FolderSource:
     """`ROOT/IDENTITY/*.jpg`, sorted."""
@@ -52,6 +55,9 @@ class FolderSource:
     def read(self, photograph: Photograph) -> np.ndarray:
         return load_photograph(self.root / photograph.file)
 
+    def stamp(self, photograph: Photograph) -> str:
+        return str((self.root / photograph.file).stat().st_size)
+
 
 class RecordIOSource:
     """InsightFace's `train.rec` and `train.idx`: the identity is the (first) label, the file is the key."""
@@ -64,6 +70,9 @@ class RecordIOSource:
 
     def read(self, photograph: Photograph) -> np.ndarray:
         return load_photograph(io.BytesIO(self.reader.read_image(int(photograph.file)).content))
+
+    def stamp(self, photograph: Photograph) -> str:
+        return str(self.reader.read_length(int(photograph.file)))
 
 
 class WebDatasetSource:
@@ -106,6 +115,9 @@ class WebDatasetSource:
         with open(shard, "rb") as file:
             file.seek(offset)
             return load_photograph(io.BytesIO(file.read(size)))
+
+    def stamp(self, photograph: Photograph) -> str:
+        return str(self.members[photograph.file][2])
 
 
 def open_source(path: str | os.PathLike, identities: list[str] | None = None, min_images: int = 1) -> PhotographSource:
