@@ -1,7 +1,23 @@
+from .class_structure import class_uniqueness, intra_class_consistency
 from .consistency import identity_consistency
+from .features import TorchvisionFeatures
 from .leakage import measure_leakage
 from .perceptual import load_lpips
+from .precision_recall import class_precision_recall, improved_precision_recall
 from .reconstruction import reconstruction_quality
+from .separability import measure_separability
 from .verification import equal_error_rate
 
-__all__ = ["equal_error_rate", "identity_consistency", "load_lpips", "measure_leakage", "reconstruction_quality"]
+__all__ = [
+    "TorchvisionFeatures",
+    "class_precision_recall",
+    "class_uniqueness",
+    "equal_error_rate",
+    "identity_consistency",
+    "improved_precision_recall",
+    "intra_class_consistency",
+    "load_lpips",
+    "measure_leakage",
+    "measure_separability",
+    "reconstruction_quality",
+]
