@@ -1,10 +1,12 @@
 from .class_structure import class_uniqueness, intra_class_consistency
 from .consistency import identity_consistency
+from .evaluate import evaluate_dataset
 from .features import TorchvisionFeatures
 from .leakage import measure_leakage
 from .perceptual import load_lpips
 from .precision_recall import class_precision_recall, improved_precision_recall
 from .reconstruction import reconstruction_quality
+from .report import compare_reports, load_report
 from .separability import measure_separability
 from .verification import equal_error_rate
 
@@ -12,11 +14,14 @@ __all__ = [
     "TorchvisionFeatures",
     "class_precision_recall",
     "class_uniqueness",
+    "compare_reports",
     "equal_error_rate",
+    "evaluate_dataset",
     "identity_consistency",
     "improved_precision_recall",
     "intra_class_consistency",
     "load_lpips",
+    "load_report",
     "measure_leakage",
     "measure_separability",
     "reconstruction_quality",
