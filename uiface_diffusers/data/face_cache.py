@@ -302,16 +302,16 @@ class FaceCacheSource:
         self.photographs, self._places = [], {}
         self._opened: tuple[Path | None, pa.ChunkedArray | None] = (None, None)
         for shard in FaceCache(folder).shards:
-            rows = pq.read_table(shard, columns=["identity", "file", "photograph_sha256"]).to_pylist()
-            for number, row in enumerate(rows):
+            for number, row in enumerate(pq.read_table(shard, columns=["identity", "file"]).to_pylist()):
                 self.photographs.append(Photograph(row["identity"], row["file"]))
-                self._places[row["file"]] = (shard, number, row["photograph_sha256"])
+                self._places[row["file"]] = (shard, number)
 
     def read(self, photograph: Photograph) -> np.ndarray:
-        shard, number, _ = self._places[photograph.file]
+        shard, number = self._places[photograph.file]
         if self._opened[0] != shard:
             self._opened = (shard, pq.read_table(shard, columns=["image"])["image"])
         return load_photograph(io.BytesIO(self._opened[1][number]["bytes"].as_py()))
 
     def stamp(self, photograph: Photograph) -> str:
-        return self._places[photograph.file][2]
+        # the shard's: a face's own would have to be read
+        return str(self._places[photograph.file][0].stat().st_size)
