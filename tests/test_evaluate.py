@@ -204,7 +204,7 @@ def test_the_page_needs_no_other_file(evaluated):
     # the folder's name is text, also in the pictures' captions
     assert PEOPLE[0] in page.text and PEOPLE[0] not in content
     pictures = [PIL.Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) for source in sources]
-    assert pictures[0].size == (8 * 112, 4 * 112)
+    assert pictures[0].size == (IMAGES * 112, 4 * 112)
     grid = np.asarray(pictures[0])
     shown = [grid[:112, 112 * column : 112 * (column + 1)] for column in range(IMAGES)]
     rows = {name: np.asarray(face(person, 0)) for person, name in enumerate(PEOPLE)}

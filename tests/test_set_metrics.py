@@ -137,6 +137,24 @@ def test_uniqueness_and_consistency(threshold):
     share, to_centre = intra_class_consistency(embeddings, labels, threshold)
     assert share == pytest.approx(np.mean(shares), abs=1e-6)
     assert to_centre.numpy() == pytest.approx([cosines[i] for i in range(len(labels))], abs=1e-6)
+    for own in members[:-1]:
+        for i in own:
+            others = np.sum([vectors[j] for j in own if j != i], axis=0)
+            cosines[i] = np.dot(vectors[i], others / np.linalg.norm(others))
+    # of the last identity a single image, which has no others
+    kept = [i for i in range(len(labels)) if i not in members[-1][1:]]
+    share, to_others = intra_class_consistency(embeddings[kept], labels[kept], threshold, leave_one_out=True)
+    shares = [sum(cosines[i] > threshold for i in own) / len(own) for own in members[:-1]]
+    assert share == pytest.approx(np.mean(shares), abs=1e-6)
+    expected = [cosines[i] for i in kept if i != members[-1][0]]
+    assert to_others.numpy() == pytest.approx(expected, abs=1e-6)
+
+
+def test_strangers_pass_for_one_person_when_each_is_part_of_the_mean():
+    embeddings = F.normalize(torch.randn(200, 512, generator=torch.Generator().manual_seed(0)))
+    labels = torch.arange(200) // 5
+    assert intra_class_consistency(embeddings, labels)[0] == 1.0
+    assert intra_class_consistency(embeddings, labels, leave_one_out=True)[0] == 0.0
 
 
 def slow_share(points: np.ndarray, centres: np.ndarray, k: int) -> float:

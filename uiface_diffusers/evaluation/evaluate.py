@@ -262,14 +262,19 @@ class _Evaluation:
         pairs = f"Of {len(genuine):,} genuine and {len(impostor):,} impostor pairs."
         self.add(asdict(measure_separability(genuine, impostor)), {"recogniser": name}, pairs)
         threshold = self.settings["threshold"]
-        consistency, to_centre = intra_class_consistency(embeddings, labels, threshold)
+        consistency_others, to_others = intra_class_consistency(embeddings, labels, threshold, leave_one_out=True)
         values = {
             "uniqueness": class_uniqueness(class_centres(embeddings, labels), threshold),
-            "consistency": consistency,
+            "consistency": intra_class_consistency(embeddings, labels, threshold)[0],
+            "consistency_others": consistency_others,
             "impostors_above": float((impostor > threshold).mean()),
         }
         self.add(values, {"recogniser": name, "threshold": threshold})
-        histograms = {"genuine pairs": genuine, "impostor pairs": impostor, "image to its identity's mean": to_centre}
+        histograms = {
+            "genuine pairs": genuine,
+            "impostor pairs": impostor,
+            "image to the mean of the others": to_others,
+        }
         plot = plot_histograms(histograms, "cosine", {"threshold": threshold})
         self.pictures.append((f"Similarities by {name}", png_bytes(plot)))
 

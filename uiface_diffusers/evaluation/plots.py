@@ -44,8 +44,9 @@ def identity_grid(faces: FaceSet, seed: int = 0) -> tuple[list[str], PIL.Image.I
     names = list(faces.identities)
     drawn = np.random.default_rng(seed).choice(len(names), min(GRID_ROWS, len(names)), replace=False)
     chosen = [names[position] for position in sorted(drawn)]
+    columns = min(GRID_COLUMNS, max(len(faces.identities[name]) for name in chosen))
     empty, cells = PIL.Image.new("RGB", (ALIGNED_SIZE, ALIGNED_SIZE), "white"), []
     for name in chosen:
-        row = [faces.read(position) for position in faces.identities[name][:GRID_COLUMNS]]
-        cells += row + [empty] * (GRID_COLUMNS - len(row))
-    return chosen, make_image_grid(cells, rows=len(chosen), cols=GRID_COLUMNS)
+        row = [faces.read(position) for position in faces.identities[name][:columns]]
+        cells += row + [empty] * (columns - len(row))
+    return chosen, make_image_grid(cells, rows=len(chosen), cols=columns)

@@ -46,7 +46,12 @@ MEASURES = {
         "Intra-class consistency",
         "%",
         "Images nearer than the threshold to the mean embedding of their identity, averaged over identities (DCFace's"
-        " C_intra).",
+        " C_intra). Strangers pass too where an identity has few images, as each is part of the mean.",
+    ),
+    "consistency_others": (
+        "Consistency, left out of the mean",
+        "%",
+        "The same with the mean of the identity's other images.",
     ),
     "impostors_above": ("Impostor pairs above the threshold", "%", "What that threshold means to this recogniser."),
     "context_cosine": ("Mean cosine to the context", "", "Of an image to the embedding that it was conditioned on."),
