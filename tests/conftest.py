@@ -17,7 +17,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderTiny, DDIMScheduler
 from onnx import TensorProto, helper, numpy_helper
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from uiface_diffusers import (
     EmptyContext,
@@ -215,6 +215,23 @@ def toy_root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("insightface")
     write_toy_pack(root)
     return root
+
+
+# layer -> channels out, channels in, side of the kernel
+ALEXNET = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory) -> Path:
+    """AlexNet's convolutions with random weights, under torchvision's names."""
+    path, generator = tmp_path_factory.mktemp("alexnet") / "features.safetensors", torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer, (out, inner, size) in ALEXNET.items():
+        weight = torch.randn(out, inner, size, size, generator=generator) * (2 / (inner * size * size)) ** 0.5
+        tensors[f"features.{layer}.weight"] = weight
+        tensors[f"features.{layer}.bias"] = torch.randn(out, generator=generator) * 0.1
+    save_file(tensors, path)
+    return path
 
 
 def draw_person(colour: tuple[int, int, int], discs=((80, 80, 44),), size=(160, 160)) -> PIL.Image.Image:

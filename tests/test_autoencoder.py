@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import REPOSITORY, Outcome, run_script
+from conftest import ALEXNET, REPOSITORY, Outcome, run_script
 from diffusers import AutoencoderKL, AutoModel
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +24,6 @@ SCRIPT = REPOSITORY / "training" / "train_autoencoder.py"
 sys.path.insert(0, str(SCRIPT.parent))
 import train_autoencoder as script  # noqa: E402
 
-ALEXNET = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
 TWO = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
 TWO |= {"block_out_channels": [8, 16], "norm_num_groups": 4, "latent_channels": 4, "sample_size": 64}
 MODELS = {
@@ -37,19 +36,6 @@ MODELS = {
     "AutoencoderKL": {**TWO, "mid_block_add_attention": False},
     "VQModel": {**TWO, "num_vq_embeddings": 16},
 }
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory) -> Path:
-    """AlexNet's convolutions with random weights, under torchvision's names."""
-    path, generator = tmp_path_factory.mktemp("alexnet") / "features.safetensors", torch.Generator().manual_seed(0)
-    tensors = {}
-    for layer, (out, inner, size) in ALEXNET.items():
-        weight = torch.randn(out, inner, size, size, generator=generator) * (2 / (inner * size * size)) ** 0.5
-        tensors[f"features.{layer}.weight"] = weight
-        tensors[f"features.{layer}.bias"] = torch.randn(out, generator=generator) * 0.1
-    save_file(tensors, path)
-    return path
 
 
 @pytest.fixture(scope="module")

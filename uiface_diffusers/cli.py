@@ -407,6 +407,97 @@ def _convert_original(args: argparse.Namespace) -> None:
     print(f"pipeline saved to {args.output}")
 
 
+def _evaluate(args: argparse.Namespace) -> None:
+    from .evaluation import TorchvisionFeatures, evaluate_dataset, load_lpips
+    from .faces import FaceEncoder
+
+    features = args.features
+    if features in ("vgg16", "inception_v3"):
+        features = TorchvisionFeatures(features, args.feature_weights)
+    pack = (args.encoder_root, args.providers, args.det_size)
+    output = args.output or Path("evaluation") / args.dataset.resolve().name
+    evaluate_dataset(
+        args.dataset,
+        output,
+        _face_encoder(args),
+        judge=None if args.judge is None else FaceEncoder(args.judge, *pack),
+        identities=None if args.identities is None else _load_bank(args.identities),
+        against=None if args.against is None else _load_bank(args.against),
+        real=args.real,
+        same_people=args.same_people,
+        features=features,
+        perceptual=load_lpips(args.lpips_network, args.lpips_backbone),
+        lpips_pairs=args.lpips_pairs or None,
+        neighbours=args.neighbours,
+        threshold=args.threshold,
+        max_pairs=args.max_pairs,
+        max_images=args.max_images,
+        seed=args.seed,
+        device=args.device,
+        skip_unusable=args.skip_unusable,
+        log=print,
+    )
+    print(f"written to {output / 'report.html'} and report.json")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from .evaluation import compare_reports, load_report
+
+    comparison = compare_reports([load_report(path) for path in args.reports])
+    for line in comparison.lines():
+        print(line)
+    if args.output is not None:
+        comparison.write(args.output)
+        print(f"written to {args.output / 'comparison.html'} and comparison.json")
+
+
+def _add_evaluate(commands) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="diversity, consistency, separability and leakage of a data set",
+        description="Measures a data set of aligned faces: of `uiface generate` or `uiface prepare`, identity folders,"
+        " RecordIO or webdataset shards. Run it again to go on.",
+        epilog="example: uiface evaluate faces --encoder buffalo_l --judge antelopev2 --real cache/photos",
+    )
+    evaluate.add_argument("dataset", type=Path, help="folder, train.rec or tar shards")
+    evaluate.add_argument("--output", type=Path, help="folder of the report (default: evaluation/NAME)")
+    _add_encoder_arguments(evaluate)
+    evaluate.add_argument("--judge", metavar="PACK", help="second model pack, which the generator has not seen")
+    evaluate.add_argument("--identities", type=Path, help="bank that the faces follow, as of `uiface generate`")
+    evaluate.add_argument("--against", type=Path, help="bank or cache of real people, to look for leakage")
+    evaluate.add_argument("--real", type=Path, help="real faces, in any of the forms, for precision and recall")
+    evaluate.add_argument(
+        "--same-people", action="store_true", help="a name is the same person in both: also by person"
+    )
+    evaluate.add_argument(
+        "--features",
+        choices=("lpips", "encoder", "vgg16", "inception_v3"),
+        default="lpips",
+        help="of precision and recall (default: the LPIPS backbone)",
+    )
+    evaluate.add_argument("--feature-weights", type=Path, help="safetensors of torchvision's vgg16 or inception_v3")
+    evaluate.add_argument("--neighbours", type=int, default=3, help="k of these (default: %(default)s)")
+    evaluate.add_argument(
+        "--max-images", type=int, default=50_000, help="of each set for these (default: %(default)s)"
+    )
+    evaluate.add_argument("--lpips-network", choices=("alex", "squeeze", "vgg"), default="alex")
+    evaluate.add_argument("--lpips-backbone", type=Path, help="its convolutions, safetensors (default: torchvision's)")
+    evaluate.add_argument("--lpips-pairs", type=int, default=20, help="of an identity, 0: all (default: %(default)s)")
+    evaluate.add_argument(
+        "--max-pairs", type=int, default=1_000_000, help="to compare faces of (default: %(default)s)"
+    )
+    evaluate.add_argument("--threshold", type=float, default=0.3, help="cosine of one person (default: %(default)s)")
+    evaluate.add_argument("--seed", type=int, default=0, help="of all draws (default: %(default)s)")
+    evaluate.add_argument("--device", default="cpu", help="of LPIPS and features (default: %(default)s)")
+    evaluate.add_argument("--skip-unusable", action="store_true", help="leave out pictures that cannot be used")
+    evaluate.set_defaults(run=_evaluate)
+
+    compare = commands.add_parser("compare", help="reports of `uiface evaluate` side by side")
+    compare.add_argument("reports", type=Path, nargs="+", help="two or more folders with report.json, or such files")
+    compare.add_argument("--output", type=Path, help="folder for comparison.html and comparison.json")
+    compare.set_defaults(run=_compare)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="uiface", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -456,6 +547,8 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--identity-encoder", help="name of the recogniser of the embeddings, as elasticface")
     convert.add_argument("--output", type=Path, required=True, help="the pipeline's folder")
     convert.set_defaults(run=_convert_original)
+
+    _add_evaluate(commands)
     return parser
 
 

@@ -24,6 +24,14 @@ def model_fingerprint(component: Any) -> str:
     return digest.hexdigest()[:12]
 
 
+def weights_fingerprint(module: torch.nn.Module) -> str:
+    """Twelve hexadecimal digits of the weights of a module that has no configuration."""
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()[:12]
+
+
 def pipeline_fingerprint(pipeline: DiffusionPipeline) -> str:
     """Twelve hexadecimal digits of all components, the scheduler included."""
     parts = {name: model_fingerprint(component) for name, component in pipeline.components.items()}

@@ -1,10 +1,11 @@
 from .benchmarks import Benchmark, make_benchmark, read_benchmark, read_pairs
-from .face_cache import FaceCache, prepare_faces
+from .face_cache import FaceCache, FaceCacheSource, prepare_faces
 from .latent_cache import cache_latents, load_latents
 
 __all__ = [
     "Benchmark",
     "FaceCache",
+    "FaceCacheSource",
     "cache_latents",
     "load_latents",
     "make_benchmark",

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from ..faces import ALIGNED_SIZE, SELECTIONS, FaceEncoder, UnusableFaceError, align_face
+from ..faces import ALIGNED_SIZE, SELECTIONS, FaceEncoder, UnusableFaceError, align_face, load_photograph
 from ..files import check_settings, complete_file, write_json
 from ..identities import IdentityBank
 from .sources import Photograph, PhotographSource, open_source
@@ -293,3 +293,28 @@ class FaceCache:
         """The faces of one shard, `(image_size, image_size, 3)` RGB bytes, one after the other."""
         for image in pq.read_table(shard, columns=["image"])["image"].to_pylist():
             yield np.asarray(PIL.Image.open(io.BytesIO(image["bytes"])).convert("RGB"))
+
+
+class FaceCacheSource:
+    """The faces of a cache as a `PhotographSource`: each under its identity and its photograph's file."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.photographs, self._places = [], {}
+        self._opened: tuple[Path | None, pa.ChunkedArray | None] = (None, None)
+        for shard in FaceCache(folder).shards:
+            for number, row in enumerate(pq.read_table(shard, columns=["identity", "file"]).to_pylist()):
+                self.photographs.append(Photograph(row["identity"], row["file"]))
+                self._places[row["file"]] = (shard, number)
+
+    def read(self, photograph: Photograph) -> np.ndarray:
+        return load_photograph(io.BytesIO(self.content(photograph)))
+
+    def content(self, photograph: Photograph) -> bytes:
+        shard, number = self._places[photograph.file]
+        if self._opened[0] != shard:
+            self._opened = (shard, pq.read_table(shard, columns=["image"])["image"])
+        return self._opened[1][number]["bytes"].as_py()
+
+    def stamp(self, photograph: Photograph) -> str:
+        # the shard's: a face's own would have to be read
+        return str(self._places[photograph.file][0].stat().st_size)

@@ -122,6 +122,11 @@ class RecordReader:
                 return struct.unpack_from("<f", start, 8 + HEADER.size)[0]
         return float(self.read_image(key).labels[0])
 
+    def read_length(self, key: int) -> int:
+        """Bytes of a record (of its first part, if it is cut), without reading them."""
+        self._open().seek(self.offsets[key] + 4)
+        return int.from_bytes(self._file.read(4), "little") & (2**29 - 1)
+
     def image_keys(self) -> list[int]:
         """Keys of the pictures. InsightFace's files start with a record 0 without picture, whose label array says
         where the pictures end: behind them come records of the identities."""

@@ -44,6 +44,9 @@ class PhotographSource(Protocol):
             OSError: it is missing or damaged.
         """
 
+    def stamp(self, photograph: Photograph) -> str:
+        """Another one after the photograph was changed, as its size in bytes; without reading it."""
+
 
 class FolderSource:
     """`ROOT/IDENTITY/*.jpg`, sorted."""
@@ -64,6 +67,9 @@ class FolderSource:
     def content(self, photograph: Photograph) -> bytes:
         return (self.root / photograph.file).read_bytes()
 
+    def stamp(self, photograph: Photograph) -> str:
+        return str((self.root / photograph.file).stat().st_size)
+
 
 class RecordIOSource:
     """InsightFace's `train.rec` and `train.idx`: the identity is the (first) label, the file is the key."""
@@ -79,6 +85,9 @@ class RecordIOSource:
 
     def content(self, photograph: Photograph) -> bytes:
         return self.reader.read_image(int(photograph.file)).content
+
+    def stamp(self, photograph: Photograph) -> str:
+        return str(self.reader.read_length(int(photograph.file)))
 
 
 class WebDatasetSource:
@@ -124,6 +133,9 @@ class WebDatasetSource:
         with open(shard, "rb") as file:
             file.seek(offset)
             return file.read(size)
+
+    def stamp(self, photograph: Photograph) -> str:
+        return str(self.members[photograph.file][2])
 
 
 def _generated_photographs(path: Path) -> Path:

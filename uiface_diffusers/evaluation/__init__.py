@@ -1,8 +1,14 @@
+from .class_structure import class_uniqueness, intra_class_consistency
 from .consistency import identity_consistency
+from .evaluate import evaluate_dataset
+from .features import TorchvisionFeatures
 from .leakage import measure_leakage
 from .perceptual import load_lpips
+from .precision_recall import class_precision_recall, improved_precision_recall
 from .recognizers import load_recognizer
 from .reconstruction import reconstruction_quality
+from .report import compare_reports, load_report
+from .separability import measure_separability
 from .verification import (
     VerificationResult,
     equal_error_rate,
@@ -13,12 +19,21 @@ from .verification import (
 )
 
 __all__ = [
+    "TorchvisionFeatures",
     "VerificationResult",
+    "class_precision_recall",
+    "class_uniqueness",
+    "compare_reports",
     "equal_error_rate",
+    "evaluate_dataset",
     "identity_consistency",
+    "improved_precision_recall",
+    "intra_class_consistency",
     "load_lpips",
     "load_recognizer",
+    "load_report",
     "measure_leakage",
+    "measure_separability",
     "measure_verification",
     "reconstruction_quality",
     "save_verification",

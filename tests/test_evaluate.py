@@ -1,0 +1,414 @@
+"""`uiface evaluate` and `uiface compare`, on a toy set in every form that sets are published in."""
+
+import base64
+import html.parser
+import io
+import itertools
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import torch.nn.functional as F
+import webdataset
+from conftest import draw_person, write_toy_pack
+from test_set_metrics import slow_share
+from test_sources import RecordWriter, image_record
+
+from uiface_diffusers import IdentityBank, cli
+from uiface_diffusers.data import prepare_faces
+from uiface_diffusers.evaluation import compare_reports, evaluate_dataset, load_lpips, load_report
+from uiface_diffusers.evaluation.face_set import FaceSet, computed_once, open_faces
+from uiface_diffusers.evaluation.features import LpipsFeatures
+from uiface_diffusers.faces import FaceEncoder
+
+# the names of folders come into the page
+PEOPLE = ("<img src=x onerror=alert(1)>", "b&b", "carla", "dora")
+IMAGES = 5
+
+
+def face(person: int, index: int, seed: int = 0) -> PIL.Image.Image:
+    """A disc with the person's colour, at a place and with noise of its own."""
+    generator = np.random.default_rng([seed, person, index])
+    colour = tuple(int(value) for value in np.random.default_rng(person).integers(0, 255, 3))
+    x, y = (int(value) for value in generator.integers(46, 66, 2))
+    picture = np.asarray(draw_person(colour, ((x, y, 40),), size=(112, 112))).astype(int)
+    return PIL.Image.fromarray((picture + generator.integers(-30, 30, picture.shape)).clip(0, 255).astype(np.uint8))
+
+
+def write_set(root: Path, people=PEOPLE, images: int = IMAGES, seed: int = 0) -> Path:
+    for person, name in enumerate(people):
+        (root / name).mkdir(parents=True)
+        for index in range(images):
+            face(person, index, seed).save(root / name / f"{index:04d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """ROOT/set, ROOT/real of the same people, packs `toy` and `judge` that differ, and what the set follows."""
+    root = tmp_path_factory.mktemp("evaluate")
+    write_set(root / "set")
+    write_set(root / "real", images=6, seed=1)
+    for name in ("toy", "judge"):
+        write_toy_pack(root / "packs", name)
+    generator = torch.Generator().manual_seed(0)
+    contexts = F.normalize(torch.randn(6, 16, generator=generator))
+    IdentityBank(contexts, "toy", ["x", *reversed(PEOPLE), "y"]).save(root / "contexts.safetensors")
+    real = F.normalize(torch.randn(9, 16, generator=generator))
+    IdentityBank(real, "toy", [f"p{i // 3}" for i in range(9)]).save(root / "known.safetensors")
+    return root
+
+
+@pytest.fixture(scope="module")
+def encoder(workspace):
+    return FaceEncoder("toy", str(workspace / "packs"), det_size=160)
+
+
+@pytest.fixture(scope="module")
+def perceptual(backbone):
+    return load_lpips("alex", backbone)
+
+
+@pytest.fixture(scope="module")
+def arguments(workspace, backbone) -> list[str]:
+    pack = ["--encoder", "toy", "--encoder-root", str(workspace / "packs"), "--det-size", "160"]
+    return ["evaluate", str(workspace / "set"), *pack, "--lpips-backbone", str(backbone)]
+
+
+@pytest.fixture(scope="module")
+def evaluated(workspace, arguments) -> Path:
+    """The report of the set, with everything that can be asked for."""
+    options = {
+        "--judge": "judge",
+        "--identities": workspace / "contexts.safetensors",
+        "--against": workspace / "known.safetensors",
+        "--real": workspace / "real",
+        "--neighbours": "2",
+        "--lpips-pairs": "6",
+        "--output": workspace / "evaluated",
+    }
+    cli.main([*arguments, *itertools.chain.from_iterable((k, str(v)) for k, v in options.items()), "--same-people"])
+    return workspace / "evaluated"
+
+
+def figures(report: dict, recogniser: str | None = None) -> dict[str, float]:
+    return {
+        each["name"]: each["value"]
+        for each in report["figures"]
+        if each["conditions"].get("recogniser") in (None, recogniser)
+    }
+
+
+def test_every_figure_by_hand(evaluated, workspace, encoder, perceptual):
+    report = load_report(evaluated)
+    assert report["dataset"]["summary"] == "20 images of 4 identities, 5 of each"
+    assert report["settings"]["judge"] == "judge" and report["settings"]["seed"] == 0
+    assert {"torch", "lpips", "uiface-diffusers"} <= report["versions"].keys()
+    assert all(each["meaning"] and "conditions" in each for each in report["figures"])
+    found = figures(report, "toy")
+    pictures = {n: [face(p, i) for i in range(IMAGES)] for p, n in enumerate(PEOPLE)}
+    embeddings = {name: encoder.embed_pictures(of_name).double() for name, of_name in pictures.items()}
+    pairs = [(a, b) for a in PEOPLE for b in PEOPLE]
+    genuine = [float(x @ y) for of in embeddings.values() for x, y in itertools.combinations(of, 2)]
+    impostor = [float(x @ y) for a, b in pairs if a < b for x in embeddings[a] for y in embeddings[b]]
+    assert found["genuine_mean"] == pytest.approx(np.mean(genuine), abs=1e-6)
+    assert found["impostor_mean"] == pytest.approx(np.mean(impostor), abs=1e-6)
+    assert found["impostors_above"] == pytest.approx(np.mean([value > 0.3 for value in impostor]), abs=1e-6)
+    spread = np.var(genuine) + np.var(impostor)
+    # single precision
+    assert found["fdr"] == pytest.approx((np.mean(genuine) - np.mean(impostor)) ** 2 / spread, rel=1e-4)
+    centres = {name: F.normalize(of_name.mean(dim=0), dim=0) for name, of_name in embeddings.items()}
+    kept = []
+    for centre in centres.values():
+        if all(centre @ other < 0.3 for other in kept):
+            kept.append(centre)
+    assert found["uniqueness"] == pytest.approx(len(kept) / 4, abs=1e-6)
+    near = [[float(x @ centres[name]) > 0.3 for x in of_name] for name, of_name in embeddings.items()]
+    assert found["consistency"] == pytest.approx(np.mean(near), abs=1e-6)
+
+    contexts = IdentityBank.load(workspace / "contexts.safetensors")
+    known = dict(zip(contexts.names, contexts.embeddings.double(), strict=True))
+    own = [float(x @ known[name]) for name, of_name in embeddings.items() for x in of_name]
+    best = [max(float(x @ each) for each in known.values()) for of_name in embeddings.values() for x in of_name]
+    assert found["context_cosine"] == pytest.approx(np.mean(own), abs=1e-6)
+    nearest = np.mean([abs(a - b) < 1e-9 for a, b in zip(own, best, strict=True)])
+    assert found["context_nearest"] == pytest.approx(nearest, abs=1e-6)
+    real = IdentityBank.load(workspace / "known.safetensors").embeddings.double()
+    largest = max(float(x @ y) for of_name in embeddings.values() for x in of_name for y in real)
+    assert found["leakage_largest"] == pytest.approx(largest, abs=1e-6)
+    assert found["leakage_images"] is not None and found["leakage_strangers"] is not None
+
+    def pixels(of):
+        return torch.from_numpy(np.stack([np.asarray(each) for each in of])).permute(0, 3, 1, 2) / 127.5 - 1
+
+    details = [each["detail"] for each in report["figures"] if each["name"] == "intra_class_lpips"]
+    assert details == ["Of 24 pairs of 4 identities."]
+    network = LpipsFeatures(perceptual)
+    ours = {name: network(pixels(of_name)).numpy() for name, of_name in pictures.items()}
+    theirs = {n: network(pixels([face(p, i, seed=1) for i in range(6)])).numpy() for p, n in enumerate(PEOPLE)}
+    all_ours, all_theirs = (np.concatenate(list(each.values())) for each in (ours, theirs))
+    assert found["precision"] == pytest.approx(slow_share(all_ours, all_theirs, 2), abs=1e-6)
+    assert found["recall"] == pytest.approx(slow_share(all_theirs, all_ours, 2), abs=1e-6)
+    within = [(slow_share(ours[n], theirs[n], 2), slow_share(theirs[n], ours[n], 2)) for n in PEOPLE]
+    expected = np.mean(within, axis=0)
+    assert (found["class_precision"], found["class_recall"]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_lpips_of_all_pairs(workspace, encoder, perceptual, tmp_path):
+    report = evaluate_dataset(workspace / "set", tmp_path, encoder, perceptual=perceptual, lpips_pairs=None)
+    means = []
+    for person in range(len(PEOPLE)):
+        images = [np.asarray(face(person, index)) for index in range(IMAGES)]
+        images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
+        pairs = itertools.combinations(range(IMAGES), 2)
+        means.append(np.mean([float(perceptual(images[i : i + 1], images[j : j + 1])) for i, j in pairs]))
+    assert figures(report)["intra_class_lpips"] == pytest.approx(np.mean(means), abs=1e-6)
+    assert not {"precision", "context_cosine", "leakage_images"} & figures(report, "toy").keys()
+
+
+class Page(html.parser.HTMLParser):
+    """Tags are closed in order; keeps their attributes and the text."""
+
+    VOID = ("img", "meta")
+
+    def __init__(self, content: str):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], ""
+        self.feed(content)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_needs_no_other_file(evaluated):
+    content = (evaluated / "report.html").read_text()
+    page = Page(content)
+    assert {tag for tag, _ in page.tags} <= set("html head meta title style body h1 h2 p table tr th td img".split())
+    sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    assert len(sources) == 6 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not re.search(r"https?:|url\(|@import|<script|onerror=alert\(1\)>[^,&]*<", content)
+    # the folder's name is text, also in the pictures' captions
+    assert PEOPLE[0] in page.text and PEOPLE[0] not in content
+    pictures = [PIL.Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) for source in sources]
+    assert pictures[0].size == (IMAGES * 112, 4 * 112)
+    grid = np.asarray(pictures[0])
+    shown = [grid[:112, 112 * column : 112 * (column + 1)] for column in range(IMAGES)]
+    rows = {name: np.asarray(face(person, 0)) for person, name in enumerate(PEOPLE)}
+    assert any(np.array_equal(shown[0], each) for each in rows.values())
+
+
+def test_nothing_is_computed_twice(evaluated, workspace, encoder, perceptual, monkeypatch):
+    """The same call again gives the same report; new measures of the same faces take their embeddings."""
+    before = (evaluated / "report.json").read_text()
+
+    def refuse(*args):
+        raise AssertionError("computed again")
+
+    judge = FaceEncoder("judge", str(workspace / "packs"), det_size=160)
+    monkeypatch.setattr(FaceEncoder, "embed_aligned", refuse)
+    monkeypatch.setattr(type(perceptual), "forward", refuse)
+    monkeypatch.setattr(LpipsFeatures, "forward", refuse)
+    given = {
+        "judge": judge,
+        "identities": IdentityBank.load(workspace / "contexts.safetensors"),
+        "against": IdentityBank.load(workspace / "known.safetensors"),
+        "real": workspace / "real",
+        "perceptual": perceptual,
+    }
+    options = {"same_people": True, "neighbours": 2, "lpips_pairs": 6}
+    evaluate_dataset(workspace / "set", evaluated, encoder, **given, **options)
+    assert (evaluated / "report.json").read_text() == before
+    shutil.copytree(evaluated / "cache", workspace / "other" / "cache")
+    options["neighbours"] = 3
+    report = evaluate_dataset(workspace / "set", workspace / "other", encoder, **given, **options)
+    assert {each["conditions"].get("k") for each in report["figures"]} == {None, 3}
+    # a changed picture is another set
+    shutil.copytree(workspace / "set", workspace / "changed")
+    face(3, 9).convert("L").save(workspace / "changed" / "dora" / "0000.png")
+    with pytest.raises(AssertionError, match="computed again"):
+        evaluate_dataset(workspace / "changed", workspace / "other" / "changed", encoder, perceptual=perceptual)
+
+
+def test_an_interrupted_computation_goes_on(tmp_path):
+    computed = []
+
+    def compute(rows: range, stop: int | None = None) -> torch.Tensor:
+        if stop is not None and rows.stop > stop:
+            raise KeyboardInterrupt
+        computed.extend(rows)
+        return torch.tensor(rows)[:, None].float()
+
+    size = {"batch_size": 3, "batches_a_file": 2}
+    with pytest.raises(KeyboardInterrupt):
+        computed_once(tmp_path / "rows", 20, lambda rows: compute(rows, stop=15), "rows", **size)
+    assert sorted(path.name for path in (tmp_path / "rows").iterdir()) == ["000000.safetensors", "000001.safetensors"]
+    del computed[12:]
+    rows = computed_once(tmp_path / "rows", 20, compute, "rows", **size)
+    assert computed == rows.flatten().tolist() == list(range(20))
+
+
+def test_every_form_gives_the_same_faces(workspace, tmp_path, encoder):
+    """Identity folders, both forms of `uiface generate`, webdataset, RecordIO, and a cache of `uiface prepare`."""
+    expected = [np.asarray(face(person, index)) for person in range(4) for index in range(IMAGES)]
+    labels = torch.arange(4).repeat_interleave(IMAGES)
+    shutil.copytree(workspace / "set", tmp_path / "generated" / "images")
+    (tmp_path / "packed" / "shards").mkdir(parents=True)
+    (tmp_path / "tar").mkdir()
+    (tmp_path / "rec").mkdir()
+    shards = webdataset.TarWriter(str(tmp_path / "packed" / "shards" / "000000.tar"))
+    tar = webdataset.TarWriter(str(tmp_path / "tar" / "0.tar"))
+    records = RecordWriter(tmp_path / "rec" / "train.rec")
+    for number, (person, index) in enumerate(itertools.product(range(4), range(IMAGES))):
+        picture = io.BytesIO()
+        face(person, index).save(picture, "png")
+        sample = {"png": picture.getvalue(), "cls": person}
+        shards.write({"__key__": f"{PEOPLE[person]}/{index:04d}", **sample})
+        tar.write({"__key__": f"{number:06d}", **sample})
+        records.write(number + 1, image_record(float(person), number + 1, picture.getvalue()))
+    for writer in (shards, tar, records):
+        writer.close()
+    prepare_faces(workspace / "set", tmp_path / "cache", encoder, image_size=112, aligned=True)
+    names = {"generated": PEOPLE, "packed": PEOPLE, "tar": ("0", "1", "2", "3"), "cache": PEOPLE}
+    names["rec"] = ("0000000", "0000001", "0000002", "0000003")
+    for form, people in names.items():
+        faces = FaceSet(open_faces(tmp_path / form))
+        assert tuple(faces.identities) == people, form
+        assert torch.equal(faces.labels, labels), form
+        assert all(np.array_equal(np.asarray(faces.read(i)), each) for i, each in enumerate(expected)), form
+        assert faces.check(tmp_path) == {}
+        assert faces.key == FaceSet(open_faces(tmp_path / form)).key
+
+
+def unusable(root: Path) -> None:
+    content = (root / "carla" / "0002.png").read_bytes()
+    (root / "carla" / "0002.png").write_bytes(content[:2000])
+    PIL.Image.new("RGB", (112, 90)).save(root / "dora" / "0001.png")
+
+
+def test_what_cannot_be_evaluated_is_named_first(workspace, encoder, perceptual, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("long work")
+
+    judge = FaceEncoder("judge", str(workspace / "packs"), det_size=160)
+    monkeypatch.setattr(FaceEncoder, "embed_pictures", refuse)
+    monkeypatch.setattr(type(perceptual), "forward", refuse)
+    write_set(tmp_path / "one", people=["anna"])
+    write_set(tmp_path / "single", images=1)
+    write_set(tmp_path / "strangers", people=["e", "f"])
+    write_set(tmp_path / "damaged")
+    unusable(tmp_path / "damaged")
+    (tmp_path / "prepared").mkdir()
+    (tmp_path / "prepared" / "report.json").write_text('{"faces": 3}')
+    directions = torch.eye(6, 16)
+    foreign, few = IdentityBank(directions, "elastic", list("abcdef")), IdentityBank(directions, "toy")
+    real = workspace / "real"
+    cases = [
+        ("one", {}, "has 1 identity"),
+        ("single", {}, "a single image of each identity"),
+        ("nowhere", {}, "nowhere has no photographs"),
+        ("damaged", {}, "2 of 20 pictures in .*damaged cannot be evaluated, as carla/0002.png: unreadable"),
+        ("set", {"real": tmp_path / "damaged"}, "2 of 20 pictures in .*damaged cannot"),
+        ("set", {"against": foreign}, "bank of `elastic` cannot be compared with embeddings of `toy`"),
+        ("set", {"against": IdentityBank(directions, "toy", ["a"] * 6)}, "`against` has a single identity"),
+        ("set", {"identities": foreign, "judge": judge}, "of `toy`, `judge`"),
+        ("set", {"identities": few}, "lacks 4 of the data set's, as `<img"),
+        ("set", {"judge": encoder}, "both are `toy`"),
+        ("set", {"same_people": True}, "about real faces"),
+        ("set", {"same_people": True, "real": tmp_path / "strangers"}, "no identity has more than 3 images under"),
+        ("set", {"real": real, "neighbours": 20}, "sets of 20 and 24 images are too small for 20 neighbours"),
+        ("set", {"real": real, "max_images": 3}, "sets of 3 and 3 images"),
+        ("set", {"max_pairs": 0}, "`max_pairs` has to be positive"),
+        ("set", {"features": "vgg"}, "`features` has to be"),
+        ("set", {"output": tmp_path / "prepared"}, "no report of `uiface evaluate`"),
+    ]
+    for dataset, options, message in cases:
+        dataset = workspace / dataset if dataset == "set" else tmp_path / dataset
+        options = {"output": tmp_path / "output", "perceptual": perceptual, **options}
+        with pytest.raises(ValueError, match=message):
+            evaluate_dataset(dataset, encoder=encoder, **options)
+    assert not (tmp_path / "output" / "report.json").exists()
+    monkeypatch.setattr(FaceEncoder, "embed_pictures", lambda self, pictures: torch.ones(len(pictures), 16))
+    with pytest.raises(ValueError, match="a bank of 8 dimensions is not of `toy`, which gives 16"):
+        evaluate_dataset(workspace / "set", tmp_path / "output", encoder, against=IdentityBank(torch.eye(8)))
+
+
+def test_unusable_pictures_can_be_left_out(workspace, arguments, tmp_path, capsys):
+    write_set(tmp_path / "set")
+    unusable(tmp_path / "set")
+    arguments = ["evaluate", str(tmp_path / "set"), *arguments[2:], "--output", str(tmp_path / "output")]
+    with pytest.raises(SystemExit, match=r"uiface evaluate: 2 of 20 pictures.*--skip-unusable"):
+        cli.main(arguments)
+    cli.main([*arguments, "--skip-unusable", "--features", "encoder", "--real", str(workspace / "real")])
+    assert "18 images of 4 identities, 4 to 5 of each; 2 pictures were left out" in capsys.readouterr().out
+    report = load_report(tmp_path / "output")
+    reasons = {"carla/0002.png": "unreadable", "dora/0001.png": "not aligned: 112x90 is not square"}
+    assert report["left_out"] == reasons
+    assert {each["conditions"].get("features") for each in report["figures"]} == {None, "toy"}
+    assert len(report["notes"]) == 1 and "--same-people" in report["notes"][0]
+    with pytest.raises(SystemExit, match="has the report of .*choose another folder"):
+        cli.main(["evaluate", str(workspace / "set"), *arguments[2:]])
+
+
+def test_comparison(evaluated, tmp_path, capsys):
+    """Equal conditions in one row, different ones in two and with a note."""
+    other = load_report(evaluated)
+    other["dataset"]["name"] = "other <set>"
+    for each in other["figures"]:
+        each["value"] = 0.5
+        if "k" in each["conditions"]:
+            each["conditions"]["k"] = 5
+    other["figures"] = [each for each in other["figures"] if each["conditions"].get("recogniser") != "judge"]
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    cli.main(["compare", str(evaluated), str(tmp_path / "other.json"), "--output", str(tmp_path / "comparison")])
+    printed = capsys.readouterr().out
+    head = next(line for line in printed.splitlines() if line.startswith("figure"))
+    assert head.split()[1:] == ["set", "other", "<set>"]
+
+    def rows(label: str) -> list[tuple[tuple[str, str], str]]:
+        """Values and conditions of a figure's rows."""
+        lines = [re.match(r"(.*) (\[\d+\])  +(.*?)  +(.*)", line) for line in printed.splitlines()]
+        notes = dict(line.split(" ", 1) for line in printed.splitlines() if re.match(r"\[\d+\] ", line))
+        return [(line.groups()[2:], notes[line[2]]) for line in lines if line and line[1] == label]
+
+    recall = rows("Improved recall")
+    assert len(recall) == 2 and "k 2, " in recall[0][1] and "k 5, " in recall[1][1]
+    assert recall[0][0][1] == "-" and recall[1][0][1] == "50.00 %"
+    errors = rows("Equal error rate")
+    assert [conditions for _, conditions in errors] == ["recogniser toy", "recogniser judge"]
+    assert [values[1] for values, _ in errors] == ["50.00 %", "-"]
+    ((values, _),) = rows("Intra-class LPIPS")
+    assert values[1] == "0.5000"
+    notes = [line for line in printed.splitlines() if line.startswith("Measured with different conditions")]
+    assert len(notes) == 2 and "Intra-class LPIPS" not in "".join(notes)
+    assert any("Equal error rate, FMR100," in note and note.endswith("(recogniser: toy | judge).") for note in notes)
+    assert any("Improved recall" in note and note.endswith("(k: 2 | 5).") for note in notes)
+    page = Page((tmp_path / "comparison" / "comparison.html").read_text())
+    assert "other <set>" in page.text and "recogniser judge" in page.text
+    content = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
+    assert content["sets"] == ["set", "other <set>"] and len(content["rows"][0]) == 2
+    assert compare_reports([load_report(evaluated)] * 2).sets == ["set [1]", "set [2]"]
+
+
+def test_reports_that_cannot_be_compared(evaluated, tmp_path):
+    with pytest.raises(SystemExit, match="report.json is missing"):
+        cli.main(["compare", str(evaluated), str(tmp_path)])
+    for content in ("{", "[]", '{"faces": 3}', '{"figures": [{"name": "x", "value": 1, "conditions": {}}]}'):
+        (tmp_path / "report.json").write_text(content)
+        with pytest.raises(SystemExit, match="is no report of `uiface evaluate`"):
+            cli.main(["compare", str(evaluated), str(tmp_path)])
+    with pytest.raises(SystemExit, match="two reports or more, not 1"):
+        cli.main(["compare", str(evaluated)])

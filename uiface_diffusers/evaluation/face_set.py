@@ -1,0 +1,170 @@
+"""A data set of aligned faces in any published form, and figures of its faces that are computed once and kept."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import PIL.Image
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from ..data.face_cache import FaceCacheSource
+from ..data.sources import Photograph, PhotographSource, open_source
+from ..faces import ALIGNED_SIZE, UnusableFaceError
+from ..files import complete_file, write_json
+
+
+def open_faces(path: str | os.PathLike) -> PhotographSource:
+    """Opens a folder of `generate_dataset`, a cache of `prepare_faces`, or whatever else `open_source` opens.
+
+    Raises:
+        ValueError: there are no pictures.
+    """
+    path = Path(path)
+    if (path / "prepare.json").exists():
+        return FaceCacheSource(path)
+    if (path / "shards").is_dir():
+        source = open_source(path / "shards")
+        # the class file has a number; the key `IDENTITY/NNNN` has the name
+        keys = [PurePosixPath(photograph.file.partition(":")[2]) for photograph in source.photographs]
+        source.photographs = [
+            photograph._replace(identity=key.parent.name)
+            for photograph, key in zip(source.photographs, keys, strict=True)
+        ]
+        return source
+    return open_source(path / "images" if (path / "images").is_dir() else path)
+
+
+class FaceSet:
+    """Aligned faces with the names of their identities.
+
+    Args:
+        source: their pictures.
+        photographs (*optional*): only these; all if not given.
+        left_out (*optional*): files that were left out -> why.
+    """
+
+    def __init__(
+        self,
+        source: PhotographSource,
+        photographs: Sequence[Photograph] | None = None,
+        left_out: dict[str, str] | None = None,
+    ):
+        self.source, self.left_out = source, left_out or {}
+        self.photographs = list(source.photographs if photographs is None else photographs)
+        self.names = [photograph.identity for photograph in self.photographs]
+        stamps = [[*photograph, source.stamp(photograph)] for photograph in self.photographs]
+        # twelve hexadecimal digits: other faces, another key
+        self.key = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:12]
+
+    def __len__(self) -> int:
+        return len(self.photographs)
+
+    @cached_property
+    def identities(self) -> dict[str, list[int]]:
+        """Name -> positions of its faces, in the order that the names come."""
+        positions: dict[str, list[int]] = {}
+        for position, name in enumerate(self.names):
+            positions.setdefault(name, []).append(position)
+        return positions
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """`(N,)`: the number of each face's identity, in the order of `identities`."""
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(self.names))}
+        return torch.tensor([numbers[name] for name in self.names])
+
+    def take(self, positions: Sequence[int]) -> "FaceSet":
+        """The set of some of its faces."""
+        return FaceSet(self.source, [self.photographs[position] for position in positions])
+
+    def sample(self, number: int, seed: int = 0) -> "FaceSet":
+        """At most so many of its faces, drawn uniformly without replacement, in their order."""
+        if len(self) <= number:
+            return self
+        return self.take(np.sort(np.random.default_rng(seed).choice(len(self), number, replace=False)).tolist())
+
+    def read(self, position: int) -> PIL.Image.Image:
+        """A face at 112x112, resized as `FaceEncoder.embed_pictures` does.
+
+        Raises:
+            OSError: it cannot be read.
+            UnusableFaceError: it is not square, so not aligned.
+        """
+        pixels = self.source.read(self.photographs[position])
+        if pixels.shape[0] != pixels.shape[1]:
+            raise UnusableFaceError(f"not aligned: {pixels.shape[1]}x{pixels.shape[0]} is not square")
+        size = (ALIGNED_SIZE, ALIGNED_SIZE)
+        return PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.BILINEAR)
+
+    def pixels(self, positions: Sequence[int]) -> torch.Tensor:
+        """Faces `(N, 3, 112, 112)` in [-1, 1]."""
+        faces = np.stack([np.asarray(self.read(position)) for position in positions])
+        return torch.from_numpy(faces).permute(0, 3, 1, 2) / 127.5 - 1
+
+    def check(self, folder: Path) -> dict[str, str]:
+        """Reads every picture, once: `folder` remembers it. Returns file -> what is wrong with it."""
+        file = folder / f"checked-{self.key}.json"
+        if file.exists():
+            return json.loads(file.read_text())
+        wrong = {}
+        for position, photograph in enumerate(tqdm(self.photographs, desc="check", unit="face")):
+            try:
+                self.read(position)
+            except OSError as error:
+                if error.errno is not None:  # not the picture but the disk or the network
+                    raise
+                wrong[photograph.file] = "unreadable"
+            except UnusableFaceError as error:
+                wrong[photograph.file] = str(error)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, wrong)
+        return wrong
+
+    def without(self, files: dict[str, str]) -> "FaceSet":
+        """The set without some files."""
+        if not files:
+            return self
+        kept = [photograph for photograph in self.photographs if photograph.file not in files]
+        return FaceSet(self.source, kept, left_out=files)
+
+
+def computed_once(
+    folder: Path,
+    number: int,
+    compute: Callable[[range], torch.Tensor],
+    description: str,
+    unit: str = "face",
+    batch_size: int = 64,
+    batches_a_file: int = 16,
+) -> torch.Tensor:
+    """Rows that are computed in batches and kept in files, some batches a file: the same call goes on where an earlier
+    one was stopped.
+
+    Args:
+        folder: of the files; its name has to tell what is computed of what.
+        number: rows.
+        compute: gives the rows of a range.
+        description: of the progress bar.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, size = [], batch_size * batches_a_file
+    with tqdm(total=number, desc=description, unit=unit) as progress:
+        for start in range(0, number, size):
+            file, end = folder / f"{start // size:06d}.safetensors", min(start + size, number)
+            if not file.exists():
+                parts = []
+                for first in range(start, end, batch_size):
+                    parts.append(compute(range(first, min(first + batch_size, end))))
+                    progress.update(len(parts[-1]))
+                with complete_file(file) as beside:
+                    save_file({"rows": torch.cat(parts).contiguous()}, beside)
+            else:
+                progress.update(end - start)
+            rows.append(load_file(file)["rows"])
+    return torch.cat(rows)

@@ -1,0 +1,87 @@
+"""Feature networks for precision and recall."""
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from ..fingerprint import weights_fingerprint
+
+if TYPE_CHECKING:
+    import lpips
+
+SIZES = {"vgg16": 224, "inception_v3": 299}
+# weights come from a file: no time is spent on random ones
+UNSET = {"init_weights": False}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class LpipsFeatures(nn.Module):
+    """The last layer of an LPIPS backbone, averaged over its positions: of AlexNet 256 dimensions.
+
+    Args:
+        perceptual: as `load_lpips` gives it.
+    """
+
+    def __init__(self, perceptual: "lpips.LPIPS"):
+        super().__init__()
+        self.perceptual = perceptual
+        self.name = f"LPIPS {perceptual.pnet_type}, last layer averaged, {weights_fingerprint(perceptual.net)}"
+
+    @torch.no_grad()
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`(N, 3, height, width)` in [-1, 1] -> `(N, D)`."""
+        return self.perceptual.net(self.perceptual.scaling_layer(pixels))[-1].mean(dim=(2, 3))
+
+
+class TorchvisionFeatures(nn.Module):
+    """A classifier of torchvision up to the layer that evaluations use.
+
+    - `"vgg16"`: 4096 dimensions, the second fully connected layer after its ReLU, of 224x224 (Kynkaanniemi et al.
+      2019);
+    - `"inception_v3"`: 2048 dimensions, the averages before the classifier, of 299x299 (DCFace's style space is
+      Inception's; which weights those were the paper does not say).
+
+    Args:
+        network: one of these.
+        weights (*optional*): safetensors file with the state dict of torchvision's model; torchvision downloads its
+            ImageNet weights if not given.
+
+    Raises:
+        ValueError: another network; or the file is not of it.
+    """
+
+    def __init__(self, network: str, weights: str | os.PathLike | None = None):
+        super().__init__()
+        from torchvision import models  # comes with lpips, of the extra `train`
+
+        if network not in SIZES:
+            raise ValueError(f"`network` has to be one of {tuple(SIZES)} but is {network!r}.")
+        options = {"transform_input": False} if network == "inception_v3" else {}
+        pretrained = "IMAGENET1K_V1" if weights is None else None
+        self.model = getattr(models, network)(weights=pretrained, **options, **({} if pretrained else UNSET))
+        if weights is not None:
+            try:
+                self.model.load_state_dict(load_file(weights))
+            except RuntimeError as error:
+                raise ValueError(f"{weights} does not hold torchvision's {network}: {error}") from error
+        # in [0, 1] as torchvision's classifiers; this Inception takes [-1, 1]
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if network == "vgg16" else ((0.5,) * 3, (0.5,) * 3)
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+        self.size = (SIZES[network], SIZES[network])
+        self.name = f"torchvision {network}, {weights_fingerprint(self.model)}"
+        if network == "vgg16":
+            self.model.classifier = self.model.classifier[:5]
+        else:
+            self.model.fc = nn.Identity()
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`(N, 3, height, width)` in [-1, 1] -> `(N, D)`."""
+        pixels = F.interpolate(pixels, self.size, mode="bilinear", antialias=True)
+        return self.model((pixels / 2 + 0.5 - self.mean) / self.std)

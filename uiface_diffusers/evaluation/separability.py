@@ -1,0 +1,121 @@
+"""How far apart are pairs of one identity (genuine) and pairs of two (impostors) in a recogniser's space?"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .verification import equal_error_rate
+
+# rows of one gather: 65,536 pairs of 512 dimensions are 256 MiB
+PAIRS_AT_ONCE = 65_536
+
+
+@dataclass
+class Separability:
+    """
+    Args:
+        eer (`float`): equal error rate.
+        fmr100 (`float`): lowest false non-match rate (FNMR) at a false match rate (FMR) of at most 1 %.
+        fmr1000 (`float`): the same at 0.1 %.
+        fdr (`float`): Fisher discriminant ratio `(mu_g - mu_i)^2 / (var_g + var_i)`, variances of the population; not
+            finite when no pair differs from another.
+        genuine_mean (`float`), genuine_std (`float`), impostor_mean (`float`), impostor_std (`float`).
+    """
+
+    eer: float
+    fmr100: float
+    fmr1000: float
+    fdr: float
+    genuine_mean: float
+    genuine_std: float
+    impostor_mean: float
+    impostor_std: float
+
+
+def genuine_pairs(labels: np.ndarray, max_pairs: int | None = None, seed: int = 0) -> np.ndarray:
+    """Pairs of two images of one identity, each pair once.
+
+    Args:
+        labels (`np.ndarray` of shape `(N,)`): the identities' numbers.
+        max_pairs (*optional*): if there are more, so many of them are drawn, uniformly and without replacement.
+        seed (`int`, defaults to 0): of the draw.
+
+    Returns:
+        `np.ndarray` of shape `(P, 2)`: positions.
+    """
+    order, ends = _by_identity(labels)
+    following = np.arange(len(labels)) + 1
+    return order[_draw_pairs(following, ends - following, max_pairs, seed)]
+
+
+def impostor_pairs(labels: np.ndarray, max_pairs: int | None = None, seed: int = 0) -> np.ndarray:
+    """Pairs of images of two identities; as `genuine_pairs`."""
+    order, ends = _by_identity(labels)
+    return order[_draw_pairs(ends, len(labels) - ends, max_pairs, seed)]
+
+
+def _by_identity(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The positions ordered by identity and, for each in that order, where its identity ends."""
+    order = np.argsort(labels, kind="stable")
+    return order, np.searchsorted(labels[order], labels[order], side="right")
+
+
+def _draw_pairs(first: np.ndarray, counts: np.ndarray, max_pairs: int | None, seed: int) -> np.ndarray:
+    """Pairs (i, first[i] + k) with k < counts[i]. They are numbered, so that a few of billions can be drawn without a
+    list of all."""
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if len(ends) else 0
+    numbers = np.arange(total) if max_pairs is None or total <= max_pairs else None
+    if numbers is None:
+        drawn = np.random.default_rng(seed).choice(total, max_pairs, replace=False, shuffle=False)
+        numbers = np.sort(drawn)
+    i = np.searchsorted(ends, numbers, side="right")
+    return np.stack([i, first[i] + numbers - (ends - counts)[i]], axis=1)
+
+
+def pair_cosines(embeddings: torch.Tensor, pairs: np.ndarray) -> np.ndarray:
+    """Cosines `(P,)` of pairs `(P, 2)` of embeddings `(N, D)` of unit length."""
+    parts = [pairs[start : start + PAIRS_AT_ONCE] for start in range(0, len(pairs), PAIRS_AT_ONCE)]
+    cosines = [(embeddings[part[:, 0]] * embeddings[part[:, 1]]).sum(dim=1) for part in parts]
+    return torch.cat(cosines).numpy() if cosines else np.empty(0, np.float32)
+
+
+def false_non_match_rate(genuine: np.ndarray, impostor: np.ndarray, false_match_rate: float) -> float:
+    """The lowest share of genuine pairs that are rejected while at most a share of impostor pairs is accepted.
+
+    Args:
+        genuine (`np.ndarray` of shape `(N,)`): similarities of pairs of one person.
+        impostor (`np.ndarray` of shape `(M,)`): of pairs of two.
+        false_match_rate (`float`): in [0, 1).
+
+    Raises:
+        ValueError: there are no pairs of one of the two.
+    """
+    if not len(genuine) or not len(impostor):
+        raise ValueError(f"{len(genuine)} genuine and {len(impostor)} impostor pairs: an error rate needs both.")
+    # the threshold is just above the best impostor that has to be rejected; 1e-9: 0.07 * 100 is less than 7
+    rejected = int(false_match_rate * len(impostor) + 1e-9)
+    threshold = np.partition(impostor, len(impostor) - 1 - rejected)[len(impostor) - 1 - rejected]
+    return float((genuine <= threshold).mean())
+
+
+def measure_separability(genuine: np.ndarray, impostor: np.ndarray) -> Separability:
+    """Error rates and distributions of the similarities of genuine `(N,)` and impostor pairs `(M,)`.
+
+    Raises:
+        ValueError: there are no pairs of one of the two.
+    """
+    genuine, impostor = np.asarray(genuine, np.float64), np.asarray(impostor, np.float64)
+    eer = equal_error_rate(genuine, impostor)
+    distance, spread = genuine.mean() - impostor.mean(), genuine.var() + impostor.var()
+    return Separability(
+        eer=eer,
+        fmr100=false_non_match_rate(genuine, impostor, 1e-2),
+        fmr1000=false_non_match_rate(genuine, impostor, 1e-3),
+        fdr=float(distance**2 / spread) if spread else float("inf"),
+        genuine_mean=float(genuine.mean()),
+        genuine_std=float(genuine.std()),
+        impostor_mean=float(impostor.mean()),
+        impostor_std=float(impostor.std()),
+    )
