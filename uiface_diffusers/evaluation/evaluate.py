@@ -30,7 +30,7 @@ from .precision_recall import class_precision_recall, improved_precision_recall
 from .report import REPORT, Measure, load_report, png_bytes, write_report
 from .separability import genuine_pairs, impostor_pairs, measure_separability, pair_cosines
 
-PACKAGES = ("uiface-diffusers", "torch", "lpips", "onnxruntime", "scikit-learn", "matplotlib")
+PACKAGES = ("uiface-diffusers", "torch", "lpips", "onnxruntime", "matplotlib")
 
 
 def evaluate_dataset(

@@ -306,7 +306,8 @@ class UIFaceUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             )
         cross_attention_kwargs = cross_attention_kwargs or {}
 
-        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])
+        # one timestep for all rows is embedded once, and its scale and shift broadcast
+        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)
         temb = self.time_embedding(self.time_proj(timestep).to(sample.dtype))
 
         hidden_states = self.conv_in(sample)
