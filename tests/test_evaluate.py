@@ -25,6 +25,7 @@ from uiface_diffusers.evaluation import compare_reports, evaluate_dataset, load_
 from uiface_diffusers.evaluation.face_set import FaceSet, computed_once, open_faces
 from uiface_diffusers.evaluation.features import LpipsFeatures
 from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.generation import bank_hash
 
 # the names of folders come into the page
 PEOPLE = ("<img src=x onerror=alert(1)>", "b&b", "carla", "dora")
@@ -311,6 +312,10 @@ def test_what_cannot_be_evaluated_is_named_first(workspace, encoder, perceptual,
     write_set(tmp_path / "strangers", people=["e", "f"])
     write_set(tmp_path / "damaged")
     unusable(tmp_path / "damaged")
+    shutil.copytree(workspace / "set", tmp_path / "generated" / "images")
+    settings = {"identities": bank_hash(IdentityBank(torch.eye(4, 16), "toy", PEOPLE)), "number_of_identities": 4}
+    (tmp_path / "generated" / "generation.json").write_text(json.dumps({"settings": settings}))
+    wrong = IdentityBank(-torch.eye(4, 16), "toy", PEOPLE)
     (tmp_path / "prepared").mkdir()
     (tmp_path / "prepared" / "report.json").write_text('{"faces": 3}')
     directions = torch.eye(6, 16)
@@ -326,6 +331,7 @@ def test_what_cannot_be_evaluated_is_named_first(workspace, encoder, perceptual,
         ("set", {"against": IdentityBank(directions, "toy", ["a"] * 6)}, "`against` has a single identity"),
         ("set", {"identities": foreign, "judge": judge}, "of `toy`, `judge`"),
         ("set", {"identities": few}, "lacks 4 of the data set's, as `<img"),
+        ("generated", {"identities": wrong}, "generation.json says that the faces follow another bank"),
         ("set", {"judge": encoder}, "both are `toy`"),
         ("set", {"same_people": True}, "about real faces"),
         ("set", {"same_people": True, "real": tmp_path / "strangers"}, "no identity has more than 3 images under"),
@@ -341,6 +347,9 @@ def test_what_cannot_be_evaluated_is_named_first(workspace, encoder, perceptual,
         with pytest.raises(ValueError, match=message):
             evaluate_dataset(dataset, encoder=encoder, **options)
     assert not (tmp_path / "output" / "report.json").exists()
+    with pytest.raises(AssertionError, match="long work"):  # its own, within a larger one
+        own = IdentityBank(torch.eye(6, 16), "toy", [*PEOPLE, "x", "y"])
+        evaluate_dataset(tmp_path / "generated", tmp_path / "output", encoder, identities=own, perceptual=perceptual)
     monkeypatch.setattr(FaceEncoder, "embed_pictures", lambda self, pictures: torch.ones(len(pictures), 16))
     with pytest.raises(ValueError, match="a bank of 8 dimensions is not of `toy`, which gives 16"):
         evaluate_dataset(workspace / "set", tmp_path / "output", encoder, against=IdentityBank(torch.eye(8)))

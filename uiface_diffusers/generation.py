@@ -171,7 +171,7 @@ def generate_dataset(
         "model": pipeline_fingerprint(pipeline),
         "scheduler": type(pipeline.scheduler).__name__,
         "dtype": str(pipeline.unet.dtype),
-        "identities": _bank_hash(identities),
+        "identities": bank_hash(identities),
         "number_of_identities": len(identities),
         "identity_encoder": identities.identity_encoder,
         "images_per_identity": images_per_identity,
@@ -434,7 +434,8 @@ class _Run:
             return PIL.Image.open(io.BytesIO(tar.extractfile(self.name(number)).read()))
 
 
-def _bank_hash(identities: IdentityBank) -> str:
+def bank_hash(identities: IdentityBank) -> str:
+    """By which `generation.json` tells banks from each other: of names and embeddings, in their order."""
     digest = hashlib.sha256(json.dumps(identities.names).encode())
     digest.update(identities.embeddings.contiguous().numpy())
     return digest.hexdigest()[:16]

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..faces import ALIGNED_SIZE, FaceEncoder
 from ..fingerprint import weights_fingerprint
+from ..generation import bank_hash
 from ..identities import IdentityBank, largest_cosines
 from .class_structure import class_centres, class_uniqueness, intra_class_consistency
 from .diversity import identity_pairs, mean_lpips
@@ -106,6 +107,7 @@ def evaluate_dataset(
         raise ValueError("`against` has a single identity: leakage is measured against impostors among real people.")
     faces, references = FaceSet(open_faces(dataset)), None if real is None else FaceSet(open_faces(real))
     _check_faces(faces, dataset, identities)
+    _check_origin(faces, dataset, identities)
     faces = _usable(faces, dataset, output / "cache", skip_unusable)
     _check_faces(faces, dataset, identities)
     _check_unnamed((identities, against), faces, encoder)
@@ -200,6 +202,18 @@ def _check_faces(faces: FaceSet, dataset: Path, identities: IdentityBank | None)
     missing = [] if identities is None else sorted(faces.identities.keys() - set(identities.names))
     if missing:
         raise ValueError(f"the bank of identities lacks {len(missing)} of the data set's, as `{missing[0]}`.")
+
+
+def _check_origin(faces: FaceSet, dataset: Path, identities: IdentityBank | None) -> None:
+    """A set of `generate_dataset` says which bank it follows. Names would not tell: those of all banks begin at 0."""
+    file = dataset / "generation.json"
+    if identities is None or not file.exists():
+        return
+    settings = json.loads(file.read_text()).get("settings", {})
+    followed = identities.take([i for i, name in enumerate(identities.names) if name in faces.identities])
+    # of an unfinished set, identities may be missing
+    if len(followed) == settings.get("number_of_identities") and bank_hash(followed) != settings.get("identities"):
+        raise ValueError(f"{file} says that the faces follow another bank of identities than the one given.")
 
 
 def _check_compared(compared: tuple[FaceSet, FaceSet] | None, same_people: bool, neighbours: int) -> None:
