@@ -410,7 +410,11 @@ def _convert_original(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from .evaluation import TorchvisionFeatures, evaluate_dataset, load_lpips
     from .faces import FaceEncoder
+    from .hub import IDENTITIES
 
+    # a data set of `uiface generate` has the bank that it follows
+    own = args.dataset / IDENTITIES
+    bank = args.identities or (own if own.is_file() else None)
     features = args.features
     if features in ("vgg16", "inception_v3"):
         features = TorchvisionFeatures(features, args.feature_weights)
@@ -421,7 +425,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         output,
         _face_encoder(args),
         judge=None if args.judge is None else FaceEncoder(args.judge, *pack),
-        identities=None if args.identities is None else _load_bank(args.identities),
+        identities=None if bank is None else _load_bank(bank),
         against=None if args.against is None else _load_bank(args.against),
         real=args.real,
         same_people=args.same_people,
@@ -463,7 +467,7 @@ def _add_evaluate(commands) -> None:
     evaluate.add_argument("--output", type=Path, help="folder of the report (default: evaluation/NAME)")
     _add_encoder_arguments(evaluate)
     evaluate.add_argument("--judge", metavar="PACK", help="second model pack, which the generator has not seen")
-    evaluate.add_argument("--identities", type=Path, help="bank that the faces follow, as of `uiface generate`")
+    evaluate.add_argument("--identities", type=Path, help="bank that the faces follow (default: the data set's own)")
     evaluate.add_argument("--against", type=Path, help="bank or cache of real people, to look for leakage")
     evaluate.add_argument("--real", type=Path, help="real faces, in any of the forms, for precision and recall")
     evaluate.add_argument(

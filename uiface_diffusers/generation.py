@@ -5,7 +5,7 @@ A run belongs to a folder:
     generation.json    every setting, the model's hash, versions
     images/            one folder an identity; for `webdataset`, tar shards instead
     metadata.parquet   a row an image, when all are made; until then the rows are in `journal/`
-    preview.png, README.md
+    identities.safetensors, preview.png, README.md
 
 Image n of an identity depends on the weights, the settings, the identity's embedding and name, n and the seed, and on
 nothing else: not on the batch, the number of processes or an interruption.
@@ -60,6 +60,7 @@ from .data.image_folder import (
 from .faces import FaceEncoder
 from .files import check_settings, complete_file
 from .fingerprint import pipeline_fingerprint
+from .hub import IDENTITIES
 from .identities import IdentityBank, perturb_embeddings
 from .latents import decode_latents
 from .pipeline_uiface import UIFacePipeline
@@ -412,6 +413,7 @@ class _Run:
                 shutil.rmtree(self.images, ignore_errors=True)  # empty folders
             ordered = [self.rows[self.key(number)] for number in self.plan]
             write_metadata(self.output, ordered, names)
+            self.identities.save(self.output / IDENTITIES)
             self._write_preview()
             with complete_file(self.output / "README.md") as beside:
                 beside.write_text(dataset_card(self.settings, ordered))

@@ -20,6 +20,7 @@ from .fingerprint import pipeline_fingerprint
 from .seeds import mix_seed
 
 if TYPE_CHECKING:
+    from .data.sources import PhotographSource
     from .faces import FaceEncoder
     from .pipeline_uiface import UIFacePipeline
 
@@ -291,8 +292,15 @@ def make_identities(
     return report
 
 
-def embed_images(source: str | os.PathLike, encoder: "FaceEncoder", aligned: bool = False) -> IdentityBank:
-    """Embeds the photographs of a source (see `open_source`), named `IDENTITY/FILE`; what shows no face is left out.
+def embed_images(
+    source: "str | os.PathLike | PhotographSource", encoder: "FaceEncoder", aligned: bool = False
+) -> IdentityBank:
+    """Embeds photographs, named by their files as `IDENTITY/FILE`; what shows no face is left out.
+
+    Args:
+        source: what `open_source` opens, or has opened.
+        encoder: embeds them.
+        aligned (`bool`, defaults to `False`): they are aligned faces: no detection.
 
     Raises:
         ValueError: no photographs, or no face in any of them.
@@ -300,7 +308,8 @@ def embed_images(source: str | os.PathLike, encoder: "FaceEncoder", aligned: boo
     from .data.sources import open_source
     from .faces import UnusableFaceError
 
-    opened, names, embeddings, waiting = open_source(source), [], [], []
+    opened = open_source(source) if isinstance(source, str | os.PathLike) else source
+    names, embeddings, waiting = [], [], []
     for photograph in tqdm(opened.photographs, desc="embed", unit="photo"):
         try:
             pixels = opened.read(photograph)
@@ -317,7 +326,7 @@ def embed_images(source: str | os.PathLike, encoder: "FaceEncoder", aligned: boo
     if waiting:
         embeddings.append(encoder.embed_pictures(waiting))
     if not names:
-        raise ValueError(f"none of {len(opened.photographs)} photographs in {source} shows a face.")
+        raise ValueError(f"none of {len(opened.photographs)} photographs shows a face.")
     return IdentityBank(torch.cat(embeddings), encoder.name, names)
 
 

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -12,10 +11,10 @@ import torch.nn.functional as F
 from diffusers.utils import make_image_grid
 
 from ..data.face_cache import FaceCache
-from ..data.sources import open_source
 from ..faces import ALIGNED_SIZE, FaceEncoder
 from ..files import complete_file
 from ..identities import CANDIDATE_ROWS, KNOWN_ROWS, IdentityBank, embed_images, largest_cosines
+from .face_set import open_faces
 
 # of the thresholds
 FALSE_ACCEPT_RATES = (1e-3, 1e-4)
@@ -127,7 +126,7 @@ def audit_dataset(
     """Embeds a data set, measures its leakage, and saves a picture of the worst images.
 
     Args:
-        dataset: folder of `generate_dataset`, or of aligned faces `IDENTITY/FILE`.
+        dataset: aligned faces in any form that `open_faces` opens.
         encoder: of the real embeddings.
         real: embeddings of real people.
         faces: their pictures, in the same order: shown beside the worst images.
@@ -135,11 +134,9 @@ def audit_dataset(
         worst (`int`, defaults to 8): rows of the picture.
         log: takes the lines of a summary.
     """
-    dataset = Path(dataset)
-    folder = next((dataset / name for name in ("images", "shards") if (dataset / name).is_dir()), dataset)
-    source = open_source(folder)
+    source = open_faces(dataset)
     photographs = {photograph.file: photograph for photograph in source.photographs}
-    embedded = embed_images(folder, encoder, aligned=True)
+    embedded = embed_images(source, encoder, aligned=True)
     names = [photographs[file].identity for file in embedded.names]
     report = measure_leakage(IdentityBank(embedded.embeddings, encoder.name, names), real)
 
