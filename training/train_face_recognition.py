@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from uiface_diffusers import IResNetConfig, IResNetImageProcessor, IResNetModel
 from uiface_diffusers.data.labelled_faces import LabelledFaces, check_faces
+from uiface_diffusers.evaluation import verify_benchmarks
 from uiface_diffusers.evaluation.reconstruction import to_unit_range
 from uiface_diffusers.faces import ALIGNED_SIZE
 from uiface_diffusers.hub import load_card
@@ -241,8 +242,6 @@ class TrainingLog:
 
 def verification_accuracies(recognizer: IResNetModel, benchmarks: Path) -> dict[str, float]:
     """Accuracy on each of a folder's InsightFace `.bin` files, and their mean."""
-    from uiface_diffusers.evaluation.verification import verify_benchmarks
-
     results = verify_benchmarks(recognizer.embed_faces, benchmarks)
     accuracies = {name: float(result.accuracy) for name, result in results.items()}
     return {**accuracies, "mean": sum(accuracies.values()) / len(accuracies)}
