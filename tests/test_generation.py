@@ -315,7 +315,7 @@ def test_two_runs_into_one_folder_by_mistake(tiny_pipeline, tmp_path):
 
 
 def test_a_full_disk_loses_nothing(tiny_pipeline, tmp_path):
-    """A tmpfs of 300 KiB, where the kernel lets us make one."""
+    """A tmpfs of 300 KiB, where the kernel lets us make one; later it is read-only."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], capture_output=True)
@@ -332,6 +332,13 @@ def test_a_full_disk_loses_nothing(tiny_pipeline, tmp_path):
         assert len(list(disk.glob("images/*/*.png"))) == 60
         kept = sum(path.read_bytes() == content for path, content in complete.items())
         assert kept >= len(complete) - 4
+
+        whole = contents(disk)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        for output in (disk, disk / "new"):
+            with pytest.raises(OSError, match=f"Read-only file system: '{disk}"):
+                generate_dataset(tiny_pipeline, bank(), output, 20, **options)
+        assert contents(disk) == whole
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
