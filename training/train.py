@@ -13,9 +13,7 @@ weights.
 
 import argparse
 import json
-import logging
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers import AutoModel, DDIMScheduler, DDPMScheduler, SchedulerMixin
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
@@ -52,6 +49,7 @@ from uiface_diffusers.training_utils import (
     find_checkpoint,
     is_out_of_time,
     load_checkpoint,
+    make_accelerator,
     make_lr_scheduler,
     parse_recipe,
     save_checkpoint,
@@ -348,19 +346,7 @@ def validation_images(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    log_with = None if args.report_to == "none" else args.report_to
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=log_with,
-        # the other processes wait while the first one encodes
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
-        project_config=ProjectConfiguration(
-            project_dir=str(args.output_dir), logging_dir=str(args.output_dir / "logs")
-        ),
-    )
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    accelerator = make_accelerator(args, gradient_accumulation_steps=args.gradient_accumulation_steps)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     with torch.device("meta"):
         UIFaceUNet2DModel(**args.unet)  # wrong options are named before anything is encoded
@@ -395,7 +381,7 @@ def main(argv: list[str] | None = None) -> None:
     model, optimizer = accelerator.prepare(denoiser, optimizer)
     # not given to `prepare`: that would step the schedule once a process
     accelerator.register_for_checkpointing(lr_scheduler)
-    if log_with is not None:
+    if args.report_to != "none":
         accelerator.init_trackers(
             "train", config={k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
         )

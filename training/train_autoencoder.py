@@ -12,7 +12,6 @@ weights; its config holds the measured mean and deviation of the latents (`shift
 
 import argparse
 import json
-import logging
 import time
 from pathlib import Path
 
@@ -21,9 +20,7 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration
 from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel, VQModel
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -45,6 +42,7 @@ from uiface_diffusers.training_utils import (
     find_checkpoint,
     is_out_of_time,
     load_checkpoint,
+    make_accelerator,
     make_lr_scheduler,
     parse_recipe,
     save_checkpoint,
@@ -229,16 +227,7 @@ def picture_grid(pixels: torch.Tensor, reconstructions: torch.Tensor, columns: i
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    log_with = None if args.report_to == "none" else args.report_to
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        log_with=log_with,
-        project_config=ProjectConfiguration(
-            project_dir=str(args.output_dir), logging_dir=str(args.output_dir / "logs")
-        ),
-    )
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    accelerator = make_accelerator(args)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 
@@ -272,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     model, optimizer = accelerator.prepare(trained, optimizer)
     # not given to `prepare`: that would step the schedule once a process
     accelerator.register_for_checkpointing(lr_scheduler)
-    if log_with is not None:
+    if args.report_to != "none":
         settings = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
         accelerator.init_trackers("train_autoencoder", config=settings)
     # what the data's order depends on, besides the step

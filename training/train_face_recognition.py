@@ -18,18 +18,15 @@ head stays in the checkpoints.
 import argparse
 import inspect
 import json
-import logging
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from huggingface_hub.errors import HTTPError
 from torch import nn
@@ -56,6 +53,7 @@ from uiface_diffusers.training_utils import (
     find_checkpoint,
     is_out_of_time,
     load_checkpoint,
+    make_accelerator,
     make_lr_scheduler,
     parse_recipe,
     save_checkpoint,
@@ -308,19 +306,7 @@ def main(argv: list[str] | None = None) -> None:
     config = IResNetConfig(**args.recognizer)
     if args.benchmarks is not None and config.image_size != ALIGNED_SIZE:
         raise ValueError(f"benchmarks have faces of {ALIGNED_SIZE} pixels, the recogniser takes {config.image_size}.")
-    log_with = None if args.report_to == "none" else args.report_to
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=log_with,
-        # the other processes wait while the first one checks the faces and evaluates
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
-        project_config=ProjectConfiguration(
-            project_dir=str(args.output_dir), logging_dir=str(args.output_dir / "logs")
-        ),
-    )
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    accelerator = make_accelerator(args, gradient_accumulation_steps=args.gradient_accumulation_steps)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 
@@ -347,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
     model, optimizer = accelerator.prepare(classifier, optimizer)
     # not given to `prepare`: that would step the schedule once a process
     accelerator.register_for_checkpointing(lr_scheduler)
-    if log_with is not None:
+    if args.report_to != "none":
         settings = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
         accelerator.init_trackers("train_face_recognition", config=settings)
 

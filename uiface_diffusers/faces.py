@@ -85,6 +85,24 @@ def align_face(photograph: np.ndarray, landmarks: np.ndarray, size: int = ALIGNE
     return cv2.warpAffine(photograph, matrix, (size, size), flags=cv2.INTER_LINEAR, borderValue=0)
 
 
+def resize_aligned(face: np.ndarray, size: int = ALIGNED_SIZE) -> np.ndarray:
+    """An aligned face at another size, bilinear.
+
+    Args:
+        face (`np.ndarray` of shape `(height, width, 3)`): RGB bytes.
+        size (`int`, defaults to 112): height and width of the result.
+
+    Raises:
+        UnusableFaceError: it is not square, so not aligned.
+    """
+    height, width = face.shape[:2]
+    if height != width:
+        raise UnusableFaceError(f"not aligned: {width}x{height} is not square")
+    if height == size:
+        return face
+    return np.asarray(PIL.Image.fromarray(face).resize((size, size), PIL.Image.Resampling.BILINEAR))
+
+
 class FaceEncoder:
     """Detects, aligns and embeds faces with an insightface model pack.
 

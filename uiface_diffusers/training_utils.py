@@ -7,11 +7,13 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
@@ -166,6 +168,23 @@ def describe_recipe(script: str, args: argparse.Namespace, paths: Sequence[str])
     recipe = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str | list | dict)}
     lines = [f"    {name}: {value}" for name, value in recipe.items() if name not in paths]
     return "\n".join([f"`{script}` with", "", *lines])
+
+
+def make_accelerator(args: argparse.Namespace, **options) -> Accelerator:
+    """The accelerator of a script with the options of machine and checkpoints; makes its folder, and begins to log."""
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        # the other processes wait while the first one encodes, checks or evaluates
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+        project_config=ProjectConfiguration(
+            project_dir=str(args.output_dir), logging_dir=str(args.output_dir / "logs")
+        ),
+        **options,
+    )
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return accelerator
 
 
 def is_out_of_time(accelerator: Accelerator, hours: float, max_hours: float | None) -> bool:

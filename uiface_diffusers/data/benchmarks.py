@@ -17,7 +17,7 @@ import numpy as np
 import PIL.Image
 from tqdm import tqdm
 
-from ..faces import ALIGNED_SIZE, FaceEncoder, UnusableFaceError, align_face, load_photograph
+from ..faces import FaceEncoder, UnusableFaceError, align_face, load_photograph, resize_aligned
 from ..files import complete_file
 from .image_folder import encode_image
 from .sources import IMAGE_SUFFIXES
@@ -51,18 +51,9 @@ class Benchmark:
             ValueError: it cannot be read, or is not square.
         """
         try:
-            return _resize_aligned(load_photograph(io.BytesIO(self.images[position])))
+            return resize_aligned(load_photograph(io.BytesIO(self.images[position])))
         except (OSError, ValueError) as error:
             raise ValueError(f"image {position} of benchmark `{self.name}` is no aligned face: {error}") from error
-
-
-def _resize_aligned(photograph: np.ndarray) -> np.ndarray:
-    if photograph.shape[0] != photograph.shape[1]:
-        raise UnusableFaceError(f"not aligned: {photograph.shape[1]}x{photograph.shape[0]} is not square")
-    if photograph.shape[0] == ALIGNED_SIZE:
-        return photograph
-    size = (ALIGNED_SIZE, ALIGNED_SIZE)
-    return np.asarray(PIL.Image.fromarray(photograph).resize(size, PIL.Image.Resampling.BILINEAR))
 
 
 class _NumpyType:
@@ -241,7 +232,7 @@ def _centre_square(photograph: np.ndarray) -> np.ndarray:
     height, width = photograph.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    return _resize_aligned(photograph[top : top + side, left : left + side])
+    return resize_aligned(photograph[top : top + side, left : left + side])
 
 
 def make_benchmark(
@@ -275,7 +266,7 @@ def make_benchmark(
         try:
             photograph = load_photograph(file)
             if encoder is None:
-                face = _resize_aligned(photograph)
+                face = resize_aligned(photograph)
             else:
                 face, found = _central_face(photograph, encoder)
                 several += found > 1

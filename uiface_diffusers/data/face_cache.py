@@ -20,7 +20,15 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from ..faces import ALIGNED_SIZE, SELECTIONS, FaceEncoder, UnusableFaceError, align_face, load_photograph
+from ..faces import (
+    ALIGNED_SIZE,
+    SELECTIONS,
+    FaceEncoder,
+    UnusableFaceError,
+    align_face,
+    load_photograph,
+    resize_aligned,
+)
 from ..files import check_settings, complete_file, write_json
 from ..identities import IdentityBank
 from .sources import Photograph, PhotographSource, open_source
@@ -60,18 +68,10 @@ def _prepare_photograph(
         at_112 = align_face(photograph, found.landmarks)
         image = align_face(photograph, found.landmarks, image_size)
         return SimpleNamespace(image=image, for_encoder=at_112, detection_score=found.score, faces_found=len(faces))
-    if photograph.shape[0] != photograph.shape[1]:
-        raise UnusableFaceError(f"not aligned: {photograph.shape[1]}x{photograph.shape[0]} is not square")
-    if photograph.shape[0] < ALIGNED_SIZE:
+    image, at_112 = resize_aligned(photograph, image_size), resize_aligned(photograph)
+    if len(photograph) < ALIGNED_SIZE:
         raise UnusableFaceError(f"smaller than {ALIGNED_SIZE}x{ALIGNED_SIZE}")
-    picture = PIL.Image.fromarray(photograph)
-
-    def resized(size: int) -> np.ndarray:
-        return np.asarray(picture.resize((size, size), PIL.Image.Resampling.BILINEAR))
-
-    return SimpleNamespace(
-        image=resized(image_size), for_encoder=resized(ALIGNED_SIZE), detection_score=1.0, faces_found=1
-    )
+    return SimpleNamespace(image=image, for_encoder=at_112, detection_score=1.0, faces_found=1)
 
 
 def prepare_faces(

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..data.face_cache import FaceCacheSource
 from ..data.sources import Photograph, PhotographSource, open_source
-from ..faces import ALIGNED_SIZE, UnusableFaceError
+from ..faces import UnusableFaceError, resize_aligned
 from ..files import complete_file, write_json
 
 
@@ -96,11 +96,7 @@ class FaceSet:
             OSError: it cannot be read.
             UnusableFaceError: it is not square, so not aligned.
         """
-        pixels = self.source.read(self.photographs[position])
-        if pixels.shape[0] != pixels.shape[1]:
-            raise UnusableFaceError(f"not aligned: {pixels.shape[1]}x{pixels.shape[0]} is not square")
-        size = (ALIGNED_SIZE, ALIGNED_SIZE)
-        return PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.BILINEAR)
+        return PIL.Image.fromarray(resize_aligned(self.source.read(self.photographs[position])))
 
     def pixels(self, positions: Sequence[int]) -> torch.Tensor:
         """Faces `(N, 3, 112, 112)` in [-1, 1]."""

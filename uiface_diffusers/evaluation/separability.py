@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .verification import equal_error_rate
+from .verification import equal_error_rate, true_accept_rate
 
 # rows of one gather: 65,536 pairs of 512 dimensions are 256 MiB
 PAIRS_AT_ONCE = 65_536
@@ -94,10 +94,7 @@ def false_non_match_rate(genuine: np.ndarray, impostor: np.ndarray, false_match_
     """
     if not len(genuine) or not len(impostor):
         raise ValueError(f"{len(genuine)} genuine and {len(impostor)} impostor pairs: an error rate needs both.")
-    # the threshold is just above the best impostor that has to be rejected; 1e-9: 0.07 * 100 is less than 7
-    rejected = int(false_match_rate * len(impostor) + 1e-9)
-    threshold = np.partition(impostor, len(impostor) - 1 - rejected)[len(impostor) - 1 - rejected]
-    return float((genuine <= threshold).mean())
+    return 1 - true_accept_rate(genuine, impostor, false_match_rate)[0]
 
 
 def measure_separability(genuine: np.ndarray, impostor: np.ndarray) -> Separability:
