@@ -7,6 +7,8 @@ from uiface_diffusers.two_stage import (
     block_attention_map,
     combine_rows,
     cross_temperature,
+    key_covariance,
+    logit_std,
     map_distance,
     plan_rows,
     update_flags,
@@ -120,7 +122,8 @@ def test_temperature_equals_the_renormalised_logits(strength):
     torch.manual_seed(0)
     query, empty_query = torch.randn(2, 2, 3, 64, 32).unbind()
     key, empty_key = torch.randn(2, 2, 3, 20, 32).unbind()
-    temperature = cross_temperature(query, key, empty_query, empty_key, strength)
+    std, empty_std = logit_std(query, key_covariance(key)), logit_std(empty_query, key_covariance(empty_key))
+    temperature = cross_temperature(std, empty_std, strength)
     ours = (temperature * query @ key.transpose(-2, -1)).softmax(-1)
     theirs = reference_cross_injection(
         query @ key.transpose(-2, -1), empty_query @ empty_key.transpose(-2, -1), strength
@@ -131,7 +134,8 @@ def test_temperature_equals_the_renormalised_logits(strength):
 def test_temperature_of_a_single_token_is_one():
     """Nothing varies over one token: the reference's 0 / 0 would be NaN."""
     query, key = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 1, 8)
-    assert torch.equal(cross_temperature(query, key, query, key, 0.5), torch.ones(1, 2, 5, 1))
+    std = logit_std(query, key_covariance(key))
+    assert torch.equal(cross_temperature(std, std, 0.5), torch.ones(1, 2, 5, 1))
 
 
 @pytest.mark.parametrize(
@@ -140,13 +144,22 @@ def test_temperature_of_a_single_token_is_one():
         # nobody has reached stage two: one row a sample
         ([0, 0, 0], {"record": True}, [0, 1, 2], [], None, [0, 1, 2]),
         # a flagged sample with self-injection has two rows
-        ([0, 1, 0], {"self_injection": True, "record": True}, [0, 1, 2], [1], [1], [0, 2]),
+        ([0, 1, 0], {"self_injection": True, "record": True}, [0, 1, 2], [1], [0, 1, 2, 1], [0, 2]),
         # without injection and guidance it needs its identity row only
         ([0, 1, 1], {}, [0], [1, 2], None, None),
         ([0, 1, 1], {"record": True}, [0], [1, 2], None, [0]),
         # guidance alone needs both
-        ([1, 1, 0], {"guided": True}, [0, 1, 2], [0, 1], [0, 1], None),
-        ([1, 1, 1], {"guided": True, "cross_injection": True, "record": True}, [0, 1, 2], [0, 1, 2], [0, 1, 2], None),
+        ([1, 1, 0], {"guided": True}, [0, 1, 2], [0, 1], [0, 1, 2, 0, 1], None),
+        (
+            [1, 1, 1],
+            {"guided": True, "cross_injection": True, "record": True},
+            [0, 1, 2],
+            [0, 1, 2],
+            [0, 1, 2] * 2,
+            None,
+        ),
+        # only the identity rows where the empty ones are reused
+        ([1, 1, 1], {"guided": True, "reuse_empty": True}, [], [0, 1, 2], [0, 1, 2], None),
     ],
 )
 def test_row_plan(stage_two, options, empty, identity, source, recorded):
@@ -155,6 +168,7 @@ def test_row_plan(stage_two, options, empty, identity, source, recorded):
     assert (None if plan.source is None else plan.source.tolist()) == source
     assert (None if plan.recorded is None else plan.recorded.tolist()) == recorded
     assert plan.samples.tolist() == empty + identity
+    assert plan.contexts.tolist() == [0] * len(empty) + [1 + sample for sample in identity]
 
 
 def test_rows_are_combined_to_every_samples_prediction():

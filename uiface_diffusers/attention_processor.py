@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
-from .two_stage import ATTENTION_MAP_SIZE, RowPlan, block_attention_map, cross_temperature
+from .two_stage import (
+    ATTENTION_MAP_SIZE,
+    RowPlan,
+    block_attention_map,
+    cross_temperature,
+    key_covariance,
+    logit_std,
+)
 
 
 class AttentionMapRecorder:
@@ -52,7 +59,7 @@ class UIFaceAttnProcessor(AttnProcessor2_0):
     """Shared course of the two processors: norms, projections, fused scaled-dot-product attention, output.
 
     Works for self-attention and cross-attention as `AttnProcessor2_0` does; what the plan changes is in
-    `_query_key`.
+    `_query_key_value`.
     """
 
     def __call__(
@@ -73,18 +80,11 @@ class UIFaceAttnProcessor(AttnProcessor2_0):
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        if encoder_hidden_states is None:
-            context = hidden_states
-        elif attn.norm_cross:
-            context = attn.norm_encoder_hidden_states(encoder_hidden_states)
-        else:
-            context = encoder_hidden_states
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = self._query_key_value(attn, hidden_states, context, row_plan, injection_strength, recorder)
         if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(hidden_states))
+            attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[2], len(hidden_states))
             attention_mask = attention_mask.view(len(hidden_states), attn.heads, -1, attention_mask.shape[-1])
-
-        query, key = self._query_key(attn, hidden_states, context, row_plan, injection_strength, recorder)
-        value = self._heads(attn, attn.to_v(context))
         hidden_states = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=attn.scale)
         hidden_states = hidden_states.transpose(1, 2).flatten(2)
         hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
@@ -94,19 +94,21 @@ class UIFaceAttnProcessor(AttnProcessor2_0):
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
 
-    @staticmethod
-    def _heads(attn: Attention, projected: torch.Tensor) -> torch.Tensor:
-        return projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
-    def _project(self, attn: Attention, hidden_states: torch.Tensor, context: torch.Tensor):
-        """Queries `(rows, heads, positions, dim)` and keys `(rows, heads, tokens, dim)`."""
-        query = self._heads(attn, attn.to_q(hidden_states))
-        key = self._heads(attn, attn.to_k(context))
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
-        return query, key
+def _heads(attn: Attention, projected: torch.Tensor) -> torch.Tensor:
+    return projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+
+def _query(attn: Attention, hidden_states: torch.Tensor) -> torch.Tensor:
+    """`(rows, positions, channels)` -> `(rows, heads, positions, dim)`."""
+    query = _heads(attn, attn.to_q(hidden_states))
+    return query if attn.norm_q is None else attn.norm_q(query)
+
+
+def _key(attn: Attention, context: torch.Tensor) -> torch.Tensor:
+    """`(rows, tokens, channels)` -> `(rows, heads, tokens, dim)`."""
+    key = _heads(attn, attn.to_k(context))
+    return key if attn.norm_k is None else attn.norm_k(key)
 
 
 class SelfInjectionAttnProcessor(UIFaceAttnProcessor):
@@ -115,34 +117,64 @@ class SelfInjectionAttnProcessor(UIFaceAttnProcessor):
     Their own queries and keys are not computed, no attention map is materialised.
     """
 
-    def _query_key(self, attn, hidden_states, context, row_plan, injection_strength, recorder):
+    def __init__(self):
+        super().__init__()
+        self.kept = None
+
+    def _query_key_value(self, attn, hidden_states, context, row_plan, injection_strength, recorder):
+        value = _heads(attn, attn.to_v(context))
         if not row_plan.self_injection:
-            return self._project(attn, hidden_states, context)
+            return _query(attn, hidden_states), _key(attn, context), value
         num_empty = len(row_plan.empty)
-        query, key = self._project(attn, hidden_states[:num_empty], context[:num_empty])
-        return torch.cat([query, query[row_plan.source]]), torch.cat([key, key[row_plan.source]])
+        if row_plan.reuses_empty:
+            query, key = self.kept
+        else:
+            query, key = _query(attn, hidden_states[:num_empty]), _key(attn, context[:num_empty])
+            self.kept = (query, key) if row_plan.keeps_empty else None
+        return query[row_plan.source], key[row_plan.source], value
 
 
 class CrossInjectionAttnProcessor(UIFaceAttnProcessor):
     """Cross-attention that records the rows which seek their boundary, and renormalises the identity rows' logits
-    towards those of their empty rows, as the temperature that this is (`two_stage.cross_temperature`)."""
+    towards those of their empty rows, as the temperature that this is (`two_stage.cross_temperature`).
 
-    def _query_key(self, attn, hidden_states, context, row_plan, injection_strength, recorder):
-        query, key = self._project(attn, hidden_states, context)
+    Args:
+        contexts (`tuple`, *optional*): keys, values and key covariances of all contexts of a call, made by
+            `encode_contexts`. The rows then take theirs by `RowPlan.contexts`, and the states that the UNet is given
+            are ignored. By default, the UNet is given the context of every row.
+    """
+
+    def __init__(self, contexts: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None):
+        super().__init__()
+        self.contexts = contexts
+        self.kept = None
+
+    @staticmethod
+    def encode_contexts(attn: Attention, contexts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys and values `(contexts, heads, tokens, dim)`, key covariances `(contexts, heads, dim, dim)`."""
+        if attn.norm_cross:
+            contexts = attn.norm_encoder_hidden_states(contexts)
+        key, value = _key(attn, contexts), _heads(attn, attn.to_v(contexts))
+        with torch.autocast(key.device.type, enabled=False):
+            return key, value, key_covariance(key)
+
+    def _query_key_value(self, attn, hidden_states, context, row_plan, injection_strength, recorder):
+        query = _query(attn, hidden_states)
+        if self.contexts is None:
+            key, value, covariance = self.encode_contexts(attn, context)
+        else:
+            key, value, covariance = (each[row_plan.contexts] for each in self.contexts)
         if recorder is not None and row_plan.recorded is not None:
             recorder.record(query[row_plan.recorded], key[row_plan.recorded], attn.scale)
         if row_plan.cross_injection:
-            num_empty = len(row_plan.empty)
             with torch.autocast(query.device.type, enabled=False):
-                temperature = cross_temperature(
-                    query[num_empty:],
-                    key[num_empty:],
-                    query[row_plan.source],
-                    key[row_plan.source],
-                    injection_strength,
-                )
-            query = torch.cat([query[:num_empty], query[num_empty:] * temperature.to(query.dtype)])
-        return query, key
+                std = logit_std(query, covariance)
+                empty_std = self.kept if row_plan.reuses_empty else std[: len(row_plan.empty)]
+                # 1 in the empty rows, which are their own source
+                temperature = cross_temperature(std, empty_std[row_plan.source], injection_strength)
+            self.kept = empty_std if row_plan.keeps_empty or row_plan.reuses_empty else None
+            query = query * temperature.to(query.dtype)
+        return query, key, value
 
 
 def cross_attention_names(unet: torch.nn.Module) -> list[str]:
@@ -152,8 +184,13 @@ def cross_attention_names(unet: torch.nn.Module) -> list[str]:
     ]
 
 
-def two_stage_processors(unet: AttentionMixin) -> dict[str, UIFaceAttnProcessor]:
+def two_stage_processors(unet: AttentionMixin, contexts: torch.Tensor | None = None) -> dict[str, UIFaceAttnProcessor]:
     """The processors of a UNet for two-stage sampling, to be given to `unet.set_attn_processor`.
+
+    Args:
+        unet: the UNet.
+        contexts (`torch.Tensor` of shape `(1 + B, tokens, dim)`, *optional*): the empty context, then every sample's
+            own. Their keys, values and covariances are then computed here, once for all steps.
 
     Raises:
         ValueError: an attention module has projections of its own for the context (`added_kv_proj_dim`) or a spatial
@@ -161,11 +198,19 @@ def two_stage_processors(unet: AttentionMixin) -> dict[str, UIFaceAttnProcessor]
     """
     processors = {}
     # names inside a compiled module, as `set_attn_processor` sees them
-    for name, module in getattr(unet, "_orig_mod", unet).named_modules():
+    unet = getattr(unet, "_orig_mod", unet)
+    for name, module in unet.named_modules():
         if not isinstance(module, Attention):
             continue
         if module.added_kv_proj_dim is not None or module.spatial_norm is not None:
             raise ValueError(f"attention `{name}` has added key/value projections or a spatial norm: not supported.")
-        kind = CrossInjectionAttnProcessor if module.is_cross_attention else SelfInjectionAttnProcessor
-        processors[f"{name}.processor"] = kind()
+        if not module.is_cross_attention:
+            processor = SelfInjectionAttnProcessor()
+        elif contexts is None:
+            processor = CrossInjectionAttnProcessor()
+        else:
+            block = unet.get_submodule(name.rpartition(".")[0])
+            tokens = block.context_tokens(contexts) if hasattr(block, "context_tokens") else contexts
+            processor = CrossInjectionAttnProcessor(CrossInjectionAttnProcessor.encode_contexts(module, tokens))
+        processors[f"{name}.processor"] = processor
     return processors

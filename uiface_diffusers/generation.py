@@ -184,7 +184,7 @@ def generate_dataset(
         "min_similarity": min_similarity,
         "encoder": None if encoder is None else encoder.name,
         "max_attempts": max_attempts if min_similarity is not None else 1,
-        "sampling": _sampling_defaults(pipeline) | sampling,
+        "sampling": _sampling(pipeline, sampling),
     }
     run = _Run(pipeline, identities, output, settings, encoder, batch_size)
     with _locked(output, part):
@@ -209,6 +209,13 @@ def _sampling_defaults(pipeline: UIFacePipeline) -> dict[str, Any]:
     """The arguments of the pipeline's call that a data set leaves open, with their defaults."""
     parameters = inspect.signature(pipeline.__call__).parameters
     return {name: parameter.default for name, parameter in parameters.items() if name not in OWN_ARGUMENTS}
+
+
+def _sampling(pipeline: UIFacePipeline, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the pipeline's call will take, with the values of its configuration."""
+    sampling = _sampling_defaults(pipeline) | given
+    defaults = pipeline.default_sampling(sampling["num_inference_steps"])
+    return sampling | {name: value for name, value in defaults.items() if sampling[name] is None}
 
 
 def _check_arguments(pipeline: UIFacePipeline, identities: IdentityBank, arguments: Mapping[str, Any]) -> None:

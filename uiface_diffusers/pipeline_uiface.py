@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers import AutoModel, DiffusionPipeline, DPMSolverSinglestepScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput, replace_example_docstring
@@ -26,7 +27,7 @@ from .latents import FirstStage, decode_latents
 from .models.empty_context import EmptyContext
 from .models.identity_projector import IdentityProjector
 from .models.unet_uiface import UIFaceUNet2DModel
-from .two_stage import attention_map, combine_rows, map_distance, plan_rows, update_flags
+from .two_stage import attention_map, combine_rows, guidance_difference, map_distance, plan_rows, update_flags
 
 INJECTIONS = (None, "self", "cross", "both")
 
@@ -127,6 +128,8 @@ class UIFacePipeline(DiffusionPipeline):
         scheduler ([`SchedulerMixin`]): any diffusers scheduler with an epsilon or v prediction.
         identity_projector ([`IdentityProjector`]): identity embedding -> identity context.
         empty_context ([`EmptyContext`]): the learned context of nobody.
+        guidance_scale, boundary_threshold, latest_boundary, injection_strength (*optional*): what the call takes where
+            it is not told otherwise, as it suits this model; the defaults are the paper's. Saved with the pipeline.
     """
 
     model_cpu_offload_seq = "identity_projector->empty_context->unet->vae"
@@ -139,6 +142,10 @@ class UIFacePipeline(DiffusionPipeline):
         scheduler: KarrasDiffusionSchedulers,
         identity_projector: IdentityProjector,
         empty_context: EmptyContext,
+        guidance_scale: float = 2.0,
+        boundary_threshold: float = 0.006,
+        latest_boundary: int = 500,
+        injection_strength: float = 0.5,
     ):
         super().__init__()
         self._check_components(vae, unet, identity_projector, empty_context)
@@ -148,6 +155,12 @@ class UIFacePipeline(DiffusionPipeline):
             scheduler=scheduler,
             identity_projector=identity_projector,
             empty_context=empty_context,
+        )
+        self.register_to_config(
+            guidance_scale=guidance_scale,
+            boundary_threshold=boundary_threshold,
+            latest_boundary=latest_boundary,
+            injection_strength=injection_strength,
         )
         self.image_processor = VaeImageProcessor()
 
@@ -294,6 +307,8 @@ class UIFacePipeline(DiffusionPipeline):
         latest_boundary,
         injection,
         injection_strength,
+        guidance_interval,
+        reuse_empty_branch,
         generator,
         latents,
         output_type,
@@ -302,6 +317,7 @@ class UIFacePipeline(DiffusionPipeline):
         for name, value in {
             "num_images_per_prompt": num_images_per_prompt,
             "num_inference_steps": num_inference_steps,
+            "reuse_empty_branch": reuse_empty_branch,
         }.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` has to be a positive integer but is {value!r}.")
@@ -312,10 +328,12 @@ class UIFacePipeline(DiffusionPipeline):
             )
         if injection not in INJECTIONS:
             raise ValueError(f"`injection` has to be one of {INJECTIONS} but is {injection!r}.")
-        if not 0 <= injection_strength <= 1:
+        if injection_strength is not None and not 0 <= injection_strength <= 1:
             raise ValueError(f"`injection_strength` has to be in [0, 1] but is {injection_strength!r}.")
-        if latest_boundary < 0:
+        if latest_boundary is not None and latest_boundary < 0:
             raise ValueError(f"`latest_boundary` has to be a timestep from 0 but is {latest_boundary!r}.")
+        if guidance_interval is not None and not (len(guidance_interval) == 2 and guidance_interval[0] >= 0):
+            raise ValueError(f"`guidance_interval` has to be two timesteps from 0 but is {guidance_interval!r}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'`output_type` has to be "pil", "np", "pt" or "latent" but is {output_type!r}.')
         prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
@@ -394,6 +412,14 @@ class UIFacePipeline(DiffusionPipeline):
             raise ValueError(f"`identity_embeds` is zero in row(s) {zero}: a zero vector has no direction.")
         return embeds / norm
 
+    def default_sampling(self, num_inference_steps: int = 50) -> dict[str, float | int]:
+        """What the call takes where it is not told otherwise: `guidance_scale`, `boundary_threshold` (in proportion
+        to the width of a step), `latest_boundary`, `injection_strength`."""
+        names = ("guidance_scale", "boundary_threshold", "latest_boundary", "injection_strength")
+        defaults = {name: self.config[name] for name in names}
+        defaults["boundary_threshold"] *= 50 / num_inference_steps
+        return defaults
+
     def encode_identity(
         self,
         identity_embeds: torch.Tensor,
@@ -442,13 +468,15 @@ class UIFacePipeline(DiffusionPipeline):
         identity_embeds: torch.Tensor | np.ndarray | list | IdentityBank | None = None,
         num_images_per_prompt: int = 1,
         num_inference_steps: int = 50,
-        guidance_scale: float = 2.0,
+        guidance_scale: float | None = None,
         boundary: str | int | None = "adaptive",
-        boundary_threshold: float = 0.006,
-        latest_boundary: int = 500,
+        boundary_threshold: float | None = None,
+        latest_boundary: int | None = None,
         guide_from_boundary: bool = False,
         injection: str | None = "both",
-        injection_strength: float = 0.5,
+        injection_strength: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        reuse_empty_branch: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -464,23 +492,31 @@ class UIFacePipeline(DiffusionPipeline):
                 normalised. `None` follows the empty context to the end: faces of nobody in particular.
             num_images_per_prompt (`int`, defaults to 1): samples an identity; those of one identity are neighbours.
             num_inference_steps (`int`, defaults to 50): steps of the scheduler.
-            guidance_scale (`float`, defaults to 2.0): diffusers' scale, the paper's w plus 1:
-                e_empty + guidance_scale * (e_identity - e_empty). 1 is no guidance.
+            guidance_scale (`float`, *optional*, the paper's is 2.0): diffusers' scale, the paper's w plus 1:
+                e_empty + guidance_scale * (e_identity - e_empty). 1 is no guidance. This, `boundary_threshold`,
+                `latest_boundary` and `injection_strength` are those of `pipe.config` if not given.
             boundary (`str`, `int` or `None`, defaults to `"adaptive"`): `"adaptive"` finds each sample's boundary in
                 its cross-attention (paper, sec. 3.3); a timestep is the same boundary for all, the first timestep
                 predicted from the identity; `None` is the single stage that the paper compares with: the identity with
                 guidance from the first step on, nothing injected.
-            boundary_threshold (`float`, defaults to 0.006): the adaptive boundary is reached when the attention maps
-                of two steps differ by less, as a mean absolute difference of maps in [0, 1].
-            latest_boundary (`int`, defaults to 500): below this timestep every sample follows its identity, whether
-                the adaptive boundary was reached or not. Of a fixed boundary it only says from where the guidance
-                and the cross-attention injection act.
+            boundary_threshold (`float`, *optional*, the paper's is 0.006): the adaptive boundary is reached when the
+                attention maps of two steps differ by less, as a mean absolute difference of maps in [0, 1]. The one
+                of `pipe.config` is meant for 50 steps, and taken in proportion to the width of a step.
+            latest_boundary (`int`, *optional*, the paper's is 500): below this timestep every sample follows its
+                identity, whether the adaptive boundary was reached or not. Of a fixed boundary it only says from where
+                the guidance and the cross-attention injection act.
             guide_from_boundary (`bool`, defaults to `False`): `False` is the reference code: guidance and
                 cross-attention injection only below `latest_boundary`, between a sample's boundary and that the bare
                 identity with self-attention injection. `True` is the paper's reading: both from the sample's boundary.
             injection (`str`, *optional*, defaults to `"both"`): attention injected from the empty branch: `"self"`,
                 `"cross"`, `"both"` or `None` (paper, sec. 3.4).
-            injection_strength (`float`, defaults to 0.5): of the cross-attention injection, in [0, 1].
+            injection_strength (`float`, *optional*, the paper's is 0.5): of the cross-attention injection, in [0, 1].
+            guidance_interval (`tuple[float, float]`, *optional*): an approximation that saves rows: only at timesteps
+                from the first to the second is stage two guided and injected into; outside, it is the bare identity
+                branch (after Kynkaanniemi et al. 2024, arXiv 2404.07724).
+            reuse_empty_branch (`int`, defaults to 1): an approximation that saves rows: below `latest_boundary` the
+                empty branch runs in every so many steps only. What it gave to guidance (e_identity - e_empty) and
+                injection is kept for the steps between. 1 is exact.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): one, or one a sample. With one a
                 sample, a sample does not depend on the others in its batch.
             latents (`torch.Tensor` of shape `(B, channels, height, width)`, *optional*): the start noise, drawn from
@@ -511,12 +547,18 @@ class UIFacePipeline(DiffusionPipeline):
             latest_boundary,
             injection,
             injection_strength,
+            guidance_interval,
+            reuse_empty_branch,
             generator,
             latents,
             output_type,
             callback_on_step_end_tensor_inputs,
         )
-        processors = two_stage_processors(self.unet)
+        defaults = self.default_sampling(num_inference_steps)
+        guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+        boundary_threshold = defaults["boundary_threshold"] if boundary_threshold is None else boundary_threshold
+        latest_boundary = defaults["latest_boundary"] if latest_boundary is None else latest_boundary
+        injection_strength = defaults["injection_strength"] if injection_strength is None else injection_strength
         self._guidance_scale = guidance_scale
         self._interrupt = False
         device, dtype = self._execution_device, self.unet.dtype
@@ -527,9 +569,12 @@ class UIFacePipeline(DiffusionPipeline):
         if identity_embeds is not None:
             identity_context = self.encode_identity(identity_embeds, num_images_per_prompt, device, dtype)
             contexts = torch.cat([contexts, identity_context])
+        # what is offloaded encodes them in every step instead, where its weights are at hand
+        is_offloaded = self.unet.device != device or _is_group_offload_enabled(self.unet)
+        processors = two_stage_processors(self.unet, None if is_offloaded else contexts)
 
-        # 3. timesteps, start noise
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        # 3. timesteps, start noise; the timesteps stay on the CPU, where schedulers look them up
+        self.scheduler.set_timesteps(num_inference_steps)
         timesteps = self.scheduler.timesteps
         schedule = [float(t) for t in timesteps]
         self._num_timesteps = len(timesteps)
@@ -544,7 +589,8 @@ class UIFacePipeline(DiffusionPipeline):
         flags = torch.zeros(batch_size, dtype=torch.bool)
         stage_two = torch.zeros(batch_size, dtype=torch.bool)
         boundary_timesteps = torch.full((batch_size,), -1)
-        previous_map = None
+        previous_map = distance = difference = None
+        steps_without_empty = None
         unet_processors = self.unet.attn_processors
         try:
             self.unet.set_attn_processor(processors)
@@ -554,32 +600,43 @@ class UIFacePipeline(DiffusionPipeline):
                         continue
 
                     starts_step = self._starts_step()
+                    if distance is not None:
+                        # the one wait for the device, with the last step's work queued behind it
+                        flags = update_flags(flags, distance.cpu(), boundary_threshold)
+                        distance = None
                     previous_stage_two = stage_two
                     if starts_step and identity_embeds is not None:
                         stage_two = self._stage_two(schedule[i], boundary, latest_boundary, flags)
                         boundary_timesteps[stage_two & ~previous_stage_two] = int(schedule[i])
                     if starts_step:
                         below_cap = boundary is None or guide_from_boundary or schedule[i] < latest_boundary
-                    guided = below_cap and self.guidance_scale != 1
+                    in_interval = guidance_interval is None or (
+                        guidance_interval[0] <= schedule[i] <= guidance_interval[1]
+                    )
+                    guided = below_cap and in_interval and self.guidance_scale != 1
                     # the flags that a map can still set take effect in the next step, if that is not below the cap
                     seeks = identity_embeds is not None and boundary == "adaptive" and starts_step
                     seeks = seeks and any(latest_boundary <= later < schedule[i] for later in schedule[i + 1 :])
+                    can_reuse = reuse_empty_branch > 1 and below_cap and in_interval and bool(stage_two.all())
+                    reuse = can_reuse and steps_without_empty is not None
+                    reuse = reuse and steps_without_empty < reuse_empty_branch - 1
+                    steps_without_empty = steps_without_empty + 1 if reuse else 0 if can_reuse else None
 
                     plan = plan_rows(
                         stage_two,
                         guided=guided,
-                        self_injection=injected in ("self", "both"),
-                        cross_injection=injected in ("cross", "both") and below_cap,
+                        self_injection=injected in ("self", "both") and in_interval,
+                        cross_injection=injected in ("cross", "both") and below_cap and in_interval,
                         record=seeks,
+                        keep_empty=can_reuse,
+                        reuse_empty=reuse,
                     ).to(device)
                     recorder = AttentionMapRecorder(*latents.shape[-2:]) if plan.recorded is not None else None
-                    # row 0 of the contexts is the empty one
-                    context_rows = torch.cat([torch.zeros_like(plan.empty), plan.identity + 1])
                     model_input = self.scheduler.scale_model_input(latents, t)
                     rows = self.unet(
                         model_input[plan.samples],
                         t,
-                        encoder_hidden_states=contexts[context_rows],
+                        encoder_hidden_states=contexts[plan.contexts] if is_offloaded else contexts,
                         cross_attention_kwargs={
                             "row_plan": plan,
                             "injection_strength": injection_strength,
@@ -587,7 +644,9 @@ class UIFacePipeline(DiffusionPipeline):
                         },
                         return_dict=False,
                     )[0]
-                    noise_pred = combine_rows(rows, plan, self.guidance_scale if guided else None)
+                    noise_pred = combine_rows(rows, plan, self.guidance_scale if guided else None, difference)
+                    if can_reuse and guided and not reuse:
+                        difference = guidance_difference(rows, plan)
 
                     if recorder is not None:
                         # the seeking samples' rows only; a sample's first map has no predecessor
@@ -596,7 +655,6 @@ class UIFacePipeline(DiffusionPipeline):
                         current[seeking] = attention_map(recorder.block_maps)
                         if previous_map is not None:
                             distance = map_distance(current, previous_map)
-                            flags = update_flags(flags, distance.cpu(), boundary_threshold)
                         previous_map = current
 
                     switched = (stage_two & ~previous_stage_two).nonzero().flatten()

@@ -70,20 +70,27 @@ class RowPlan:
         num_samples (`int`): B, the samples of the batch.
         empty (`torch.LongTensor` of shape `(E,)`): the sample of every empty row, ascending.
         identity (`torch.LongTensor` of shape `(I,)`): the sample of every identity row, ascending.
-        source (`torch.LongTensor` of shape `(I,)`, *optional*): for every identity row the row among the empty ones
-            that belongs to the same sample. `None` when neither guidance nor injection needs it.
+        contexts (`torch.LongTensor` of shape `(E + I,)`): the context of every row: 0 is the empty one, 1 + b that of
+            sample b.
+        source (`torch.LongTensor` of shape `(E + I,)`, *optional*): for every row the row among the empty ones that
+            belongs to the same sample. `None` when neither guidance nor injection needs it.
         recorded (`torch.LongTensor` of shape `(R,)`, *optional*): the empty rows whose cross-attention the boundary
             needs, or `None` for none.
         self_injection, cross_injection (`bool`): what the identity rows take from their source rows.
+        keeps_empty (`bool`): the processors keep what the identity rows take, for steps that reuse it.
+        reuses_empty (`bool`): there are no empty rows; the sources are those of the last step that kept them.
     """
 
     num_samples: int
     empty: torch.Tensor
     identity: torch.Tensor
+    contexts: torch.Tensor
     source: torch.Tensor | None = None
     recorded: torch.Tensor | None = None
     self_injection: bool = False
     cross_injection: bool = False
+    keeps_empty: bool = False
+    reuses_empty: bool = False
 
     @property
     def samples(self) -> torch.Tensor:
@@ -91,7 +98,7 @@ class RowPlan:
         return torch.cat([self.empty, self.identity])
 
     def to(self, device: torch.device | str) -> "RowPlan":
-        indices = {name: getattr(self, name) for name in ("empty", "identity", "source", "recorded")}
+        indices = {name: getattr(self, name) for name in ("empty", "identity", "contexts", "source", "recorded")}
         return replace(self, **{name: index.to(device) for name, index in indices.items() if index is not None})
 
 
@@ -101,9 +108,11 @@ def plan_rows(
     self_injection: bool = False,
     cross_injection: bool = False,
     record: bool = False,
+    keep_empty: bool = False,
+    reuse_empty: bool = False,
 ) -> RowPlan:
     """Which rows a step needs: one for a sample in stage one, two for a sample in stage two (one if nothing is taken
-    from its empty branch).
+    from its empty branch, or what is taken is reused).
 
     Args:
         stage_two (`torch.BoolTensor` of shape `(B,)`, on the CPU): the samples that follow their identity in this
@@ -111,26 +120,40 @@ def plan_rows(
         guided (`bool`): whether those are guided away from the empty context's prediction.
         self_injection, cross_injection (`bool`): what is injected into the identity branch.
         record (`bool`): whether the samples still in stage one seek their boundary.
+        keep_empty (`bool`): whether what is taken is kept for later steps.
+        reuse_empty (`bool`): whether it is what an earlier step kept. All samples are in stage two, then and now.
     """
     taken = guided or self_injection or cross_injection
-    needs_empty = ~stage_two | taken
+    reuse_empty = reuse_empty and taken
+    needs_empty = ~stage_two | (taken and not reuse_empty)
     empty = needs_empty.nonzero().flatten()
     identity = stage_two.nonzero().flatten()
-    # a sample's position among the empty rows
-    source = (needs_empty.cumsum(0) - 1)[identity] if taken and len(identity) else None
+    # every sample's position among the empty rows, here or in the step that kept them
+    position = torch.arange(len(stage_two)) if reuse_empty else needs_empty.cumsum(0) - 1
     recorded = (~stage_two[empty]).nonzero().flatten()
     return RowPlan(
         num_samples=len(stage_two),
         empty=empty,
         identity=identity,
-        source=source,
+        contexts=torch.cat([torch.zeros_like(empty), identity + 1]),
+        source=position[torch.cat([empty, identity])] if taken and len(identity) else None,
         recorded=recorded if record and len(recorded) else None,
         self_injection=self_injection and len(identity) > 0,
         cross_injection=cross_injection and len(identity) > 0,
+        keeps_empty=keep_empty,
+        reuses_empty=reuse_empty,
     )
 
 
-def combine_rows(rows: torch.Tensor, plan: RowPlan, guidance_scale: float | None) -> torch.Tensor:
+def guidance_difference(rows: torch.Tensor, plan: RowPlan) -> torch.Tensor:
+    """What guidance amplifies, e_identity - e_empty of every sample in stage two: `(E + I, ...)` -> `(I, ...)`."""
+    num_empty = len(plan.empty)
+    return rows[num_empty:] - rows[plan.source[num_empty:]]
+
+
+def combine_rows(
+    rows: torch.Tensor, plan: RowPlan, guidance_scale: float | None, kept_difference: torch.Tensor | None = None
+) -> torch.Tensor:
     """The prediction of every sample from the UNet's rows.
 
     Args:
@@ -138,6 +161,8 @@ def combine_rows(rows: torch.Tensor, plan: RowPlan, guidance_scale: float | None
         plan (`RowPlan`): the step's plan.
         guidance_scale (`float`, *optional*): the paper's w plus 1: e_empty + guidance_scale (e_identity - e_empty).
             `None`: the identity's prediction as it is.
+        kept_difference (`torch.Tensor` of shape `(I, C, H, W)`, *optional*): e_identity - e_empty of an earlier step,
+            where the plan reuses the empty branch: e_identity + (guidance_scale - 1) times that.
 
     Returns:
         `torch.Tensor` of shape `(B, C, H, W)`: the empty prediction in stage one, the (guided) identity's in stage
@@ -145,32 +170,40 @@ def combine_rows(rows: torch.Tensor, plan: RowPlan, guidance_scale: float | None
     """
     num_empty = len(plan.empty)
     empty_rows, identity_rows = rows[:num_empty], rows[num_empty:]
-    if guidance_scale is not None and len(identity_rows):
-        source_rows = empty_rows[plan.source]
-        identity_rows = source_rows + guidance_scale * (identity_rows - source_rows)
+    if guidance_scale is not None and plan.reuses_empty:
+        identity_rows = identity_rows + (guidance_scale - 1) * kept_difference
+    elif guidance_scale is not None and len(identity_rows):
+        identity_rows = rows[plan.source[num_empty:]] + guidance_scale * guidance_difference(rows, plan)
     prediction = rows.new_empty((plan.num_samples, *rows.shape[1:]))
     prediction[plan.empty] = empty_rows
     prediction[plan.identity] = identity_rows
     return prediction
 
 
-def _logit_std(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Standard deviation over the tokens of every query's logits, up to a factor that all queries share:
-    sqrt(q^T Cov(K) q). `(..., positions, dim)`, `(..., tokens, dim)` -> `(..., positions, 1)`, float32."""
-    query, key = query.float(), key.float()
+def key_covariance(key: torch.Tensor) -> torch.Tensor:
+    """Covariance of the keys over the tokens: `(..., tokens, dim)` -> `(..., dim, dim)`, float32."""
+    key = key.float()
     key = key - key.mean(dim=-2, keepdim=True)
-    covariance = key.transpose(-2, -1) @ key / key.shape[-2]
+    return key.transpose(-2, -1) @ key / key.shape[-2]
+
+
+def logit_std(query: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
+    """Standard deviation over the tokens of every query's logits, up to a factor that all queries share:
+    sqrt(q^T Cov(K) q).
+
+    Args:
+        query (`torch.Tensor` of shape `(..., positions, dim)`).
+        covariance (`torch.Tensor` of shape `(..., dim, dim)`): `key_covariance` of the keys.
+
+    Returns:
+        `torch.Tensor` of shape `(..., positions, 1)`, float32.
+    """
+    query = query.float()
     variance = ((query @ covariance) * query).sum(dim=-1, keepdim=True)
     return variance.clamp_min(0).sqrt()
 
 
-def cross_temperature(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    empty_query: torch.Tensor,
-    empty_key: torch.Tensor,
-    strength: float,
-) -> torch.Tensor:
+def cross_temperature(identity_std: torch.Tensor, empty_std: torch.Tensor, strength: float) -> torch.Tensor:
     """The cross-attention injection as a temperature of each query.
 
     The reference renormalises a query's logits l over the tokens towards the empty branch's l_e:
@@ -178,14 +211,12 @@ def cross_temperature(
     l' is as good as tau l with tau = a std(l_e) / std(l) + 1 - a.
 
     Args:
-        query, empty_query (`torch.Tensor` of shape `(rows, heads, positions, dim)`): of the two branches.
-        key, empty_key (`torch.Tensor` of shape `(rows, heads, tokens, dim)`): of the two branches.
+        identity_std, empty_std (`torch.Tensor` of shape `(rows, heads, positions, 1)`): `logit_std` of the two
+            branches.
         strength (`float`): a, in [0, 1].
 
     Returns:
         `torch.Tensor` of shape `(rows, heads, positions, 1)`, float32. 1 where the logits of the identity branch do
         not vary, as with a single token: there no temperature changes the softmax.
     """
-    identity_std = _logit_std(query, key)
-    ratio = _logit_std(empty_query, empty_key) / identity_std
-    return torch.where(identity_std > 0, strength * ratio + (1 - strength), 1.0)
+    return torch.where(identity_std > 0, strength * empty_std / identity_std + (1 - strength), 1.0)

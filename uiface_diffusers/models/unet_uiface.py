@@ -45,13 +45,19 @@ class UIFaceAttentionBlock(nn.Module):
     def _norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
+    def context_tokens(self, context: torch.Tensor) -> torch.Tensor:
+        """`(batch, tokens, dim)` -> `(batch, tokens * num_context_tokens, dim)`; the reference lays channels out
+        first."""
+        tokens = self.context_proj(context).unflatten(-1, (-1, self.num_context_tokens))
+        return tokens.transpose(2, 3).flatten(1, 2)
+
     def forward(
         self, hidden_states: torch.Tensor, context: torch.Tensor, cross_attention_kwargs: dict[str, Any]
     ) -> torch.Tensor:
         residual = hidden_states
-        # (batch, tokens, dim) -> (batch, tokens * num_context_tokens, dim); the reference lays channels out first
-        context = self.context_proj(context).unflatten(-1, (-1, self.num_context_tokens))
-        context = context.transpose(2, 3).flatten(1, 2)
+        # a processor for two-stage sampling may hold the keys and values of the call's contexts
+        if getattr(self.attn2.processor, "contexts", None) is None:
+            context = self.context_tokens(context)
 
         hidden_states = self.proj_in(hidden_states)
         shape = hidden_states.shape

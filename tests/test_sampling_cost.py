@@ -1,0 +1,219 @@
+"""What a call computes and what it does not, and the approximations that save rows."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import BETAS
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from test_pipeline import MaterialisingProcessor
+from torch._dynamo.testing import CompileCounter
+
+from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline
+from uiface_diffusers.attention_processor import cross_attention_names
+
+EMBEDS = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+LATENTS = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def sample(pipe, latents=LATENTS, **options):
+    call = {
+        "num_inference_steps": 10,
+        "boundary_threshold": 0.06,
+        "latest_boundary": 300,
+        "output_type": "latent",
+        **options,
+    }
+    return pipe(EMBEDS[: len(latents)], latents=latents, **call)
+
+
+def max_difference(a, b):
+    return (a - b).abs().max().item()
+
+
+def count_calls(module, calls: list) -> None:
+    module.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+
+
+def stock_pipeline(tiny_pipeline) -> UIFacePipeline:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        attention_head_dim=4,
+        cross_attention_dim=tiny_pipeline.unet.config.cross_attention_dim,
+        norm_num_groups=8,
+    )
+    dim = unet.config.cross_attention_dim
+    contexts = {"identity_projector": IdentityProjector(16, dim, 5).eval(), "empty_context": EmptyContext(dim, 5)}
+    pipe = UIFacePipeline(**tiny_pipeline.components | {"unet": unet.eval(), **contexts})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+# --- exact -----------------------------------------------------------------------------------------------------------
+
+
+def test_contexts_are_encoded_once_a_call(tiny_pipeline):
+    tokens, keys = [], []
+    for name in cross_attention_names(tiny_pipeline.unet):
+        attn = tiny_pipeline.unet.get_submodule(name)
+        count_calls(attn.to_k, keys)
+        count_calls(tiny_pipeline.unet.get_submodule(name.rpartition(".")[0]).context_proj, tokens)
+    sample(tiny_pipeline)
+    # the empty context and three identities, in every block once
+    assert tokens == keys == [4] * len(cross_attention_names(tiny_pipeline.unet))
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_contexts_encoded_once_equal_those_of_every_step(tiny_pipeline, stock):
+    """A group-offloaded UNet has no weights at hand before its call, and encodes them in every step."""
+    pipe = stock_pipeline(tiny_pipeline) if stock else tiny_pipeline
+    once = sample(pipe)
+    assert len(once.boundary_timesteps.unique()) > 1
+    keys = []
+    count_calls(pipe.unet.get_submodule(cross_attention_names(pipe.unet)[0]).to_k, keys)
+    pipe.unet.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    every_step = sample(pipe)
+    assert len(keys) == 10
+    assert torch.equal(once.boundary_timesteps, every_step.boundary_timesteps)
+    assert max_difference(once.images, every_step.images) <= 1e-5 * once.images.abs().max()
+
+
+def test_injected_rows_compute_no_queries_and_keys_of_their_own(tiny_pipeline):
+    queries, values = [], []
+    attn = next(m for m in tiny_pipeline.unet.modules() if isinstance(m, Attention) and not m.is_cross_attention)
+    count_calls(attn.to_q, queries)
+    count_calls(attn.to_v, values)
+    sample(tiny_pipeline, boundary=500)
+    assert queries == [3] * 10
+    assert values == [3] * 4 + [6] * 6
+
+
+@pytest.mark.parametrize("scheduler_class", [DDIMScheduler, DPMSolverMultistepScheduler])
+def test_no_step_waits_for_the_device(tiny_pipeline, scheduler_class, monkeypatch):
+    """The meta device holds no values: whatever reads one back, as `.item()` or `if tensor` do, raises."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())  # torch has none for this device
+    pipe = UIFacePipeline(**tiny_pipeline.components | {"scheduler": scheduler_class(**BETAS)})
+    pipe.unet.to("meta")
+    pipe.identity_projector.to("meta")
+    pipe.empty_context.to("meta")
+    pipe.vae.to("meta")
+    out = sample(pipe, boundary=500, reuse_empty_branch=2)
+    assert out.images.device.type == "meta" and out.images.shape == LATENTS.shape
+    with pytest.raises(NotImplementedError, match="meta"):
+        sample(pipe, boundary="adaptive")  # the boundary's flags are the one thing to wait for
+
+
+def test_compiled_graphs_are_few(tiny_pipeline):
+    """20 batches whose samples find their boundaries at different steps, so that the rows vary from 6 to 12."""
+    rows, counter = [], CompileCounter()
+    hook = tiny_pipeline.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    noises = [torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(batch)) for batch in range(20)]
+    expected = [sample(tiny_pipeline, noise).images for noise in noises]
+    hook.remove()
+    torch._dynamo.reset()
+    tiny_pipeline.unet = torch.compile(tiny_pipeline.unet, backend=counter, dynamic=True)
+    for noise, images in zip(noises, expected, strict=True):
+        assert max_difference(sample(tiny_pipeline, noise).images, images) <= 1e-5 * images.abs().max()
+    assert len(set(rows)) > 5
+    # a graph for each regime of a step, whatever the number of its rows
+    assert counter.frame_count <= len(set(rows))
+
+
+# --- approximate -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def reference_reuse(pipe, steps, processors):
+    """`steps`: (timestep, course) with the course "empty", "bare" (identity alone), "both" or "reuse"."""
+    identity, empty = pipe.encode_identity(pipe.prepare_identity_embeds(EMBEDS[:3])), pipe.empty_context(3).context
+    pipe.scheduler.set_timesteps(10)
+    latents = LATENTS
+    for t, course in steps:
+
+        def predict(mode, context, course=course, latents=latents, t=t):
+            for processor in processors.values():
+                processor.mode, processor.injection = mode, None if course == "bare" else "both"
+            return pipe.unet(latents, t, context).sample
+
+        if course in ("empty", "both"):
+            of_empty = predict("empty", empty)
+        if course != "empty":
+            of_identity = predict("identity", identity)
+        if course == "both":
+            difference = of_identity - of_empty
+        guided = course in ("both", "reuse")
+        prediction = of_empty if course == "empty" else of_identity + (difference if guided else 0)
+        latents = pipe.scheduler.step(prediction, t, latents).prev_sample
+    return latents
+
+
+STAGE_ONE = [(t, "empty") for t in (900, 800, 700, 600)]
+
+
+@pytest.mark.parametrize(
+    ("options", "stage_two", "rows"),
+    [
+        ({}, ["both"] * 6, 12 + 36),
+        ({"reuse_empty_branch": 2}, ["both", "reuse"] * 3, 12 + 9 * 3),
+        ({"reuse_empty_branch": 4}, ["both", "reuse", "reuse", "reuse", "both", "reuse"], 12 + 2 * 6 + 4 * 3),
+        ({"guidance_interval": (100, 400)}, ["bare", "both", "both", "both", "both", "bare"], 12 + 4 * 6 + 2 * 3),
+        (
+            {"guidance_interval": (200, 1000), "reuse_empty_branch": 3},
+            ["both", "reuse", "reuse", "both", "bare", "bare"],
+            12 + 2 * 6 + 4 * 3,
+        ),
+    ],
+)
+def test_reuse_and_interval_equal_materialised_maps(tiny_pipeline, options, stage_two, rows):
+    pipe = stock_pipeline(tiny_pipeline)
+    counted = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: counted.append(len(args[0])))
+    ours = sample(pipe, boundary=500, latest_boundary=600, **options).images
+    hook.remove()
+    assert sum(counted) == rows
+    processors = {name: MaterialisingProcessor() for name in pipe.unet.attn_processors}
+    pipe.unet.set_attn_processor(dict(processors))
+    steps = STAGE_ONE + list(zip((500, 400, 300, 200, 100, 0), stage_two, strict=True))
+    expected = reference_reuse(pipe, steps, processors)
+    assert max_difference(ours, expected) <= 1e-5 * expected.abs().max()
+
+
+def test_reuse_waits_for_the_last_sample(tiny_pipeline):
+    """Samples that find their boundaries at different steps: what is reused is never that of fewer samples."""
+    rows, flags = [], []
+    tiny_pipeline.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+
+    def keep(pipe, step, t, tensors):
+        flags.append(int(tensors["stage_two"].sum()))
+        return {}
+
+    options = {"callback_on_step_end": keep, "callback_on_step_end_tensor_inputs": ["stage_two"]}
+    sample(tiny_pipeline, guide_from_boundary=True, reuse_empty_branch=2, **options)
+    assert 0 < sum(0 < number < 3 for number in flags)
+    alone = flags.index(3)
+    assert rows == [3 + number for number in flags[:alone]] + ([6, 3] * 10)[: len(flags) - alone]
+
+
+# --- the model's own defaults ----------------------------------------------------------------------------------------
+
+
+def test_sampling_defaults_are_saved_with_the_pipeline(tiny_pipeline, tmp_path):
+    own = {"guidance_scale": 1.5, "boundary_threshold": 0.012, "latest_boundary": 300, "injection_strength": 0.25}
+    UIFacePipeline(**tiny_pipeline.components, **own).save_pretrained(tmp_path)
+    pipe = UIFacePipeline.from_pretrained(tmp_path)
+    # 10 steps are five times as wide as the 50 that the threshold is meant for
+    assert pipe.default_sampling(10) == own | {"boundary_threshold": 0.06}
+    assert pipe.default_sampling() == own
+    call = {"num_inference_steps": 10, "output_type": "latent", "latents": LATENTS}
+    told = tiny_pipeline(EMBEDS[:3], **call, **own | {"boundary_threshold": 0.06})
+    assert torch.equal(pipe(EMBEDS[:3], **call).images, told.images)
+    assert pipe.guidance_scale == 1.5
