@@ -1,0 +1,60 @@
+import json
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY, tiny_components, write_toy_pack
+
+from uiface_diffusers import UIFacePipeline
+from uiface_diffusers.data import prepare_faces
+from uiface_diffusers.faces import FaceEncoder
+
+sys.path.insert(0, str(REPOSITORY / "training" / "studies"))
+import sampling_settings  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory, toy_photographs, backbone):
+    root = tmp_path_factory.mktemp("settings")
+    for name in ("toy", "judge"):
+        write_toy_pack(root / "packs", name)
+    UIFacePipeline(**tiny_components()).save_pretrained(root / "model")
+    prepare_faces(
+        toy_photographs, root / "cache", FaceEncoder("toy", str(root / "packs"), det_size=160), image_size=112
+    )
+    argv = ["--pipeline", str(root / "model"), "--people", str(root / "cache"), "--encoder_root", str(root / "packs")]
+    argv += ["--judge", "judge", "--lpips_backbone", str(backbone), "--num_people", "2", "--images_per_person", "3"]
+    return [*argv, "--batch_size", "4", "--output", str(root / "out")]
+
+
+def test_settings_are_measured_once_beside_the_first(options, tmp_path, capsys):
+    file = tmp_path / "settings.yaml"
+    first = "exact: {num_inference_steps: 4, boundary: 500}\nagain: {num_inference_steps: 4, boundary: 500}\n"
+    file.write_text(first)
+    sampling_settings.main([str(file), *options])
+    output = sampling_settings.parse_args([str(file), *options]).output
+    measured = json.loads((output / "settings.json").read_text())
+    exact = measured["exact"]["figures"]
+    # two of four steps at or below the boundary, with two rows each
+    assert exact["rows"] == 6
+    same = {name: value for name, value in exact.items() if name != "seconds"}
+    assert same == {name: value for name, value in measured["again"]["figures"].items() if name != "seconds"}
+
+    torch.manual_seed(0)
+    file.write_text(first + "dpm: {num_inference_steps: 3, scheduler: DPMSolverMultistepScheduler, boundary: null}\n")
+    sampling_settings.main([str(file), *options])
+    later = json.loads((output / "settings.json").read_text())
+    assert later["exact"] == measured["exact"]  # with its seconds: not measured again
+    assert later["dpm"]["figures"]["rows"] == 6
+    table = capsys.readouterr().out.splitlines()[-4:]
+    assert [line.split()[0] for line in table] == ["setting", "exact", "again", "dpm"]
+    assert "(+0.0 %)" in table[1]
+
+
+def test_a_folder_of_another_study_is_refused(options, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("exact: {num_inference_steps: 2}\n")
+    with pytest.raises(ValueError, match="num_people"):
+        sampling_settings.main([str(file), *options, "--num_people", "1"])
+    with pytest.raises(ValueError, match="has 2 identities, 90 are asked for|identities, 90 are asked for"):
+        sampling_settings.main([str(file), *options, "--num_people", "90", "--output", str(tmp_path / "other")])

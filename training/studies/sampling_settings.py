@@ -1,0 +1,161 @@
+#!/usr/bin/env python
+"""Quality of a pipeline under several settings of its call: the same people, the same noise.
+
+    python training/studies/sampling_settings.py training/studies/speed.yaml --people cache/devtrain \
+        --encoder_root insightface --judge judge --lpips_backbone alexnet_features.safetensors --output runs/speed
+
+The YAML file maps the name of a setting to arguments of the pipeline's call; `scheduler` names a diffusers scheduler,
+`scheduler_options` what it takes beside the pipeline's own configuration. The first setting is what the others are
+compared with. For each:
+
+- rows: UNet rows an image; seconds an image, with decoding;
+- judge: cosine of the faces to the photograph of the person that they were conditioned on, by a recogniser that the
+  training has not seen; others: to the photographs of the others;
+- LPIPS: between the images of one person (diversity);
+- precision, recall: against as many real faces (Kynkaanniemi et al. 2019), features of the LPIPS backbone.
+
+A setting whose figures are in the output folder is not computed again. Prints a table, writes `settings.json`.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import PIL.Image
+import torch
+import yaml
+from tqdm import tqdm
+
+from uiface_diffusers import IdentityBank, UIFacePipeline, default_checkpoint
+from uiface_diffusers.data import FaceCache
+from uiface_diffusers.evaluation import identity_consistency, improved_precision_recall, load_lpips
+from uiface_diffusers.evaluation.diversity import identity_pairs, mean_lpips
+from uiface_diffusers.evaluation.features import LpipsFeatures
+from uiface_diffusers.faces import FaceEncoder, resize_aligned
+from uiface_diffusers.files import check_settings, write_json
+from uiface_diffusers.seeds import image_generator
+
+FIGURES = ("rows", "seconds", "judge", "others", "LPIPS", "precision", "recall")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", type=Path, help="YAML file")
+    parser.add_argument("--pipeline", default=str(default_checkpoint()), help="folder or Hub repository")
+    parser.add_argument("--people", type=Path, required=True, help="cache of `uiface prepare`: identities, real faces")
+    parser.add_argument("--judge", required=True, help="model pack that the pipeline was not trained with")
+    parser.add_argument("--encoder_root", default="~/.insightface")
+    parser.add_argument("--lpips_backbone", help="AlexNet's convolutions; torchvision downloads them if not given")
+    parser.add_argument("--num_people", type=int, default=100)
+    parser.add_argument("--images_per_person", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True)
+    return parser.parse_args(argv)
+
+
+class People:
+    """People spread evenly over a cache: one photograph each as condition; and real faces to compare with."""
+
+    def __init__(self, args: argparse.Namespace):
+        cache = FaceCache(args.people)
+        bank = cache.embeddings()
+        first = {name: position for position, name in reversed(list(enumerate(bank.names)))}
+        names = sorted(first)
+        if len(names) < args.num_people:
+            raise ValueError(f"{args.people} has {len(names)} identities, {args.num_people} are asked for.")
+        names = [names[i * len(names) // args.num_people] for i in range(args.num_people)]
+        positions = [first[name] for name in names]
+        self.bank = IdentityBank(bank.embeddings[positions], bank.identity_encoder, names)
+        self.photographs = cache.images(positions)
+        number = args.num_people * args.images_per_person
+        drawn = np.random.default_rng(args.seed).permutation(len(bank))[:number]
+        self.real = to_pixels(cache.images(sorted(drawn.tolist())))
+
+
+def to_pixels(images: np.ndarray) -> torch.Tensor:
+    """`(N, size, size, 3)` uint8 -> `(N, 3, 112, 112)` in [-1, 1]."""
+    aligned = np.stack([resize_aligned(image) for image in images])
+    return torch.from_numpy(aligned).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def make_pipeline(args: argparse.Namespace, setting: dict) -> UIFacePipeline:
+    """The pipeline, with the setting's scheduler."""
+    pipe = UIFacePipeline.from_pretrained(args.pipeline).to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.set_progress_bar_config(disable=True)
+    name, options = setting.pop("scheduler", None), setting.pop("scheduler_options", {})
+    if name is not None:
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **options)
+    return pipe
+
+
+def sample(args: argparse.Namespace, people: People, setting: dict) -> tuple[np.ndarray, dict[str, float]]:
+    """uint8 images, those of a person together; rows and seconds an image."""
+    setting = dict(setting)
+    pipe, rows, images = make_pipeline(args, setting), [], []
+    pipe.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    numbers = [(i, n) for i in range(args.num_people) for n in range(args.images_per_person)]
+    started = time.perf_counter()
+    for start in tqdm(range(0, len(numbers), args.batch_size), unit="batch", leave=False):
+        batch = numbers[start : start + args.batch_size]
+        embeddings = IdentityBank(people.bank.embeddings[[i for i, _ in batch]], people.bank.identity_encoder)
+        generators = [image_generator(args.seed, people.bank.names[i], n) for i, n in batch]
+        images += pipe(embeddings, generator=generators, **setting).images
+    cost = {"rows": sum(rows) / len(numbers), "seconds": (time.perf_counter() - started) / len(numbers)}
+    return np.stack([np.asarray(image) for image in images]), cost
+
+
+def measure(args, people: People, images: np.ndarray, judge: FaceEncoder, perceptual) -> dict[str, float]:
+    shape = (args.num_people, args.images_per_person)
+    generated, photographs = (
+        judge.embed_pictures([PIL.Image.fromarray(image) for image in faces]) for faces in (images, people.photographs)
+    )
+    identity = identity_consistency(generated.unflatten(0, shape), photographs)
+    pixels = to_pixels(images)
+    pairs = identity_pairs("", args.images_per_person, None)
+    lpips = [mean_lpips(of_person, pairs, perceptual) for of_person in pixels.unflatten(0, shape)]
+    network = LpipsFeatures(perceptual)
+    features = [torch.cat([network(part) for part in images.split(64)]) for images in (people.real, pixels)]
+    precision, recall = improved_precision_recall(*features)
+    figures = {"judge": identity["own"], "others": identity["other"], "LPIPS": float(np.mean(lpips))}
+    return figures | {"precision": precision, "recall": recall}
+
+
+def print_table(table: dict[str, dict[str, float]]) -> None:
+    width = max(map(len, table))
+    first = next(iter(table.values()))
+    print(f"{'setting':{width}}" + "".join(f"{name:>18}" for name in FIGURES))
+    for setting, row in table.items():
+        cells = []
+        for name in FIGURES:
+            change = f" ({100 * (row[name] / first[name] - 1):+.1f} %)" if first[name] else ""
+            cells.append(f"{row[name]:.4f}{change}")
+        print(f"{setting:{width}}" + "".join(f"{cell:>18}" for cell in cells))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    settings = yaml.safe_load(args.settings.read_text())
+    args.output.mkdir(parents=True, exist_ok=True)
+    fixed = ("pipeline", "people", "judge", "num_people", "images_per_person", "seed")
+    check_settings(args.output / "study.json", {name: str(getattr(args, name)) for name in fixed})
+    file = args.output / "settings.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    people = judge = perceptual = None
+    for name, setting in settings.items():
+        if known.get(name, {}).get("setting") == setting:
+            continue
+        if people is None:
+            people, judge = People(args), FaceEncoder(args.judge, args.encoder_root)
+            perceptual = load_lpips("alex", args.lpips_backbone)
+        images, cost = sample(args, people, setting)
+        known[name] = {"setting": setting, "figures": cost | measure(args, people, images, judge, perceptual)}
+        write_json(file, known)
+    print_table({name: known[name]["figures"] for name in settings})
+
+
+if __name__ == "__main__":
+    main()
