@@ -35,8 +35,8 @@ def test_settings_are_measured_once_beside_the_first(options, tmp_path, capsys):
     output = sampling_settings.parse_args([str(file), *options]).output
     measured = json.loads((output / "settings.json").read_text())
     exact = measured["exact"]["figures"]
-    # two of four steps at or below the boundary, with two rows each
-    assert exact["rows"] == 6
+    # of the steps at 750, 500, 250, 0 three are at or below the boundary, with two rows each
+    assert exact["rows"] == 7
     same = {name: value for name, value in exact.items() if name != "seconds"}
     assert same == {name: value for name, value in measured["again"]["figures"].items() if name != "seconds"}
 
