@@ -10,15 +10,15 @@
     python benchmarks/sampling.py                               the embedded checkpoint
     python benchmarks/sampling.py --model published --batch-size 8 --num-inference-steps 10
     python benchmarks/sampling.py --dtype bfloat16              the pipeline and its floor in bfloat16
+    python benchmarks/sampling.py --scaling                     cost over batches of 1 to 64 and latents of 16, 32, 64
 
 `published` is the published size with random weights. The boundary threshold is 0 if none is given: every sample seeks
-its boundary until the cap. Prints a table, and JSON with the machine.
+its boundary until the cap. Prints a table, and JSON with the machine. The rate of a matrix product in each dtype says
+what a dtype can gain on it.
 """
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -30,6 +30,8 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, VQModel
 from diffusers.models.attention_processor import AttnProcessor2_0
+from machine import describe_machine, median_seconds
+from torch.utils.flop_counter import FlopCounterMode
 
 from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline, UIFaceUNet2DModel, default_checkpoint
 from uiface_diffusers.attention_processor import cross_attention_names
@@ -179,6 +181,30 @@ def build(args: argparse.Namespace) -> tuple[UIFacePipeline, UIFacePipeline, tor
     return plain, pipe, embeds, torch.randn(args.batch_size, channels, side, side, generator=generator)
 
 
+def scaling(pipe: UIFacePipeline, args: argparse.Namespace) -> list[dict]:
+    """Seconds and arithmetic of an image, over the batch and the latents: four steps, half of them in stage two."""
+    table = []
+    for side in (16, 32, 64):
+        for batch_size in (1, 2, 4, 8, 16, 32, 64):
+            generator = torch.Generator().manual_seed(args.seed)
+            embeds = torch.randn(batch_size, 512, generator=generator)
+            noise = torch.randn(batch_size, pipe.unet.config.in_channels, side, side, generator=generator)
+            noise = noise.to(pipe.unet.dtype)
+
+            def sample(embeds=embeds, noise=noise):
+                call = {"num_inference_steps": 4, "boundary_threshold": 0.0, "output_type": "latent"}
+                pipe(embeds, latents=noise, **call)
+
+            with FlopCounterMode(display=False) as counter:
+                sample()
+            seconds = median_seconds(sample, args.rounds) / batch_size
+            gflop = counter.get_total_flops() / 1e9 / batch_size
+            table.append({"latents": side, "batch": batch_size, "ms": 1e3 * seconds, "GFLOP": gflop})
+            table[-1]["GFLOP/s"] = gflop / seconds
+            print("".join(f"{name} {value:8.1f}   " for name, value in table[-1].items()))
+    return table
+
+
 def peak_memory(args: argparse.Namespace, which: str) -> float:
     """GiB that a process of its own (on Linux) took at most, beyond the loaded model."""
     command = [sys.executable, __file__, *sys.argv[1:], "--only", which]
@@ -196,11 +222,16 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="also the peak memory, of a process each")
+    parser.add_argument("--scaling", action="store_true", help="only the table over batches and latents")
     parser.add_argument("--only", choices=("plain", "exact"), help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     plain, pipe, embeds, noise = build(args)
     own_noise = noise.to(pipe.unet.dtype)
+    settings = {name: value for name, value in vars(args).items() if name != "only"}
+    if args.scaling:
+        print(json.dumps({"settings": settings, "machine": describe_machine(), "table": scaling(pipe, args)}))
+        return
     if args.only is not None:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         loaded = pages * resource.getpagesize() / 2**10
@@ -240,9 +271,8 @@ def main() -> None:
         result["memory, exact / plain"] = memory["exact"] / memory["plain"]
     for name, value in result.items():
         print(f"{name}: {value if isinstance(value, bool) else format(value, '.4g')}")
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    machine |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    settings = {name: value for name, value in vars(args).items() if name != "only"}
+    machine = describe_machine()
+    print(f"matrix product, GFLOP/s: {machine['matmul GFLOP/s']}")
     print(json.dumps({"settings": settings, "machine": machine, "seconds": seconds, "rows": rows, **result}))
 
 

@@ -166,12 +166,15 @@ def _add_generate(commands) -> None:
     generate.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     generate.add_argument("--device", help="default: what accelerate finds")
     generate.add_argument("--push-to-hub", metavar="REPO", help="upload the complete data set")
+    from .pipeline_uiface import MODEL_DEFAULTS
+
     group = generate.add_argument_group("sampling: arguments of the pipeline's call")
     for name, parameter in _sampling_parameters().items():
         option = f"--{name.replace('_', '-')}"
+        default = "the model's" if name in MODEL_DEFAULTS else parameter.default
         # absent if not given: None is a value
         group.add_argument(
-            option, type=_sampling_value, dest=name, default=argparse.SUPPRESS, help=f"default: {parameter.default}"
+            option, type=_sampling_value, dest=name, default=argparse.SUPPRESS, help=f"default: {default}"
         )
     generate.set_defaults(run=_generate)
 

@@ -30,6 +30,8 @@ from .models.unet_uiface import UIFaceUNet2DModel
 from .two_stage import attention_map, combine_rows, guidance_difference, map_distance, plan_rows, update_flags
 
 INJECTIONS = (None, "self", "cross", "both")
+# arguments of the call whose defaults are the model's own: entries of the pipeline's configuration
+MODEL_DEFAULTS = ("guidance_scale", "boundary_threshold", "latest_boundary", "injection_strength")
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -415,8 +417,7 @@ class UIFacePipeline(DiffusionPipeline):
     def default_sampling(self, num_inference_steps: int = 50) -> dict[str, float | int]:
         """What the call takes where it is not told otherwise: `guidance_scale`, `boundary_threshold` (in proportion
         to the width of a step), `latest_boundary`, `injection_strength`."""
-        names = ("guidance_scale", "boundary_threshold", "latest_boundary", "injection_strength")
-        defaults = {name: self.config[name] for name in names}
+        defaults = {name: self.config[name] for name in MODEL_DEFAULTS}
         defaults["boundary_threshold"] *= 50 / num_inference_steps
         return defaults
 
