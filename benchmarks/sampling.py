@@ -4,6 +4,7 @@
 - plain: the published code's course: two UNet passes over the whole batch in every step, the first under the empty
   context, which keeps the logits of every attention, the second under the identity, which takes them;
 - exact: `UIFacePipeline`;
+- approximate, with `--approximate JSON`: the pipeline with other arguments and, as `scheduler`, another scheduler;
 - floor: the UNet rows of the exact sampler's plan, each step's in one call of the bare UNet with diffusers' own
   processors, and decoding.
 
@@ -27,6 +28,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import DDIMScheduler, VQModel
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -132,11 +134,24 @@ def plain_sampler(pipe: UIFacePipeline, embeds, noise, args) -> tuple[torch.Tens
 
 def exact_sampler(pipe: UIFacePipeline, embeds, noise, args) -> tuple[torch.Tensor, torch.Tensor]:
     options = {"boundary_threshold": args.boundary_threshold, "latest_boundary": args.latest_boundary}
+    options |= {"guidance_scale": 2.0, "injection_strength": 0.5}
     steps = args.num_inference_steps
     out = pipe(embeds, num_inference_steps=steps, latents=noise, output_type="latent", **options)
     with torch.no_grad():
         decode_latents(pipe.vae, out.images)
     return out.images, out.boundary_timesteps
+
+
+def approximate_sampler(pipe: UIFacePipeline, embeds, noise, args) -> None:
+    """The pipeline's call with the arguments of `--approximate`."""
+    options = dict(args.approximate)
+    exact = pipe.scheduler
+    if "scheduler" in options:
+        pipe.scheduler = getattr(diffusers, options.pop("scheduler")).from_config(exact.config)
+    out = pipe(embeds, latents=noise, output_type="latent", latest_boundary=args.latest_boundary, **options)
+    pipe.scheduler = exact
+    with torch.no_grad():
+        decode_latents(pipe.vae, out.images)
 
 
 @torch.no_grad()
@@ -220,6 +235,7 @@ def main() -> None:
     parser.add_argument("--boundary-threshold", type=float, default=0.0)
     parser.add_argument("--latest-boundary", type=int, default=500)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--approximate", type=json.loads, help="arguments of the pipeline's call, and `scheduler`")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="also the peak memory, of a process each")
     parser.add_argument("--scaling", action="store_true", help="only the table over batches and latents")
@@ -247,6 +263,9 @@ def main() -> None:
         "exact": lambda: exact_sampler(pipe, embeds, own_noise, args),
         "floor": lambda: bare_rows(pipe, rows, own_noise),
     }
+    if args.approximate is not None:
+        candidates["approximate"] = lambda: approximate_sampler(pipe, embeds, own_noise, args)
+        approximate_rows, _ = record_rows(pipe, candidates["approximate"])
     seconds = {name: [] for name in candidates}
     for _ in range(args.rounds):
         for name, run in candidates.items():
@@ -255,7 +274,10 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - started)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     number = args.batch_size
-    for name, count in (("plain", sum(plain_rows)), ("exact", sum(rows)), ("floor", sum(rows))):
+    counts = {"plain": sum(plain_rows), "exact": sum(rows), "floor": sum(rows)}
+    if args.approximate is not None:
+        counts["approximate"] = sum(approximate_rows)
+    for name, count in counts.items():
         rate = number / medians[name]
         print(f"{name}: {medians[name]:8.2f} s, {rate:6.3f} images/s, {count / number:.1f} UNet rows an image")
     result = {
@@ -265,6 +287,8 @@ def main() -> None:
         "largest final latent": expected.abs().max().item(),
         "equal boundaries": torch.equal(boundaries, expected_boundaries),
     }
+    if args.approximate is not None:
+        result["plain / approximate"] = medians["plain"] / medians["approximate"]
     if args.memory:
         memory = {which: peak_memory(args, which) for which in ("plain", "exact")}
         result |= {f"GiB for sampling, {which}": value for which, value in memory.items()}

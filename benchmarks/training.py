@@ -6,8 +6,8 @@
 
 A step is `training/train.py`'s: forward, backward, clipping, fused AdamW, EMA, on cached latents. The first setting is
 what the others are compared with. `first stage` keeps the first stage of the identity loss in channels_last. The
-arithmetic of the step over the rate of a matrix product is a time that no float32 step can beat. Random latents and
-identities. Prints a table, and JSON with the machine.
+arithmetic of the step over the rate of a matrix product says how far float32 is from what the machine can do. Random
+latents and identities. Prints a table, and JSON with the machine.
 """
 
 import argparse
@@ -58,7 +58,8 @@ class Step:
         side, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
         generator = torch.Generator().manual_seed(args.seed)
         self.latents = torch.randn(args.batch_size, 2, channels, side, side, generator=generator)
-        self.embeds = F.normalize(torch.randn(args.batch_size, 512, generator=generator))
+        identity_dim = pipe.identity_projector.config.identity_dim
+        self.embeds = F.normalize(torch.randn(args.batch_size, identity_dim, generator=generator))
 
     def __call__(self) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.setting == "bf16"):

@@ -626,6 +626,7 @@ ZERO[0] = 0
         ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
         ({"reuse_empty_branch": 0}, "reuse_empty_branch"),
         ({"guidance_interval": (200,)}, "`guidance_interval` has to be two timesteps"),
+        ({"guidance_interval": (1000, 200)}, "the lower one first"),
         ({"latents": torch.zeros(2, 3, 8, 8)}, r"`latents` has shape \(2, 3, 8, 8\), expected is \(2, 4"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
     ],

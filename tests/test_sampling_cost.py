@@ -1,17 +1,19 @@
 """What a call computes and what it does not, and the approximations that save rows."""
 
+import json
 from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import BETAS
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from test_pipeline import MaterialisingProcessor
 from torch._dynamo.testing import CompileCounter
 
 from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline
 from uiface_diffusers.attention_processor import cross_attention_names
+from uiface_diffusers.pipeline_uiface import MODEL_DEFAULTS
 
 EMBEDS = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
 LATENTS = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -98,7 +100,7 @@ def test_injected_rows_compute_no_queries_and_keys_of_their_own(tiny_pipeline):
 
 
 @pytest.mark.parametrize("scheduler_class", [DDIMScheduler, DPMSolverMultistepScheduler])
-def test_no_step_waits_for_the_device(tiny_pipeline, scheduler_class, monkeypatch):
+def test_no_step_reads_from_the_device(tiny_pipeline, scheduler_class, monkeypatch):
     """The meta device holds no values: whatever reads one back, as `.item()` or `if tensor` do, raises."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())  # torch has none for this device
     pipe = UIFacePipeline(**tiny_pipeline.components | {"scheduler": scheduler_class(**BETAS)})
@@ -108,8 +110,45 @@ def test_no_step_waits_for_the_device(tiny_pipeline, scheduler_class, monkeypatc
     pipe.vae.to("meta")
     out = sample(pipe, boundary=500, reuse_empty_branch=2)
     assert out.images.device.type == "meta" and out.images.shape == LATENTS.shape
-    with pytest.raises(NotImplementedError, match="meta"):
-        sample(pipe, boundary="adaptive")  # the boundary's flags are the one thing to wait for
+
+
+def test_an_adaptive_boundary_reads_once_a_step(tiny_pipeline, monkeypatch):
+    reads, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: reads.append(tuple(tensor.shape)) or cpu(tensor))
+    sample(tiny_pipeline)
+    # seven steps from 900 to 300, the first of which has no map before it; below, nothing seeks
+    assert reads == [(3,)] * len(reads) and 0 < len(reads) <= 6
+
+
+def test_a_call_of_the_unet_from_a_callback_gets_its_own_context(tiny_pipeline):
+    context = torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(2))
+    expected = tiny_pipeline.unet(LATENTS, 500, context).sample
+    seen = []
+
+    def call(pipe, step, t, tensors):
+        seen.append(pipe.unet(LATENTS, 500, context).sample)
+        return {}
+
+    sample(tiny_pipeline, callback_on_step_end=call)
+    assert all(torch.allclose(prediction, expected, atol=1e-5) for prediction in seen)
+
+
+def test_a_unet_that_transforms_its_contexts_gets_those_of_every_row(tiny_pipeline):
+    """What happens to contexts before cross-attention is not known beforehand."""
+    pipe = stock_pipeline(tiny_pipeline)
+    expected = sample(pipe).images
+
+    class Transforming(type(pipe.unet)):
+        def forward(self, sample, timestep, encoder_hidden_states, **options):
+            assert len(encoder_hidden_states) == len(sample)
+            return super().forward(sample, timestep, encoder_hidden_states, **options)
+
+    pipe.unet.__class__ = Transforming
+    keys = []
+    count_calls(pipe.unet.get_submodule(cross_attention_names(pipe.unet)[0]).to_k, keys)
+    pipe.unet.register_to_config(encoder_hid_dim_type="text_proj")
+    assert max_difference(sample(pipe).images, expected) <= 1e-5 * expected.abs().max()
+    assert len(keys) == 10
 
 
 def test_compiled_graphs_are_few(tiny_pipeline):
@@ -187,20 +226,45 @@ def test_reuse_and_interval_equal_materialised_maps(tiny_pipeline, options, stag
     assert max_difference(ours, expected) <= 1e-5 * expected.abs().max()
 
 
-def test_reuse_waits_for_the_last_sample(tiny_pipeline):
-    """Samples that find their boundaries at different steps: what is reused is never that of fewer samples."""
-    rows, flags = [], []
+@pytest.mark.parametrize("options", [{"latest_boundary": 300}, {"guidance_interval": (100, 800)}])
+def test_a_sample_does_not_depend_on_its_batch_under_reuse(tiny_pipeline, options):
+    """Samples that find their boundaries at different steps: reuse begins where all of any batch are in stage two."""
+    call = {"guide_from_boundary": True, "reuse_empty_branch": 2, **options}
+    together = sample(tiny_pipeline, **call)
+    assert len(together.boundary_timesteps.unique()) > 1
+    for row in range(3):
+        alone = tiny_pipeline(
+            EMBEDS[row],
+            latents=LATENTS[row : row + 1],
+            **{"num_inference_steps": 10, "boundary_threshold": 0.06, "latest_boundary": 300, "output_type": "latent"},
+            **{name: value for name, value in call.items() if name != "latest_boundary"},
+        )
+        assert max_difference(alone.images[0], together.images[row]) <= 1e-5 * together.images[row].abs().max()
+
+
+@pytest.mark.parametrize("options", [{"guidance_interval": (0, 450)}, {"reuse_empty_branch": 2}])
+def test_inner_evaluations_keep_the_rows_of_their_step(tiny_pipeline, options):
+    rows = []
+    tiny_pipeline.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    tiny_pipeline.scheduler = HeunDiscreteScheduler(**BETAS)
+    sample(tiny_pipeline, boundary=900, latest_boundary=1000, **options)
+    assert len(set(rows)) == 2
+    # a step's start and its inner evaluation, but for the last step, which is of first order
+    assert all(start == inner for start, inner in zip(rows[0:-1:2], rows[1::2], strict=True))
+
+
+def test_guidance_that_begins_among_reused_steps(tiny_pipeline):
+    """A callback may change the scale: steps without guidance and injection have kept nothing to reuse."""
+    rows = []
     tiny_pipeline.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
 
-    def keep(pipe, step, t, tensors):
-        flags.append(int(tensors["stage_two"].sum()))
+    def guide(pipe, step, t, tensors):
+        pipe._guidance_scale = 2.0 if step >= 5 else 1.0
         return {}
 
-    options = {"callback_on_step_end": keep, "callback_on_step_end_tensor_inputs": ["stage_two"]}
-    sample(tiny_pipeline, guide_from_boundary=True, reuse_empty_branch=2, **options)
-    assert 0 < sum(0 < number < 3 for number in flags)
-    alone = flags.index(3)
-    assert rows == [3 + number for number in flags[:alone]] + ([6, 3] * 10)[: len(flags) - alone]
+    call = {"boundary": None, "guidance_scale": 1.0, "reuse_empty_branch": 2, "callback_on_step_end": guide}
+    assert sample(tiny_pipeline, **call).images.isfinite().all()
+    assert rows == [3] * 6 + [6, 3, 6, 3]
 
 
 # --- the model's own defaults ----------------------------------------------------------------------------------------
@@ -217,3 +281,20 @@ def test_sampling_defaults_are_saved_with_the_pipeline(tiny_pipeline, tmp_path):
     told = tiny_pipeline(EMBEDS[:3], **call, **own | {"boundary_threshold": 0.06})
     assert torch.equal(pipe(EMBEDS[:3], **call).images, told.images)
     assert pipe.guidance_scale == 1.5
+
+
+def test_a_pipeline_saved_without_defaults_has_the_papers(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    kept = {name: value for name, value in index.items() if name not in MODEL_DEFAULTS}
+    assert len(index) - len(kept) == 4
+    (tmp_path / "model_index.json").write_text(json.dumps(kept))
+    paper = {"guidance_scale": 2.0, "boundary_threshold": 0.006, "latest_boundary": 500, "injection_strength": 0.5}
+    assert UIFacePipeline.from_pretrained(tmp_path).default_sampling() == paper
+
+
+def test_defaults_that_cannot_be_are_refused(tiny_pipeline):
+    with pytest.raises(ValueError, match="injection_strength"):
+        UIFacePipeline(**tiny_pipeline.components, injection_strength=7)
+    with pytest.raises(ValueError, match="`num_inference_steps` has to be a positive integer but is 0"):
+        tiny_pipeline.default_sampling(0)

@@ -52,9 +52,18 @@ def test_settings_are_measured_once_beside_the_first(options, tmp_path, capsys):
 
 
 def test_a_folder_of_another_study_is_refused(options, tmp_path):
-    file = tmp_path / "settings.yaml"
+    file, output = tmp_path / "settings.yaml", ["--output", str(tmp_path / "out")]
     file.write_text("exact: {num_inference_steps: 2}\n")
+    sampling_settings.main([str(file), *options, *output])
     with pytest.raises(ValueError, match="num_people"):
-        sampling_settings.main([str(file), *options, "--num_people", "1"])
-    with pytest.raises(ValueError, match="has 2 identities, 90 are asked for|identities, 90 are asked for"):
-        sampling_settings.main([str(file), *options, "--num_people", "90", "--output", str(tmp_path / "other")])
+        sampling_settings.main([str(file), *options, *output, "--num_people", "1"])
+
+
+def test_too_few_people_or_faces_are_named(options, tmp_path):
+    file, output = tmp_path / "settings.yaml", ["--output", str(tmp_path / "out")]
+    file.write_text("exact:\n")
+    with pytest.raises(ValueError, match="identities, 90 are asked for"):
+        sampling_settings.main([str(file), *options, *output, "--num_people", "90"])
+    output = ["--output", str(tmp_path / "other")]
+    with pytest.raises(ValueError, match="faces: 400 are needed"):
+        sampling_settings.main([str(file), *options, *output, "--images_per_person", "200"])

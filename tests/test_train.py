@@ -402,11 +402,15 @@ def test_a_hundred_steps_twice_are_two_hundred(workspace):
 
 
 def test_starts_from_a_pipeline(uninterrupted, workspace):
-    """With a learning rate of zero nothing changes: neither components nor first stage."""
-    options = ("--init_from", str(uninterrupted), "--vae", "", "--unet", "{}", "--max_train_steps", "2")
+    """With a learning rate of zero nothing changes: neither components nor first stage nor the call's defaults."""
+    pipe = UIFacePipeline.from_pretrained(uninterrupted)
+    own = {"guidance_scale": 1.5, "boundary_threshold": 0.01, "latest_boundary": 300, "injection_strength": 0.25}
+    UIFacePipeline(**pipe.components, **own).save_pretrained(workspace / "start")
+    options = ("--init_from", str(workspace / "start"), "--vae", "", "--unet", "{}", "--max_train_steps", "2")
     result = train(workspace, "from", *options, "--learning_rate", "0")
     assert result.returncode == 0, result.stderr
     assert_equal_parameters(workspace / "from", uninterrupted, "[!c]*")
+    assert UIFacePipeline.from_pretrained(workspace / "from").default_sampling() == own
     result = train(workspace, "from_other", *options, "--prediction_type", "v_prediction")
     assert result.returncode != 0 and "'prediction_type': 'epsilon'" in result.stderr
 

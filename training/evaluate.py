@@ -57,7 +57,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num_identities", type=int, default=100, help="of the training, unseen, and of the bank")
     parser.add_argument("--images_per_identity", type=int, default=4)
     parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--guidance_scale", type=float, default=2.0)
+    parser.add_argument("--guidance_scale", type=float, help="default: the model's")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
@@ -148,7 +148,7 @@ def main() -> None:
     pipe = UIFacePipeline.from_pretrained(args.pipeline).to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     settings = {key: value for key, value in vars(args).items() if isinstance(value, int | float)}
-    result = {"settings": settings}
+    result = {"settings": pipe.default_sampling(args.num_inference_steps) | settings}
 
     chosen = {"training": train.first_faces(args.num_identities), "unseen": unseen.first_faces(args.num_identities)}
     photographs = {"training": train.pictures(chosen["training"]), "unseen": unseen.pictures(chosen["unseen"])}

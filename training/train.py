@@ -36,6 +36,7 @@ from uiface_diffusers.convert_original import NOISE_SCHEDULE, SAMPLER
 from uiface_diffusers.data import FaceCache, cache_latents, load_latents
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.latents import decode_latents
+from uiface_diffusers.pipeline_uiface import MODEL_DEFAULTS
 from uiface_diffusers.seeds import mix_seed
 from uiface_diffusers.training_utils import (
     SWITCH,
@@ -280,8 +281,9 @@ def load_training_data(args, accelerator: Accelerator, vae) -> tuple[LatentFaces
 
 def build_denoiser(
     args, latents: torch.Tensor, identity_dim: int, identity_encoder: str
-) -> tuple[ConditionalDenoiser, SchedulerMixin]:
-    """The three trained components and the sampler: new ones, or those of `--init_from`.
+) -> tuple[ConditionalDenoiser, SchedulerMixin, dict[str, float]]:
+    """The three trained components, the sampler, and the defaults of its call that are not the paper's: new ones, or
+    those of `--init_from`.
 
     Raises:
         ValueError: the pipeline to start from is of another encoder, objective or number of latent channels.
@@ -297,7 +299,7 @@ def build_denoiser(
             identity_dim, context_dim, dropout=args.context_dropout, identity_encoder=identity_encoder
         )
         scheduler = DDIMScheduler(**NOISE_SCHEDULE, **SAMPLER, prediction_type=args.prediction_type)
-        return ConditionalDenoiser(unet, projector, EmptyContext(context_dim)), scheduler
+        return ConditionalDenoiser(unet, projector, EmptyContext(context_dim)), scheduler, {}
     pipeline = UIFacePipeline.from_pretrained(args.init_from)
     projector = pipeline.identity_projector
     wanted = {"identity_encoder": identity_encoder, "identity_dim": identity_dim}
@@ -312,7 +314,9 @@ def build_denoiser(
         raise ValueError(f"{args.init_from} has {given}, this training {wanted}: they do not fit together.")
     projector.context_dropout.p = args.context_dropout
     pipeline.unet.register_to_config(sample_size=height if height == width else (height, width))
-    return ConditionalDenoiser(pipeline.unet, projector, pipeline.empty_context), pipeline.scheduler
+    sampling_defaults = {name: pipeline.config[name] for name in MODEL_DEFAULTS}
+    denoiser = ConditionalDenoiser(pipeline.unet, projector, pipeline.empty_context)
+    return denoiser, pipeline.scheduler, sampling_defaults
 
 
 def push_to_hub(pipeline: UIFacePipeline, args: argparse.Namespace, message: str) -> None:
@@ -366,7 +370,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. models
     torch.manual_seed(args.seed)
-    denoiser, sampler_scheduler = build_denoiser(args, dataset.latents, dataset.embeddings.shape[1], identity_encoder)
+    denoiser, sampler_scheduler, sampling_defaults = build_denoiser(
+        args, dataset.latents, dataset.embeddings.shape[1], identity_encoder
+    )
     if args.gradient_checkpointing:
         denoiser.unet.enable_gradient_checkpointing()
     if args.channels_last:
@@ -419,9 +425,8 @@ def main(argv: list[str] | None = None) -> None:
     validation_identities = dataset.embeddings[sorted(first_of_identity.values())[:2]]
 
     def ema_pipeline() -> UIFacePipeline:
-        return UIFacePipeline(
-            vae, denoiser.unet, sampler_scheduler, denoiser.identity_projector, denoiser.empty_context
-        )
+        contexts = (denoiser.identity_projector, denoiser.empty_context)
+        return UIFacePipeline(vae, denoiser.unet, sampler_scheduler, *contexts, **sampling_defaults)
 
     started = time.monotonic()
     progress = tqdm(

@@ -8,9 +8,11 @@ import math
 
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
+from .models.unet_uiface import UIFaceUNet2DModel
 from .two_stage import (
     ATTENTION_MAP_SIZE,
     RowPlan,
@@ -139,42 +141,54 @@ class CrossInjectionAttnProcessor(UIFaceAttnProcessor):
     towards those of their empty rows, as the temperature that this is (`two_stage.cross_temperature`).
 
     Args:
-        contexts (`tuple`, *optional*): keys, values and key covariances of all contexts of a call, made by
-            `encode_contexts`. The rows then take theirs by `RowPlan.contexts`, and the states that the UNet is given
-            are ignored. By default, the UNet is given the context of every row.
+        contexts (`tuple`, *optional*): keys and values of all contexts of a call, and the keys' covariances where they
+            are needed, by `encode_contexts`. The rows then take theirs by `RowPlan.contexts`, and the states that the
+            UNet is given are ignored. By default, the UNet is given the context of every row.
     """
 
-    def __init__(self, contexts: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None):
+    def __init__(self, contexts: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None):
         super().__init__()
         self.contexts = contexts
         self.kept = None
 
     @staticmethod
-    def encode_contexts(attn: Attention, contexts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys and values `(contexts, heads, tokens, dim)`, key covariances `(contexts, heads, dim, dim)`."""
+    def encode_contexts(
+        attn: Attention, contexts: torch.Tensor, with_covariance: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Keys and values `(contexts, heads, tokens, dim)`, key covariances `(contexts, heads, dim, dim)` or None."""
         if attn.norm_cross:
             contexts = attn.norm_encoder_hidden_states(contexts)
         key, value = _key(attn, contexts), _heads(attn, attn.to_v(contexts))
         with torch.autocast(key.device.type, enabled=False):
-            return key, value, key_covariance(key)
+            return key, value, key_covariance(key) if with_covariance else None
 
     def _query_key_value(self, attn, hidden_states, context, row_plan, injection_strength, recorder):
-        query = _query(attn, hidden_states)
+        query, injects = _query(attn, hidden_states), row_plan.cross_injection
         if self.contexts is None:
-            key, value, covariance = self.encode_contexts(attn, context)
+            key, value, covariance = self.encode_contexts(attn, context, injects)
         else:
-            key, value, covariance = (each[row_plan.contexts] for each in self.contexts)
+            key, value = (each[row_plan.contexts] for each in self.contexts[:2])
+            covariance = self.contexts[2][row_plan.contexts] if injects else None
         if recorder is not None and row_plan.recorded is not None:
             recorder.record(query[row_plan.recorded], key[row_plan.recorded], attn.scale)
-        if row_plan.cross_injection:
+        if injects:
             with torch.autocast(query.device.type, enabled=False):
                 std = logit_std(query, covariance)
                 empty_std = self.kept if row_plan.reuses_empty else std[: len(row_plan.empty)]
                 # 1 in the empty rows, which are their own source
                 temperature = cross_temperature(std, empty_std[row_plan.source], injection_strength)
-            self.kept = empty_std if row_plan.keeps_empty or row_plan.reuses_empty else None
+            self.kept = empty_std if row_plan.keeps_empty else None
             query = query * temperature.to(query.dtype)
         return query, key, value
+
+
+def attends_to_contexts_only(unet: torch.nn.Module) -> bool:
+    """Whether the UNet uses its contexts in cross-attention alone, and as they are given: then their keys and values
+    can be computed beforehand. UNets of other people's classes may do anything with them."""
+    unet = getattr(unet, "_orig_mod", unet)
+    others = ("encoder_hid_dim_type", "addition_embed_type", "dual_cross_attention")
+    is_known = isinstance(unet, UIFaceUNet2DModel | UNet2DConditionModel)
+    return is_known and not any(unet.config.get(name) for name in others)
 
 
 def cross_attention_names(unet: torch.nn.Module) -> list[str]:
@@ -184,13 +198,17 @@ def cross_attention_names(unet: torch.nn.Module) -> list[str]:
     ]
 
 
-def two_stage_processors(unet: AttentionMixin, contexts: torch.Tensor | None = None) -> dict[str, UIFaceAttnProcessor]:
+def two_stage_processors(
+    unet: AttentionMixin, contexts: torch.Tensor | None = None, cross_injection: bool = True
+) -> dict[str, UIFaceAttnProcessor]:
     """The processors of a UNet for two-stage sampling, to be given to `unet.set_attn_processor`.
 
     Args:
         unet: the UNet.
         contexts (`torch.Tensor` of shape `(1 + B, tokens, dim)`, *optional*): the empty context, then every sample's
-            own. Their keys, values and covariances are then computed here, once for all steps.
+            own, of a UNet that `attends_to_contexts_only`. Their keys and values are then computed here, once for all
+            steps.
+        cross_injection (`bool`, defaults to `True`): whether the keys' covariances will be needed.
 
     Raises:
         ValueError: an attention module has projections of its own for the context (`added_kv_proj_dim`) or a spatial
@@ -211,6 +229,7 @@ def two_stage_processors(unet: AttentionMixin, contexts: torch.Tensor | None = N
         else:
             block = unet.get_submodule(name.rpartition(".")[0])
             tokens = block.context_tokens(contexts) if hasattr(block, "context_tokens") else contexts
-            processor = CrossInjectionAttnProcessor(CrossInjectionAttnProcessor.encode_contexts(module, tokens))
+            encoded = CrossInjectionAttnProcessor.encode_contexts(module, tokens, cross_injection)
+            processor = CrossInjectionAttnProcessor(encoded)
         processors[f"{name}.processor"] = processor
     return processors

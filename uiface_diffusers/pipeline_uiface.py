@@ -20,7 +20,12 @@ from diffusers.utils import BaseOutput, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import create_repo
 
-from .attention_processor import AttentionMapRecorder, cross_attention_names, two_stage_processors
+from .attention_processor import (
+    AttentionMapRecorder,
+    attends_to_contexts_only,
+    cross_attention_names,
+    two_stage_processors,
+)
 from .hub import download_pipeline, fill_card, load_card, own_class_names, write_remote_code
 from .identities import IdentityBank
 from .latents import FirstStage, decode_latents
@@ -151,6 +156,7 @@ class UIFacePipeline(DiffusionPipeline):
     ):
         super().__init__()
         self._check_components(vae, unet, identity_projector, empty_context)
+        self._check_defaults(latest_boundary, injection_strength)
         self.register_modules(
             vae=vae,
             unet=unet,
@@ -300,6 +306,18 @@ class UIFacePipeline(DiffusionPipeline):
             if tokens[0] != tokens[1]:
                 raise ValueError(f"`identity_projector` gives {tokens[0]} tokens, `empty_context` {tokens[1]}.")
 
+    @staticmethod
+    def _check_count(name: str, value: Any) -> None:
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` has to be a positive integer but is {value!r}.")
+
+    @staticmethod
+    def _check_defaults(latest_boundary: int | None, injection_strength: float | None) -> None:
+        if injection_strength is not None and not 0 <= injection_strength <= 1:
+            raise ValueError(f"`injection_strength` has to be in [0, 1] but is {injection_strength!r}.")
+        if latest_boundary is not None and latest_boundary < 0:
+            raise ValueError(f"`latest_boundary` has to be a timestep from 0 but is {latest_boundary!r}.")
+
     def check_inputs(
         self,
         identity_embeds,
@@ -321,8 +339,7 @@ class UIFacePipeline(DiffusionPipeline):
             "num_inference_steps": num_inference_steps,
             "reuse_empty_branch": reuse_empty_branch,
         }.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` has to be a positive integer but is {value!r}.")
+            self._check_count(name, value)
         is_timestep = isinstance(boundary, Integral) and not isinstance(boundary, bool) and boundary >= 0
         if boundary is not None and boundary != "adaptive" and not is_timestep:
             raise ValueError(
@@ -330,12 +347,13 @@ class UIFacePipeline(DiffusionPipeline):
             )
         if injection not in INJECTIONS:
             raise ValueError(f"`injection` has to be one of {INJECTIONS} but is {injection!r}.")
-        if injection_strength is not None and not 0 <= injection_strength <= 1:
-            raise ValueError(f"`injection_strength` has to be in [0, 1] but is {injection_strength!r}.")
-        if latest_boundary is not None and latest_boundary < 0:
-            raise ValueError(f"`latest_boundary` has to be a timestep from 0 but is {latest_boundary!r}.")
-        if guidance_interval is not None and not (len(guidance_interval) == 2 and guidance_interval[0] >= 0):
-            raise ValueError(f"`guidance_interval` has to be two timesteps from 0 but is {guidance_interval!r}.")
+        self._check_defaults(latest_boundary, injection_strength)
+        if guidance_interval is not None:
+            is_pair = isinstance(guidance_interval, list | tuple) and len(guidance_interval) == 2
+            if not is_pair or not 0 <= guidance_interval[0] <= guidance_interval[1]:
+                raise ValueError(
+                    f"`guidance_interval` has to be two timesteps, the lower one first, but is {guidance_interval!r}."
+                )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'`output_type` has to be "pil", "np", "pt" or "latent" but is {output_type!r}.')
         prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
@@ -416,7 +434,12 @@ class UIFacePipeline(DiffusionPipeline):
 
     def default_sampling(self, num_inference_steps: int = 50) -> dict[str, float | int]:
         """What the call takes where it is not told otherwise: `guidance_scale`, `boundary_threshold` (in proportion
-        to the width of a step), `latest_boundary`, `injection_strength`."""
+        to the width of a step), `latest_boundary`, `injection_strength`.
+
+        Raises:
+            ValueError: `num_inference_steps` is not a positive integer.
+        """
+        self._check_count("num_inference_steps", num_inference_steps)
         defaults = {name: self.config[name] for name in MODEL_DEFAULTS}
         defaults["boundary_threshold"] *= 50 / num_inference_steps
         return defaults
@@ -512,12 +535,14 @@ class UIFacePipeline(DiffusionPipeline):
             injection (`str`, *optional*, defaults to `"both"`): attention injected from the empty branch: `"self"`,
                 `"cross"`, `"both"` or `None` (paper, sec. 3.4).
             injection_strength (`float`, *optional*, the paper's is 0.5): of the cross-attention injection, in [0, 1].
-            guidance_interval (`tuple[float, float]`, *optional*): an approximation that saves rows: only at timesteps
-                from the first to the second is stage two guided and injected into; outside, it is the bare identity
-                branch (after Kynkaanniemi et al. 2024, arXiv 2404.07724).
-            reuse_empty_branch (`int`, defaults to 1): an approximation that saves rows: below `latest_boundary` the
-                empty branch runs in every so many steps only. What it gave to guidance (e_identity - e_empty) and
-                injection is kept for the steps between. 1 is exact.
+            guidance_interval (`tuple[float, float]`, *optional*): an approximation that saves rows: only in steps at
+                timesteps from the first, the lower one, to the second is stage two guided and injected into; outside,
+                it is the bare identity branch (after Kynkaanniemi et al. 2024, arXiv 2404.07724).
+            reuse_empty_branch (`int`, defaults to 1): an approximation that saves rows: where every sample of any
+                batch is in stage two and guided (below `latest_boundary`; from a fixed boundary with
+                `guide_from_boundary`; always in the single stage), the empty branch runs in every so many steps only.
+                What it gave to guidance (e_identity - e_empty) and injection is kept for the steps between. 1 is
+                exact.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): one, or one a sample. With one a
                 sample, a sample does not depend on the others in its batch.
             latents (`torch.Tensor` of shape `(B, channels, height, width)`, *optional*): the start noise, drawn from
@@ -526,7 +551,8 @@ class UIFacePipeline(DiffusionPipeline):
                 (`(B, 3, height, width)` in [0, 1]) or `"latent"`.
             return_dict (`bool`, defaults to `True`): a tuple `(images, boundary_timesteps)` when `False`.
             callback_on_step_end (`Callable`, *optional*): called as `callback(pipe, step, timestep, callback_kwargs)`
-                after every step; what it returns under `"latents"` is taken over.
+                after every step, with the scheduler's timestep, a tensor on the CPU; what it returns under
+                `"latents"` is taken over.
             callback_on_step_end_tensor_inputs (`list[str]`): of `latents` and `stage_two`, the `(B,)` booleans of the
                 samples that followed their identity in this step.
 
@@ -570,13 +596,17 @@ class UIFacePipeline(DiffusionPipeline):
         if identity_embeds is not None:
             identity_context = self.encode_identity(identity_embeds, num_images_per_prompt, device, dtype)
             contexts = torch.cat([contexts, identity_context])
-        # what is offloaded encodes them in every step instead, where its weights are at hand
+        injects_cross = boundary is not None and injection in ("cross", "both")
+        # what is offloaded encodes them in every step, where its weights are at hand
         is_offloaded = self.unet.device != device or _is_group_offload_enabled(self.unet)
-        processors = two_stage_processors(self.unet, None if is_offloaded else contexts)
+        encodes_once = not is_offloaded and attends_to_contexts_only(self.unet)
+        processors = two_stage_processors(self.unet, contexts if encodes_once else None, injects_cross)
 
-        # 3. timesteps, start noise; the timesteps stay on the CPU, where schedulers look them up
+        # 3. timesteps, start noise; schedulers look the timesteps up on the CPU, the UNet gets them where it is
         self.scheduler.set_timesteps(num_inference_steps)
         timesteps = self.scheduler.timesteps
+        unet_timesteps = timesteps.float() if timesteps.is_floating_point() else timesteps
+        unet_timesteps = unet_timesteps.to(device)
         schedule = [float(t) for t in timesteps]
         self._num_timesteps = len(timesteps)
         latents = self.prepare_latents(batch_size, dtype, device, generator, latents)
@@ -591,7 +621,8 @@ class UIFacePipeline(DiffusionPipeline):
         stage_two = torch.zeros(batch_size, dtype=torch.bool)
         boundary_timesteps = torch.full((batch_size,), -1)
         previous_map = distance = difference = None
-        steps_without_empty = None
+        steps_since_empty = 0
+        low, high = guidance_interval or (0, float("inf"))
         unet_processors = self.unet.attn_processors
         try:
             self.unet.set_attn_processor(processors)
@@ -600,6 +631,7 @@ class UIFacePipeline(DiffusionPipeline):
                     if self.interrupt:
                         continue
 
+                    # what is decided at the start of a step holds for its inner evaluations, too
                     starts_step = self._starts_step()
                     if distance is not None:
                         # the one wait for the device, with the last step's work queued behind it
@@ -610,18 +642,17 @@ class UIFacePipeline(DiffusionPipeline):
                         stage_two = self._stage_two(schedule[i], boundary, latest_boundary, flags)
                         boundary_timesteps[stage_two & ~previous_stage_two] = int(schedule[i])
                     if starts_step:
+                        in_interval = low <= schedule[i] <= high
                         below_cap = boundary is None or guide_from_boundary or schedule[i] < latest_boundary
-                    in_interval = guidance_interval is None or (
-                        guidance_interval[0] <= schedule[i] <= guidance_interval[1]
-                    )
+                        # of every sample of any batch
+                        all_below_cap = below_cap and (boundary != "adaptive" or schedule[i] < latest_boundary)
+                        can_reuse = reuse_empty_branch > 1 and all_below_cap and in_interval and bool(stage_two.all())
+                        reuse = can_reuse and 0 < steps_since_empty < reuse_empty_branch
+                        steps_since_empty = steps_since_empty + 1 if reuse else int(can_reuse)
                     guided = below_cap and in_interval and self.guidance_scale != 1
                     # the flags that a map can still set take effect in the next step, if that is not below the cap
                     seeks = identity_embeds is not None and boundary == "adaptive" and starts_step
                     seeks = seeks and any(latest_boundary <= later < schedule[i] for later in schedule[i + 1 :])
-                    can_reuse = reuse_empty_branch > 1 and below_cap and in_interval and bool(stage_two.all())
-                    reuse = can_reuse and steps_without_empty is not None
-                    reuse = reuse and steps_without_empty < reuse_empty_branch - 1
-                    steps_without_empty = steps_without_empty + 1 if reuse else 0 if can_reuse else None
 
                     plan = plan_rows(
                         stage_two,
@@ -631,13 +662,13 @@ class UIFacePipeline(DiffusionPipeline):
                         record=seeks,
                         keep_empty=can_reuse,
                         reuse_empty=reuse,
-                    ).to(device)
+                    ).to(device, non_blocking=True)
                     recorder = AttentionMapRecorder(*latents.shape[-2:]) if plan.recorded is not None else None
                     model_input = self.scheduler.scale_model_input(latents, t)
                     rows = self.unet(
                         model_input[plan.samples],
-                        t,
-                        encoder_hidden_states=contexts[plan.contexts] if is_offloaded else contexts,
+                        unet_timesteps[i],
+                        encoder_hidden_states=contexts if encodes_once else contexts[plan.contexts],
                         cross_attention_kwargs={
                             "row_plan": plan,
                             "injection_strength": injection_strength,
@@ -646,8 +677,10 @@ class UIFacePipeline(DiffusionPipeline):
                         return_dict=False,
                     )[0]
                     noise_pred = combine_rows(rows, plan, self.guidance_scale if guided else None, difference)
-                    if can_reuse and guided and not reuse:
+                    if can_reuse and not reuse and plan.source is not None:
                         difference = guidance_difference(rows, plan)
+                    elif not reuse:
+                        steps_since_empty = 0  # nothing was kept
 
                     if recorder is not None:
                         # the seeking samples' rows only; a sample's first map has no predecessor
@@ -661,7 +694,12 @@ class UIFacePipeline(DiffusionPipeline):
                     switched = (stage_two & ~previous_stage_two).nonzero().flatten()
                     if i > 0 and len(switched):
                         latents = step_after_switch(
-                            self.scheduler, switched.to(device), noise_pred, t, latents, **step_kwargs
+                            self.scheduler,
+                            switched.to(device, non_blocking=True),
+                            noise_pred,
+                            t,
+                            latents,
+                            **step_kwargs,
                         )
                     else:
                         latents = self.scheduler.step(noise_pred, t, latents, **step_kwargs, return_dict=False)[0]

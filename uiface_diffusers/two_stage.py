@@ -97,9 +97,16 @@ class RowPlan:
         """The sample of every row, shape `(E + I,)`."""
         return torch.cat([self.empty, self.identity])
 
-    def to(self, device: torch.device | str) -> "RowPlan":
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "RowPlan":
         indices = {name: getattr(self, name) for name in ("empty", "identity", "contexts", "source", "recorded")}
-        return replace(self, **{name: index.to(device) for name, index in indices.items() if index is not None})
+        return replace(
+            self,
+            **{
+                name: index.to(device, non_blocking=non_blocking)
+                for name, index in indices.items()
+                if index is not None
+            },
+        )
 
 
 def plan_rows(
@@ -219,4 +226,4 @@ def cross_temperature(identity_std: torch.Tensor, empty_std: torch.Tensor, stren
         `torch.Tensor` of shape `(rows, heads, positions, 1)`, float32. 1 where the logits of the identity branch do
         not vary, as with a single token: there no temperature changes the softmax.
     """
-    return torch.where(identity_std > 0, strength * empty_std / identity_std + (1 - strength), 1.0)
+    return torch.where(identity_std > 0, strength * (empty_std / identity_std) + (1 - strength), 1.0)

@@ -72,6 +72,8 @@ class People:
         self.bank = IdentityBank(bank.embeddings[positions], bank.identity_encoder, names)
         self.photographs = cache.images(positions)
         number = args.num_people * args.images_per_person
+        if len(bank) < number:
+            raise ValueError(f"{args.people} has {len(bank)} faces: {number} are needed to compare as many.")
         drawn = np.random.default_rng(args.seed).permutation(len(bank))[:number]
         self.real = to_pixels(cache.images(sorted(drawn.tolist())))
 
@@ -138,9 +140,9 @@ def print_table(table: dict[str, dict[str, float]]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    settings = yaml.safe_load(args.settings.read_text())
+    settings = {name: setting or {} for name, setting in yaml.safe_load(args.settings.read_text()).items()}
     args.output.mkdir(parents=True, exist_ok=True)
-    fixed = ("pipeline", "people", "judge", "num_people", "images_per_person", "seed")
+    fixed = ("pipeline", "people", "judge", "lpips_backbone", "num_people", "images_per_person", "batch_size", "seed")
     check_settings(args.output / "study.json", {name: str(getattr(args, name)) for name in fixed})
     file = args.output / "settings.json"
     known = json.loads(file.read_text()) if file.exists() else {}

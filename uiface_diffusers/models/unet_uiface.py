@@ -56,7 +56,8 @@ class UIFaceAttentionBlock(nn.Module):
     ) -> torch.Tensor:
         residual = hidden_states
         # a processor for two-stage sampling may hold the keys and values of the call's contexts
-        if getattr(self.attn2.processor, "contexts", None) is None:
+        holds_contexts = getattr(self.attn2.processor, "contexts", None) is not None
+        if not holds_contexts or cross_attention_kwargs.get("row_plan") is None:
             context = self.context_tokens(context)
 
         hidden_states = self.proj_in(hidden_states)
