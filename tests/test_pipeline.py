@@ -598,6 +598,13 @@ def test_detector_is_float32_under_half_precision(tiny_pipeline):
     assert out.images.dtype == unet.dtype == torch.bfloat16 and out.images.isfinite().all()
 
 
+def test_compiles_without_changing_the_result(tiny_pipeline):
+    """The processors take part in torch.compile's graph of the UNet (eager backend: no compiler is needed)."""
+    expected = call_tiny(tiny_pipeline).images
+    tiny_pipeline.unet = torch.compile(tiny_pipeline.unet, backend="eager")
+    assert max_difference(call_tiny(tiny_pipeline).images, expected) <= 1e-5
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 NAN = torch.eye(16)[:2].clone()

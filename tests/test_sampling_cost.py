@@ -6,9 +6,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import BETAS
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 from diffusers.models.attention_processor import Attention
-from test_pipeline import MaterialisingProcessor
+from test_pipeline import MaterialisingProcessor, max_difference, stock_unet
 from torch._dynamo.testing import CompileCounter
 
 from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline
@@ -30,32 +30,14 @@ def sample(pipe, latents=LATENTS, **options):
     return pipe(EMBEDS[: len(latents)], latents=latents, **call)
 
 
-def max_difference(a, b):
-    return (a - b).abs().max().item()
-
-
 def count_calls(module, calls: list) -> None:
     module.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
 
 
 def stock_pipeline(tiny_pipeline) -> UIFacePipeline:
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        mid_block_type="UNetMidBlock2DCrossAttn",
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        attention_head_dim=4,
-        cross_attention_dim=tiny_pipeline.unet.config.cross_attention_dim,
-        norm_num_groups=8,
-    )
-    dim = unet.config.cross_attention_dim
+    dim = tiny_pipeline.unet.config.cross_attention_dim
     contexts = {"identity_projector": IdentityProjector(16, dim, 5).eval(), "empty_context": EmptyContext(dim, 5)}
-    pipe = UIFacePipeline(**tiny_pipeline.components | {"unet": unet.eval(), **contexts})
+    pipe = UIFacePipeline(**tiny_pipeline.components | {"unet": stock_unet(dim), **contexts})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
