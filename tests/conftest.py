@@ -26,6 +26,8 @@ from uiface_diffusers import (
     UIFaceUNet2DModel,
     convert_original_state_dict,
 )
+from uiface_diffusers.data import prepare_faces
+from uiface_diffusers.faces import FaceEncoder
 
 # the tests run in two processes, on two cores
 torch.set_num_threads(1)
@@ -257,3 +259,12 @@ def toy_photographs(tmp_path_factory) -> Path:
             x, y = (int(value) for value in generator.integers(70, 90, 2))
             draw_person(colour, ((x, y, 44),)).save(folder / f"{index}.png")
     return root
+
+
+def write_study_inputs(root: Path, photographs: Path) -> None:
+    """What the studies take, all tiny: `packs` (toy, judge), a pipeline `model`, and the `cache` of photographs."""
+    for name in ("toy", "judge"):
+        write_toy_pack(root / "packs", name)
+    UIFacePipeline(**tiny_components()).save_pretrained(root / "model")
+    encoder = FaceEncoder("toy", str(root / "packs"), det_size=160)
+    prepare_faces(photographs, root / "cache", encoder, image_size=112)

@@ -6,13 +6,12 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPOSITORY, write_toy_pack
+from conftest import REPOSITORY, write_study_inputs
 from test_train_face_recognition import write_benchmark
 
 from uiface_diffusers import IdentityBank
-from uiface_diffusers.data import FaceCache, prepare_faces
+from uiface_diffusers.data import FaceCache
 from uiface_diffusers.evaluation import load_recognizer, verify_benchmarks
-from uiface_diffusers.faces import FaceEncoder
 
 sys.path.insert(0, str(REPOSITORY / "training" / "studies"))
 import ablation  # noqa: E402
@@ -21,18 +20,10 @@ import ablation  # noqa: E402
 @pytest.fixture(scope="module")
 def options(tmp_path_factory, toy_photographs, backbone):
     """A pipeline, a bank, real faces and a benchmark, all tiny."""
-    from conftest import tiny_components
-
-    from uiface_diffusers import UIFacePipeline
-
     root = tmp_path_factory.mktemp("ablation")
-    for name in ("toy", "judge"):
-        write_toy_pack(root / "packs", name)
-    UIFacePipeline(**tiny_components()).save_pretrained(root / "model")
+    write_study_inputs(root, toy_photographs)
     embeddings = F.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)))
     IdentityBank(embeddings, "toy").save(root / "bank.safetensors")
-    encoder = FaceEncoder("toy", str(root / "packs"), det_size=160)
-    prepare_faces(toy_photographs, root / "cache", encoder, image_size=112)
     (root / "bins").mkdir()
     write_benchmark(root / "bins" / "toy.bin")
     paths = {"pipeline": "model", "identities": "bank.safetensors", "real": "cache", "benchmarks": "bins"}

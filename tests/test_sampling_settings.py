@@ -3,11 +3,7 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY, tiny_components, write_toy_pack
-
-from uiface_diffusers import UIFacePipeline
-from uiface_diffusers.data import prepare_faces
-from uiface_diffusers.faces import FaceEncoder
+from conftest import REPOSITORY, write_study_inputs
 
 sys.path.insert(0, str(REPOSITORY / "training" / "studies"))
 import sampling_settings  # noqa: E402
@@ -16,12 +12,7 @@ import sampling_settings  # noqa: E402
 @pytest.fixture(scope="module")
 def options(tmp_path_factory, toy_photographs, backbone):
     root = tmp_path_factory.mktemp("settings")
-    for name in ("toy", "judge"):
-        write_toy_pack(root / "packs", name)
-    UIFacePipeline(**tiny_components()).save_pretrained(root / "model")
-    prepare_faces(
-        toy_photographs, root / "cache", FaceEncoder("toy", str(root / "packs"), det_size=160), image_size=112
-    )
+    write_study_inputs(root, toy_photographs)
     argv = ["--pipeline", str(root / "model"), "--people", str(root / "cache"), "--encoder_root", str(root / "packs")]
     argv += ["--judge", "judge", "--lpips_backbone", str(backbone), "--num_people", "2", "--images_per_person", "3"]
     return [*argv, "--batch_size", "4", "--output", str(root / "out")]
