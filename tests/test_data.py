@@ -4,7 +4,7 @@ import torch
 from conftest import tiny_autoencoder
 from diffusers import AutoencoderKL, VQModel
 
-from uiface_diffusers.data import FaceCache, cache_latents, load_latents, prepare_faces
+from uiface_diffusers.data import FaceCache, LatentSet, cache_latents, prepare_faces
 from uiface_diffusers.data.latent_cache import model_fingerprint
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.latents import encode_images
@@ -30,7 +30,8 @@ def first_stage(kind: str):
 @pytest.mark.parametrize("kind", ["tiny", "kl", "vq"])
 def test_latents_of_both_flips(faces, kind):
     vae = first_stage(kind)
-    latents = load_latents(cache_latents(faces, vae, batch_size=7))
+    stored = LatentSet(cache_latents(faces, vae, batch_size=7))
+    latents = stored.__getitems__(list(range(len(stored))))
     images = np.stack(list(faces.shard_images(faces.shards[0])))
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
     assert latents.shape[:3] == (24, 2, 4) and latents.dtype == torch.float16

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import draw_person, tiny_autoencoder, write_toy_pack
 
-from uiface_diffusers.data import FaceCache, cache_latents, load_latents, prepare_faces
+from uiface_diffusers.data import FaceCache, LatentSet, cache_latents, prepare_faces
 from uiface_diffusers.faces import FaceEncoder, NoFaceError, align_face, load_photograph
 
 
@@ -157,6 +157,13 @@ def test_prepare_reports_what_looks_wrong(encoder, tmp_path):
     assert report["outliers"].keys() == {"blue/stranger.png"} and report["faces"] == 10
     assert abs(report["outliers"]["blue/stranger.png"] - cosines[4]) < 1e-4
 
+    # another threshold, and at last without them: nothing is embedded again
+    prepare_faces(source, tmp_path / "dropped", encoder, image_size=32)
+    (shard,) = FaceCache(tmp_path / "dropped").shards
+    written = shard.stat().st_mtime_ns
+    again = prepare_faces(source, tmp_path / "dropped", encoder, **arguments)
+    assert again == report and shard.stat().st_mtime_ns == written
+    cache_latents(FaceCache(tmp_path / "dropped"), tiny_autoencoder())
     dropped = prepare_faces(source, tmp_path / "dropped", encoder, drop_outliers=True, **arguments)
     assert dropped["faces"] == 9 and dropped["outliers"] == report["outliers"]
     assert dropped["skipped"]["blue/stranger.png"].startswith("outlier: cosine 0.")
@@ -164,6 +171,50 @@ def test_prepare_reports_what_looks_wrong(encoder, tmp_path):
     assert "blue/stranger.png" not in FaceCache(tmp_path / "dropped").embeddings().names
     # a second call finds the medians of all faces again, not of those that are left
     assert prepare_faces(source, tmp_path / "dropped", encoder, drop_outliers=True, **arguments) == dropped
+    # latents of before are made anew
+    assert len(LatentSet(cache_latents(FaceCache(tmp_path / "dropped"), tiny_autoencoder()))) == 9
+    with pytest.raises(ValueError, match="was left without its outliers below 0.993: choose another folder"):
+        prepare_faces(source, tmp_path / "dropped", encoder, **arguments)
+
+
+def test_a_cache_that_is_not_whole_is_named(encoder, toy_photographs, tmp_path):
+    report = prepare_faces(toy_photographs, tmp_path / "cache", encoder, image_size=16)
+    (shard,) = FaceCache(tmp_path / "cache").shards
+    shard.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"has 0 faces, its report.json says {report['faces']}: files are missing"):
+        FaceCache(tmp_path / "cache")
+
+
+def test_changed_photographs_are_another_source(encoder, toy_photographs, tmp_path):
+    source = shutil.copytree(toy_photographs, tmp_path / "source")
+    prepare_faces(source, tmp_path / "cache", encoder, image_size=16)
+    draw_person((1, 2, 3), size=(200, 200)).save(source / "person_0" / "0.png")
+    with pytest.raises(ValueError, match=r"begun with other settings \(files: "):
+        prepare_faces(source, tmp_path / "cache", encoder, image_size=16)
+
+
+def test_links_to_nothing_are_reported(encoder, toy_photographs, tmp_path):
+    source = shutil.copytree(toy_photographs, tmp_path / "source")
+    (source / "person_0" / "9.png").symlink_to(tmp_path / "nothing.png")
+    (source / "person_0" / "folder.png").mkdir()
+    report = prepare_faces(source, tmp_path / "cache", encoder, image_size=16)
+    assert report["skipped"] == {"person_0/9.png": "unreadable"} and report["photographs"] == 25
+
+
+def test_pictures_of_any_mode_are_read_as_people_see_them(tmp_path):
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16)[None].repeat(4, axis=0)
+    PIL.Image.fromarray(ramp).save(tmp_path / "16-bit.png")
+    expected = np.arange(256, dtype=np.uint8)[None, :, None].repeat(4, axis=0).repeat(3, axis=2)
+    assert np.array_equal(load_photograph(tmp_path / "16-bit.png"), expected)
+    PIL.Image.fromarray(expected[:, :, 0]).save(tmp_path / "grey.png")
+    assert np.array_equal(load_photograph(tmp_path / "grey.png"), expected)
+    red = PIL.Image.new("RGBA", (4, 4), (255, 0, 0, 255))
+    red.putpixel((0, 0), (0, 255, 0, 0))  # a colour that nobody sees
+    red.save(tmp_path / "transparent.png")
+    seen = load_photograph(tmp_path / "transparent.png")
+    assert seen[0, 0].tolist() == [255] * 3 and seen[1, 1].tolist() == [255, 0, 0]
+    red.convert("RGB").convert("CMYK").save(tmp_path / "print.tif")
+    assert np.abs(load_photograph(tmp_path / "print.tif")[1, 1].astype(int) - [255, 0, 0]).max() <= 1
 
 
 def test_prepare_counts_photographs_of_several_people(toy_root, tmp_path):
@@ -173,7 +224,7 @@ def test_prepare_counts_photographs_of_several_people(toy_root, tmp_path):
     draw_person((0, 0, 0), discs[:1], size=(320, 200)).save(tmp_path / "source" / "a" / "one.png")
     encoder = FaceEncoder("toy", str(toy_root), det_size=320)
     report = prepare_faces(tmp_path / "source", tmp_path / "cache", encoder, image_size=32)
-    assert report["faces"] == 2 and report["several_faces"] == 1
+    assert report["faces"] == 2 and report["several_faces"] == {"a/two.png": 2}
 
 
 @pytest.mark.parametrize("batch", ["n", 1])
@@ -292,10 +343,11 @@ def test_a_shard_without_faces_is_passed_over(encoder, tmp_path):
     prepare_faces(source.parent, tmp_path / "cache", encoder, image_size=16)
     cache = FaceCache(tmp_path / "cache")
     assert len(cache) == len(cache.embeddings()) == 1000
-    assert load_latents(cache_latents(cache, tiny_autoencoder())).shape == (1000, 2, 4, 8, 8)
+    latents = LatentSet(cache_latents(cache, tiny_autoencoder()))
+    assert len(latents) == 1000 and latents.shape == (2, 4, 8, 8)
 
 
-@pytest.mark.parametrize("count", ["", "3\n"])
+@pytest.mark.parametrize("count", ["", "2\n"])
 def test_lists_of_identities_may_be_numbers(toy_root, toy_photographs, tmp_path, count):
     source = tmp_path / "source"
     for number in range(3):

@@ -111,6 +111,11 @@ def test_damaged_recordio_is_named(tmp_path):
         RecordReader(tmp_path / "train.rec").read(5)
     with pytest.raises(OSError, match="no record at the place of key 6"):
         RecordReader(tmp_path / "train.rec").read(6)
+    index = (tmp_path / "train.idx").read_text().splitlines(keepends=True)
+    (tmp_path / "train.idx").write_text("".join(index[:3]))
+    (tmp_path / "train.rec").write_bytes(content)
+    with pytest.raises(ValueError, match="train.idx lists 2 pictures, .*train.rec says that it has 6: .*not whole"):
+        open_source(tmp_path / "train.rec")
     (tmp_path / "train.idx").write_text("0 0\n1 three\n")
     with pytest.raises(ValueError, match="train.idx is no index"):
         RecordReader(tmp_path / "train.rec")

@@ -1,4 +1,6 @@
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +13,12 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import REPOSITORY, TINY_UNET, Outcome, run_script, tiny_autoencoder
+from filelock import FileLock
 from hub_server import HubServer
 from safetensors.torch import load_file
 
 from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline, UIFaceUNet2DModel
-from uiface_diffusers.data import FaceCache, cache_latents, load_latents, prepare_faces
+from uiface_diffusers.data import FaceCache, LatentSet, cache_latents, prepare_faces
 from uiface_diffusers.faces import FaceEncoder
 
 TRAIN = REPOSITORY / "training" / "train.py"
@@ -95,7 +98,7 @@ def test_saves_a_pipeline(uninterrupted, workspace):
     pipe.set_progress_bar_config(disable=True)
     images = pipe(np.eye(16, dtype=np.float32)[:2], num_inference_steps=2, output_type="np").images
     assert images.shape == (2, 16, 16, 3) and np.isfinite(images).all()
-    # the three trained components have moved, the empty context too, and the first stage has not
+    # what starts at zero has moved, the first stage has not
     assert pipe.unet.conv_out.weight.abs().sum() > 0
     saved, given = parameters(uninterrupted), load_file(workspace / "vae" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(saved[f"vae/{name}"], tensor) for name, tensor in given.items())
@@ -175,8 +178,12 @@ def test_accelerate_launch_trains(workspace):
 
 
 def test_two_processes_train_one_model(workspace):
-    """One set of files, also after a resume: half as many batches an epoch, twice as many samples a step."""
+    """One set of files and the same parameters as without a resume; the schedule goes on by optimiser steps, not by
+    processes."""
     options = ("--validation_steps", "4", "--validation_inference_steps", "2", "--checkpointing_steps", "3")
+    options += ("--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "8", "--logging_steps", "1")
+    whole = launch(workspace, "two_whole", *options, "--max_train_steps", "6", launch=LAUNCH_TWO)
+    assert whole.returncode == 0, whole.stderr
     options += ("--report_to", "tensorboard")
     result = launch(workspace, "two", *options, "--max_train_steps", "3", launch=LAUNCH_TWO)
     assert result.returncode == 0, result.stderr
@@ -188,8 +195,37 @@ def test_two_processes_train_one_model(workspace):
     assert sorted(p.name for p in folder.glob("checkpoint*")) == ["checkpoint-3", "checkpoint-6"]
     grids = sorted(p.name for p in (folder / "validation").iterdir())
     assert grids == ["step-0000003.png", "step-0000004.png", "step-0000006.png"]
-    assert len(list((folder / "logs" / "train").glob("events.out.tfevents*"))) == 2  # one a run, of the main process
+    runs = sorted((folder / "logs" / "train").glob("events.out.tfevents*"))  # one a run, of the main process
+    rates = [event.value for run in runs for event in scalars(run, "lr")]
+    assert rates == pytest.approx([1e-3 * step / 8 for step in range(1, 7)])
     UIFacePipeline.from_pretrained(folder)
+    assert_equal_parameters(folder, workspace / "two_whole", "[!c]*")
+
+
+def scalars(path: Path, name: str) -> list:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(path))
+    events.Reload()
+    return events.Scalars(name)
+
+
+def test_the_average_follows_the_published_decay(workspace):
+    """After step n the average keeps 1 - n ** -0.75 of itself."""
+    options = ("--max_train_steps", "4", "--checkpointing_steps", "1", "--checkpoints_total_limit", "9")
+    result = train(workspace, "averages", *options)
+    assert result.returncode == 0, result.stderr
+    pipe = UIFacePipeline.from_pretrained(workspace / "averages")
+    model = train_script.ConditionalDenoiser(pipe.unet, pipe.identity_projector, pipe.empty_context)
+    average = {}
+    for step in range(1, 5):
+        folder, decay = workspace / "averages" / f"checkpoint-{step}", 1 - step**-0.75
+        weights, stored = load_file(folder / "model.safetensors"), load_file(folder / "ema.safetensors")
+        for number, (name, _) in enumerate(model.named_parameters()):
+            average[name] = decay * average.get(name, 0) + (1 - decay) * weights[name]
+            assert torch.allclose(stored[str(number)], average[name], atol=1e-6), (step, name)
+    for name, parameter in model.named_parameters():  # what is saved
+        assert torch.allclose(parameter, average[name], atol=1e-6), name
 
 
 @pytest.mark.parametrize("by", ["processes", "accumulation"])
@@ -205,7 +241,7 @@ def test_the_gradients_of_two_batches_are_averaged(workspace, by):
 
     cache = FaceCache(workspace / "cache")
     vae = tiny_autoencoder()
-    dataset = train_script.LatentFaces(load_latents(cache_latents(cache, vae)), cache.embeddings().embeddings)
+    dataset = train_script.LatentFaces(LatentSet(cache_latents(cache, vae)), cache.embeddings().embeddings)
     torch.manual_seed(0)
     unet = UIFaceUNet2DModel(**TINY_UNET)
     unet.zero_init_residual_branches()
@@ -433,13 +469,19 @@ def test_snapshots_and_validation_cosine(workspace, toy_root):
     folder = workspace / "snapshots"
     assert_equal_parameters(folder / "step-0000004", folder, "[!cs]*")
     UIFacePipeline.from_pretrained(folder / "step-0000002")
+    facts = json.loads((folder / "step-0000002" / "progress.json").read_text())
+    assert facts["step"] == 2 and facts["samples"] == 8 and 0 <= facts["hours"] < 1
+    # a kill between checkpoint and snapshot
+    shutil.rmtree(folder / "step-0000004")
+    shutil.move(folder / "validation" / "step-0000004.png", folder / "grid.png")
+    result = train(workspace, "snapshots", *options, "--resume_from_checkpoint", "latest", "--report_to", "none")
+    assert result.returncode == 0, result.stderr
+    assert_equal_parameters(folder / "step-0000004", folder, "[!cs]*")
+    assert (folder / "grid.png").read_bytes() == (folder / "validation" / "step-0000004.png").read_bytes()
 
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder / "logs" / "train"))
-    events.Reload()
-    assert {"loss", "loss/quarter_1", "loss/empty", "validation/cosine"} <= set(events.Tags()["scalars"])
-    (logged,) = events.Scalars("validation/cosine")
+    for name in ("loss", "loss/quarter_1", "loss/empty"):
+        assert scalars(folder / "logs" / "train", name)
+    (logged,) = scalars(folder / "logs" / "train", "validation/cosine")
     grid = PIL.Image.open(folder / "validation" / "step-0000004.png")
     cells = [grid.crop((16 * x, 16 * y, 16 * x + 16, 16 * y + 16)) for y in (1, 2) for x in range(3)]
     embeddings = FaceEncoder("toy", str(toy_root), det_size=160).embed_pictures(cells)
@@ -489,12 +531,23 @@ def test_a_time_limit_saves_and_stops(workspace):
         (("--resume_from_checkpoint", "nowhere"), "nowhere is no checkpoint"),
         (("--unet", '{"block_out_channels": [32], "attention_levels": []}'), "`attention_levels` has 0 entries"),
         (("--train_data", "nowhere"), "no cache of prepared faces"),
-        (("--train_batch_size", "64"), "24 faces do not fill"),
+        (("--train_batch_size", "64"), "24 faces do not fill 1 batch(es) of 64: lower --train_batch_size"),
+        (("--checkpointing_steps", "0"), "--checkpointing_steps: '0' is no whole number above zero"),
+        (("--config", "nowhere.yaml"), "--config nowhere.yaml cannot be read"),
     ],
 )
 def test_bad_input_is_named(workspace, options, message):
     result = train(workspace, "bad", *options)
     assert result.returncode != 0 and message in result.stderr
+
+
+def test_two_trainings_do_not_share_a_folder(workspace):
+    (workspace / "locked").mkdir()
+    with FileLock(workspace / "locked" / ".lock"):
+        result = train(workspace, "locked")
+    assert result.returncode != 0 and "another training works in" in result.stderr
+    result = train(workspace, "locked", "--max_train_steps", "1")
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ weights.
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -33,8 +34,9 @@ from tqdm import tqdm
 
 from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline, UIFaceUNet2DModel
 from uiface_diffusers.convert_original import NOISE_SCHEDULE, SAMPLER
-from uiface_diffusers.data import FaceCache, cache_latents, load_latents
+from uiface_diffusers.data import FaceCache, LatentSet, cache_latents
 from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.files import write_json
 from uiface_diffusers.latents import decode_latents
 from uiface_diffusers.pipeline_uiface import MODEL_DEFAULTS
 from uiface_diffusers.seeds import mix_seed
@@ -48,12 +50,15 @@ from uiface_diffusers.training_utils import (
     describe_recipe,
     ema_weights,
     find_checkpoint,
+    is_due,
     is_out_of_time,
     load_checkpoint,
     make_accelerator,
     make_lr_scheduler,
     parse_recipe,
+    positive,
     save_checkpoint,
+    training_folder,
 )
 
 logger = get_logger(__name__)
@@ -70,7 +75,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--vae_subfolder", help="subfolder of the first stage")
     group.add_argument("--unet", type=json.loads, default={}, help="UIFaceUNet2DModel options, as JSON")
     group.add_argument("--context_dropout", type=float, default=0.25, help="dropout of the context's components")
-    group.add_argument("--empty_probability", type=float, default=0.2, help="how often the empty context is trained")
+    group.add_argument(
+        "--empty_probability",
+        type=float,
+        default=0.2,
+        help="how often the empty context is trained; beside it, the first sample of every batch and process has it",
+    )
     group.add_argument(
         "--balanced_sampling",
         action=argparse.BooleanOptionalAction,
@@ -90,10 +100,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         " --encoder_root and v_prediction",
     )
     group.add_argument("--identity_samples", type=int, default=8, help="faces a batch that are decoded for it")
-    group.add_argument("--train_batch_size", type=int, default=64, help="samples a step and process")
-    group.add_argument("--max_train_steps", type=int, default=250_000)
+    group.add_argument("--train_batch_size", type=positive, default=64, help="samples a step and process")
+    group.add_argument("--max_train_steps", type=positive, default=250_000)
     group.add_argument("--max_train_hours", type=float, help="save and stop after this time in this run")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches of one optimiser step")
+    group.add_argument("--gradient_accumulation_steps", type=positive, default=1, help="batches of one optimiser step")
     add_optimizer_arguments(group, learning_rate=1e-4, lr_scheduler="cosine_warm_restarts")
     group.add_argument("--ema_decay", type=float, default=0.9999)
 
@@ -124,15 +134,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 class LatentFaces(Dataset):
     """Latents of both flips `(2, C, h, w)` and identity embeddings; fetched a batch at a time."""
 
-    def __init__(self, latents: torch.Tensor, embeddings: torch.Tensor):
+    def __init__(self, latents: LatentSet, embeddings: torch.Tensor):
         self.latents, self.embeddings = latents, embeddings
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        index = torch.tensor(indices)
-        return self.latents[index], self.embeddings[index]
+        return self.latents.__getitems__(indices), self.embeddings[indices]
 
 
 def keep_batch(batch):
@@ -269,7 +278,7 @@ def load_training_data(args, accelerator: Accelerator, vae) -> tuple[LatentFaces
         files = [file for cache in caches for file in cache_latents(cache, vae, accelerator.device)]
     banks = [cache.embeddings() for cache in caches]
     names = [f"{cache.folder}/{name}" for cache, bank in zip(caches, banks, strict=True) for name in bank.names]
-    latents, embeddings = load_latents(files), torch.cat([bank.embeddings for bank in banks])
+    latents, embeddings = LatentSet(files), torch.cat([bank.embeddings for bank in banks])
     if len(latents) != len(embeddings):
         raise ValueError(
             f"{len(latents)} cached latents for {len(embeddings)} faces in {args.train_data}: delete the latents-*"
@@ -280,7 +289,7 @@ def load_training_data(args, accelerator: Accelerator, vae) -> tuple[LatentFaces
 
 
 def build_denoiser(
-    args, latents: torch.Tensor, identity_dim: int, identity_encoder: str
+    args, latent_shape: torch.Size, identity_dim: int, identity_encoder: str
 ) -> tuple[ConditionalDenoiser, SchedulerMixin, dict[str, float]]:
     """The three trained components, the sampler, and the defaults of its call that are not the paper's: new ones, or
     those of `--init_from`.
@@ -288,7 +297,7 @@ def build_denoiser(
     Raises:
         ValueError: the pipeline to start from is of another encoder, objective or number of latent channels.
     """
-    channels, height, width = latents.shape[2:]
+    channels, height, width = latent_shape
     if args.init_from is None:
         unet = UIFaceUNet2DModel(
             **{"sample_size": height, "in_channels": channels, "out_channels": channels, **args.unet}
@@ -313,6 +322,7 @@ def build_denoiser(
     if given != wanted:
         raise ValueError(f"{args.init_from} has {given}, this training {wanted}: they do not fit together.")
     projector.context_dropout.p = args.context_dropout
+    projector.register_to_config(dropout=args.context_dropout)
     pipeline.unet.register_to_config(sample_size=height if height == width else (height, width))
     sampling_defaults = {name: pipeline.config[name] for name in MODEL_DEFAULTS}
     denoiser = ConditionalDenoiser(pipeline.unet, projector, pipeline.empty_context)
@@ -351,6 +361,11 @@ def validation_images(
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     accelerator = make_accelerator(args, gradient_accumulation_steps=args.gradient_accumulation_steps)
+    with training_folder(accelerator, args.output_dir):
+        train(args, accelerator)
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     with torch.device("meta"):
         UIFaceUNet2DModel(**args.unet)  # wrong options are named before anything is encoded
@@ -371,7 +386,7 @@ def main(argv: list[str] | None = None) -> None:
     # 2. models
     torch.manual_seed(args.seed)
     denoiser, sampler_scheduler, sampling_defaults = build_denoiser(
-        args, dataset.latents, dataset.embeddings.shape[1], identity_encoder
+        args, dataset.latents.shape[1:], dataset.embeddings.shape[1], identity_encoder
     )
     if args.gradient_checkpointing:
         denoiser.unet.enable_gradient_checkpointing()
@@ -424,10 +439,51 @@ def main(argv: list[str] | None = None) -> None:
     batches = iter(loader)
     validation_identities = dataset.embeddings[sorted(first_of_identity.values())[:2]]
 
+    samples_a_step = args.train_batch_size * args.gradient_accumulation_steps * world_size
+    grids = args.output_dir / "validation"
+
     def ema_pipeline() -> UIFacePipeline:
         contexts = (denoiser.identity_projector, denoiser.empty_context)
         return UIFacePipeline(vae, denoiser.unet, sampler_scheduler, *contexts, **sampling_defaults)
 
+    def validate() -> None:
+        with ema_weights(ema, denoiser):
+            images = validation_images(
+                ema_pipeline(), validation_identities, args.validation_seeds, args.validation_inference_steps
+            )
+        if face_encoder is not None:
+            embeddings = face_encoder.embed_pictures(images[args.validation_seeds :])
+            wanted = validation_identities.repeat_interleave(args.validation_seeds, dim=0)
+            accelerator.log({"validation/cosine": F.cosine_similarity(embeddings, wanted).mean().item()}, step)
+        # rows: empty context, then the identities; columns: seeds, the same in every row
+        grid = make_image_grid(images, rows=1 + len(validation_identities), cols=args.validation_seeds)
+        for tracker in accelerator.trackers:
+            if not hasattr(tracker, "log_images"):  # as of MLflow, Comet, DVCLive
+                continue
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation/grid": np.asarray(grid)[None]}, step, **layout)
+        grids.mkdir(exist_ok=True)
+        grid.save(grids / f"step-{step:07d}.png")
+
+    def save_pipeline(folder: Path, hours: float) -> None:
+        with ema_weights(ema, denoiser):
+            ema_pipeline().save_pretrained(folder)
+        facts = {"step": step, "samples": step * samples_a_step, "hours": round(hours, 4)}
+        write_json(folder / "progress.json", facts)
+
+    def save_snapshot(hours: float) -> None:
+        beside, folder = args.output_dir / "snapshot.part", args.output_dir / f"step-{step:07d}"
+        for earlier in (beside, folder):
+            shutil.rmtree(earlier, ignore_errors=True)
+        save_pipeline(beside, hours)
+        beside.rename(folder)
+
+    if step and accelerator.is_main_process:
+        # what belonged to this step and was interrupted
+        if is_due(step, args.validation_steps) and not (grids / f"step-{step:07d}.png").exists():
+            validate()
+        if is_due(step, args.snapshot_steps) and not (args.output_dir / f"step-{step:07d}").exists():
+            save_snapshot(hours_before)
     started = time.monotonic()
     progress = tqdm(
         initial=step, total=args.max_train_steps, desc="train", unit="step", disable=not accelerator.is_main_process
@@ -462,13 +518,13 @@ def main(argv: list[str] | None = None) -> None:
         hours = (time.monotonic() - started) / 3600
         stop = is_out_of_time(accelerator, hours, args.max_train_hours)
         is_last = stop or step == args.max_train_steps
-        saves = step % args.checkpointing_steps == 0 or is_last
-        if step % args.logging_steps == 0 or saves:
+        saves = is_due(step, args.checkpointing_steps) or is_last
+        if is_due(step, args.logging_steps) or saves:
             logs, finite = log.take(accelerator)
             # fp16 skips a step that overflows; anything else is beyond repair, and is not to be saved
             if finite == 0 or (finite < 1 and accelerator.mixed_precision != "fp16"):
                 raise RuntimeError(f"the loss is not finite at step {step}: lower the learning rate, or use bf16.")
-            samples = step * args.train_batch_size * args.gradient_accumulation_steps * world_size
+            samples = step * samples_a_step
             logs |= {"lr": lr_scheduler.get_last_lr()[0], "samples": samples}
             accelerator.log(logs, step=step)
             progress.set_postfix(loss=f"{logs['loss']:.4f}", samples=samples)
@@ -478,32 +534,16 @@ def main(argv: list[str] | None = None) -> None:
             if args.push_to_hub and accelerator.is_main_process:
                 with ema_weights(ema, denoiser):
                     push_to_hub(ema_pipeline(), args, f"Step {step}")
-        if args.validation_steps and (step % args.validation_steps == 0 or is_last) and accelerator.is_main_process:
-            with ema_weights(ema, denoiser):
-                images = validation_images(
-                    ema_pipeline(), validation_identities, args.validation_seeds, args.validation_inference_steps
-                )
-            if face_encoder is not None:
-                embeddings = face_encoder.embed_pictures(images[args.validation_seeds :])
-                wanted = validation_identities.repeat_interleave(args.validation_seeds, dim=0)
-                accelerator.log({"validation/cosine": F.cosine_similarity(embeddings, wanted).mean().item()}, step)
-            # rows: empty context, then the identities; columns: seeds, the same in every row
-            grid = make_image_grid(images, rows=1 + len(validation_identities), cols=args.validation_seeds)
-            (args.output_dir / "validation").mkdir(exist_ok=True)
-            grid.save(args.output_dir / "validation" / f"step-{step:07d}.png")
-            for tracker in accelerator.trackers:
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"validation/grid": np.asarray(grid)[None]}, step, **layout)
-
-        if args.snapshot_steps and step % args.snapshot_steps == 0 and accelerator.is_main_process:
-            with ema_weights(ema, denoiser):
-                ema_pipeline().save_pretrained(args.output_dir / f"step-{step:07d}")
+        if accelerator.is_main_process:
+            if is_due(step, args.validation_steps) or (is_last and args.validation_steps):
+                validate()
+            if is_due(step, args.snapshot_steps):
+                save_snapshot(hours_before + hours)
 
     # 5. the pipeline, with EMA weights
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with ema_weights(ema, denoiser):
-            ema_pipeline().save_pretrained(args.output_dir)
+        save_pipeline(args.output_dir, hours_before + (time.monotonic() - started) / 3600)
         logger.info(f"pipeline saved to {args.output_dir}")
     accelerator.end_training()
 

@@ -20,9 +20,11 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel, VQModel
 from diffusers.training_utils import EMAModel
+from insightface.model_zoo.arcface_onnx import ArcFaceONNX
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -30,7 +32,7 @@ from tqdm import tqdm
 from uiface_diffusers.data import FaceCache
 from uiface_diffusers.evaluation import load_lpips, reconstruction_quality
 from uiface_diffusers.evaluation.reconstruction import to_unit_range
-from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.faces import FaceEncoder, TorchRecognizer
 from uiface_diffusers.latents import FirstStage
 from uiface_diffusers.seeds import mix_seed
 from uiface_diffusers.training_utils import (
@@ -40,12 +42,15 @@ from uiface_diffusers.training_utils import (
     add_optimizer_arguments,
     ema_weights,
     find_checkpoint,
+    is_due,
     is_out_of_time,
     load_checkpoint,
     make_accelerator,
     make_lr_scheduler,
     parse_recipe,
+    positive,
     save_checkpoint,
+    training_folder,
 )
 
 logger = get_logger(__name__)
@@ -75,8 +80,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--lpips_network", choices=("alex", "squeeze", "vgg"), default="alex")
     group.add_argument("--lpips_backbone", help="its convolutions' weights; torchvision downloads them if not given")
     group.add_argument("--identity_weight", type=float, default=0.0, help="of 1 - cosine to the face's embedding")
-    group.add_argument("--identity_encoder", default="buffalo_l", help="insightface model pack of the identity loss")
-    group.add_argument("--encoder_root", default="~/.insightface")
+    group.add_argument(
+        "--identity_encoder",
+        default="buffalo_l",
+        help="of the identity loss: an insightface model pack, or the .onnx file of any recogniser of aligned faces",
+    )
+    group.add_argument("--encoder_root", default="~/.insightface", help="folder with models/PACK")
     group.add_argument(
         "--regularisation_weight",
         type=float,
@@ -91,8 +100,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="steps that reconstruct the half-size face from half-size latents, for latents that are easier to"
         " denoise (EQ-VAE, Kouzelis et al. 2025)",
     )
-    group.add_argument("--train_batch_size", type=int, default=16, help="faces a step and process")
-    group.add_argument("--max_train_steps", type=int, default=100_000)
+    group.add_argument("--train_batch_size", type=positive, default=16, help="faces a step and process")
+    group.add_argument("--max_train_steps", type=positive, default=100_000)
     group.add_argument("--max_train_hours", type=float, help="save and stop after this time in this run")
     add_optimizer_arguments(group, learning_rate=5e-4, lr_scheduler="cosine")
     group.add_argument("--ema_decay", type=float, default=0.999)
@@ -139,6 +148,14 @@ class FacePictures(Dataset):
 def keep_batch(batch):
     """What `FacePictures` fetches is a batch already."""
     return batch
+
+
+def load_differentiable(name: str, root: str) -> TorchRecognizer:
+    """The recogniser of a model pack, or of an ONNX file, for a loss."""
+    if not name.endswith(".onnx"):
+        return FaceEncoder(name, root, det_size=160).to_torch()
+    model = ArcFaceONNX(name)
+    return TorchRecognizer(name, model.input_mean, model.input_std)
 
 
 class Reconstruction(nn.Module):
@@ -215,6 +232,29 @@ def measure_latents(vae: FirstStage, pixels: torch.Tensor, batch_size: int = 32)
     return latents.mean().item(), latents.std().item()
 
 
+class LossLog:
+    """Means of the loss's terms over the steps in which it was finite. Sums stay on the device."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.sums: dict[str, torch.Tensor] = {}  # of each term: sum and number
+        self.steps = torch.zeros(2, device=device)  # finite, all
+
+    def add(self, total: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
+        finite = total.detach().isfinite().float()
+        self.steps += torch.stack([finite, torch.ones_like(finite)])
+        for name, term in terms.items():
+            pair = torch.stack([term.detach().float().nan_to_num(0, 0, 0) * finite, finite])
+            self.sums[name] = self.sums.get(name, 0) + pair
+
+    def take(self, accelerator: Accelerator) -> tuple[dict[str, float], float]:
+        """The means of all processes since the last call, and the share of finite steps."""
+        sums = {name: accelerator.reduce(self.sums[name], "sum").tolist() for name in sorted(self.sums)}
+        finite, steps = accelerator.reduce(self.steps, "sum").tolist()
+        self.__init__(self.device)
+        return {name: total / number for name, (total, number) in sums.items() if number}, finite / steps
+
+
 def picture_grid(pixels: torch.Tensor, reconstructions: torch.Tensor, columns: int = 8) -> PIL.Image.Image:
     """Rows of photographs, each above its row of reconstructions."""
     rows, columns = [], min(columns, len(pixels))
@@ -228,6 +268,11 @@ def picture_grid(pixels: torch.Tensor, reconstructions: torch.Tensor, columns: i
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     accelerator = make_accelerator(args)
+    with training_folder(accelerator, args.output_dir):
+        train(args, accelerator)
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 
@@ -250,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
     perceptual = load_lpips(args.lpips_network, args.lpips_backbone).to(device) if args.lpips_weight else None
     recognizer = None
     if args.identity_weight:
-        recognizer = FaceEncoder(args.identity_encoder, args.encoder_root, det_size=160).to_torch().to(device)
+        recognizer = load_differentiable(args.identity_encoder, args.encoder_root).to(device)
 
     # 3. optimiser
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
@@ -276,12 +321,29 @@ def main(argv: list[str] | None = None) -> None:
     sampler = EndlessBatchSampler(len(dataset), args.train_batch_size, args.seed, rank, world_size, start=step)
     loader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.dataloader_num_workers, collate_fn=keep_batch)
     batches = iter(loader)
+    grids = args.output_dir / "validation"
+
+    def validate() -> None:
+        recognizers = {} if recognizer is None else {Path(args.identity_encoder).name: recognizer}
+        with ema_weights(ema, trained):
+            quality = reconstruction_quality(vae, validation_pixels, perceptual, recognizers)
+        accelerator.log({f"validation/{name}": value for name, value in quality.figures.items()}, step=step)
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in quality.figures.items())
+        tqdm.write(f"validation at step {step}: {figures}")
+        grids.mkdir(exist_ok=True)
+        picture_grid(validation_pixels, quality.reconstructions).save(grids / f"step-{step:07d}.png")
+
+    # what belonged to this step and was interrupted
+    interrupted = is_due(step, args.validation_steps) and not (grids / f"step-{step:07d}.png").exists()
+    if step and accelerator.is_main_process and interrupted:
+        validate()
     started = time.monotonic()
     progress = tqdm(
         initial=step, total=args.max_train_steps, desc="train", unit="step", disable=not accelerator.is_main_process
     )
     trained.train()
-    sums, counts, stop = {}, {}, False
+    log = LossLog(device)
+    stop = False
     while step < args.max_train_steps and not stop:
         pixels = to_unit_range(next(batches).to(device, non_blocking=True))
         # all processes take the same kind of step
@@ -293,7 +355,8 @@ def main(argv: list[str] | None = None) -> None:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
             terms = autoencoder_loss(model, pixels, perceptual, recognizer, args, halve)
-        accelerator.backward(sum(terms.values()))
+        total = sum(terms.values())
+        accelerator.backward(total)
         if args.max_grad_norm is not None:
             accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
@@ -302,34 +365,26 @@ def main(argv: list[str] | None = None) -> None:
         ema.step(trained.parameters())
         step += 1
         progress.update()
-        for name, term in terms.items():
-            sums[name] = sums.get(name, 0.0) + term.detach()
-            counts[name] = counts.get(name, 0) + 1
+        log.add(total, terms)
 
         hours = (time.monotonic() - started) / 3600
         stop = is_out_of_time(accelerator, hours, args.max_train_hours)
         is_last = stop or step == args.max_train_steps
-        saves = step % args.checkpointing_steps == 0 or is_last
-        if step % args.logging_steps == 0 or saves:
-            logs = {name: (accelerator.reduce(sums[name], "mean") / counts[name]).item() for name in sorted(sums)}
-            if not np.isfinite(list(logs.values())).all() and accelerator.mixed_precision != "fp16":
+        saves = is_due(step, args.checkpointing_steps) or is_last
+        if is_due(step, args.logging_steps) or saves:
+            logs, finite = log.take(accelerator)
+            # fp16 skips a step that overflows; anything else is beyond repair, and is not to be saved
+            if finite == 0 or (finite < 1 and accelerator.mixed_precision != "fp16"):
                 raise RuntimeError(f"the loss is not finite at step {step}: lower the learning rate, or use bf16.")
-            sums, counts = {}, {}
             accelerator.log({**logs, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
             progress.set_postfix({name: f"{value:.4f}" for name, value in logs.items()})
         if saves:
             total = hours_before + hours
             save_checkpoint(accelerator, ema, args.output_dir, step, order, args.checkpoints_total_limit, total)
-        if args.validation_steps and (step % args.validation_steps == 0 or is_last) and accelerator.is_main_process:
-            recognizers = {} if recognizer is None else {args.identity_encoder: recognizer}
-            with ema_weights(ema, trained):
-                quality = reconstruction_quality(vae, validation_pixels, perceptual, recognizers)
-            accelerator.log({f"validation/{name}": value for name, value in quality.figures.items()}, step=step)
-            figures = ", ".join(f"{name} {value:.4f}" for name, value in quality.figures.items())
-            progress.write(f"validation at step {step}: {figures}")
-            (args.output_dir / "validation").mkdir(exist_ok=True)
-            grid = picture_grid(validation_pixels, quality.reconstructions)
-            grid.save(args.output_dir / "validation" / f"step-{step:07d}.png")
+        if accelerator.is_main_process and (
+            is_due(step, args.validation_steps) or (is_last and args.validation_steps)
+        ):
+            validate()
 
     # 5. the model, with EMA weights and the latents' scale
     accelerator.wait_for_everyone()

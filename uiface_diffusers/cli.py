@@ -28,11 +28,11 @@ def _prepare(args: argparse.Namespace) -> None:
 
     identities = None
     if args.identities is not None:
-        # LFW's lists have a count in the first line and behind every name
-        identities = [line.split("\t")[0].strip() for line in args.identities.read_text().splitlines()]
-        if identities and identities[0].isdigit() and not (args.source / identities[0]).exists():
-            del identities[0]
-        identities = [name for name in identities if name]
+        # LFW's lists have their length in the first line, and a count behind every name
+        names = [line.split("\t")[0].strip() for line in args.identities.read_text().splitlines()]
+        names = [name for name in names if name]
+        has_length = names and names[0] == str(len(names) - 1)
+        identities = names[1:] if has_length else names
     report = prepare_faces(
         args.source,
         args.output,
@@ -48,7 +48,7 @@ def _prepare(args: argparse.Namespace) -> None:
     print(f"{report['faces']} faces of {report['identities']} identities from {report['photographs']} photographs")
     for reason, count in report["reasons"].items():
         print(f"  skipped {count}: {reason}")
-    print(f"  {report['several_faces']} photographs have several faces: the {args.face} one was taken")
+    print(f"  {len(report['several_faces'])} photographs have several faces: the {args.face} one was taken")
     print(f"  {len(report['duplicates'])} are duplicates (kept)")
     state = "left out" if args.drop_outliers else "kept; --drop-outliers leaves them out"
     outliers, threshold = len(report["outliers"]), args.outlier_threshold
@@ -257,7 +257,7 @@ def _perturb_identities(args: argparse.Namespace) -> None:
 
 
 def _inspect_identities(args: argparse.Namespace) -> None:
-    from .identities import inspect_bank, plot_histograms, text_histogram
+    from .identities import inspect_bank, text_histogram
 
     bank = _load_bank(args.bank)
     known = None if args.against is None else _load_bank(args.against)
@@ -275,7 +275,9 @@ def _inspect_identities(args: argparse.Namespace) -> None:
         position = int(report.nearest_known.argmax())
         print(f"nearest: {bank.names[position]} to {report.known_names[position]}, {report.nearest_known.max():.4f}")
     if args.plot is not None:
-        plot_histograms(histograms, args.plot)
+        from .evaluation.plots import plot_histograms
+
+        plot_histograms({title: values.numpy() for title, values in histograms.items()}, "cosine").savefig(args.plot)
         print(f"histogram saved to {args.plot}")
 
 

@@ -48,18 +48,28 @@ class DetectedFace:
 
 
 def load_photograph(path: str | os.PathLike) -> np.ndarray:
-    """Reads a picture as `(height, width, 3)` RGB bytes, turned as its EXIF tag says.
+    """Reads a picture as `(height, width, 3)` RGB bytes, turned as its EXIF tag says; what is transparent is white, 16
+    bits are scaled to 8.
 
     Raises:
         OSError: the file is missing, truncated or not a picture.
     """
     try:
         with PIL.Image.open(path) as image:
-            return np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB"))
+            return np.asarray(_to_rgb(PIL.ImageOps.exif_transpose(image)))
     except OSError:
         raise
     except Exception as error:  # damaged files raise nearly anything in Pillow's plug-ins
         raise OSError(f"{path} cannot be read: {error}") from error
+
+
+def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    if image.mode.startswith("I"):  # Pillow would clip instead of scaling
+        return PIL.Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
 
 
 def align_face(photograph: np.ndarray, landmarks: np.ndarray, size: int = ALIGNED_SIZE) -> np.ndarray:

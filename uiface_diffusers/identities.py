@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -395,17 +395,3 @@ def text_histogram(cosines: torch.Tensor) -> list[str]:
     bars = ["#" * int(np.ceil(50 * count / counts.max())) for count in counts]
     rows = zip(BIN_EDGES, bars, counts, strict=False)
     return [f"{low:5.2f} {bar:50} {count}" for low, bar, count in rows if count]
-
-
-def plot_histograms(histograms: Mapping[str, torch.Tensor], path: str | os.PathLike) -> None:
-    """The same as a picture: a colour for each of several sets of cosines, by title."""
-    from matplotlib.figure import Figure  # of the extra `train`
-
-    figure = Figure()
-    axis = figure.subplots()
-    for title, values in histograms.items():
-        axis.hist(values.numpy(), BIN_EDGES, alpha=0.6, label=title)
-    axis.set_xlabel("cosine")
-    axis.set_ylabel("identities")
-    axis.legend()
-    figure.savefig(path)

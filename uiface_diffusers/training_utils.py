@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler
@@ -27,6 +28,13 @@ logger = logging.getLogger(__name__)
 
 # an option that the command line can also turn off, as --no-NAME
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
+
+
+def positive(text: str) -> int:
+    """A whole number above zero, as an option's type."""
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above zero")
+    return int(text)
 
 
 def parse_recipe(
@@ -43,7 +51,12 @@ def parse_recipe(
     argv = list(sys.argv[1:] if argv is None else argv)
     known, _ = parser.parse_known_args(argv)
     if known.config is not None:
-        config = yaml.safe_load(known.config.read_text()) or {}
+        try:
+            config = yaml.safe_load(known.config.read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            parser.error(f"--config {known.config} cannot be read: {error}")
+        if not isinstance(config, dict):
+            parser.error(f"--config {known.config} is not a list of options `name: value`")
         unknown = sorted(config.keys() - vars(known).keys())
         if unknown:
             parser.error(f"{known.config} has unknown options: {', '.join(unknown)}")
@@ -100,7 +113,9 @@ class EndlessBatchSampler(Sampler):
         self.weights = None if identities is None else 1 / torch.bincount(identities)[identities].double()
         self.batches_per_epoch = length // (batch_size * world_size)
         if self.batches_per_epoch == 0:
-            raise ValueError(f"{length} faces do not fill {world_size} batch(es) of {batch_size}.")
+            raise ValueError(
+                f"{length} faces do not fill {world_size} batch(es) of {batch_size}: take a smaller --train_batch_size."
+            )
 
     def _order(self, epoch: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
@@ -146,11 +161,11 @@ def add_machine_arguments(parser: argparse.ArgumentParser):
 def add_checkpoint_arguments(parser: argparse.ArgumentParser, steps: int):
     """The options of checkpoints, logs and validation, every `steps` steps by default; returns the group."""
     group = parser.add_argument_group("checkpoints, logs, validation")
-    group.add_argument("--checkpointing_steps", type=int, default=steps)
-    group.add_argument("--checkpoints_total_limit", type=int, default=2)
+    group.add_argument("--checkpointing_steps", type=positive, default=steps)
+    group.add_argument("--checkpoints_total_limit", type=positive, default=2)
     group.add_argument("--resume_from_checkpoint", help="a checkpoint folder, or `latest`")
     group.add_argument("--report_to", default="tensorboard", help="an accelerate tracker, or `none`")
-    group.add_argument("--logging_steps", type=int, default=50)
+    group.add_argument("--logging_steps", type=positive, default=50)
     group.add_argument("--validation_steps", type=int, default=steps, help="0: no validation")
     return group
 
@@ -171,7 +186,7 @@ def describe_recipe(script: str, args: argparse.Namespace, paths: Sequence[str])
 
 
 def make_accelerator(args: argparse.Namespace, **options) -> Accelerator:
-    """The accelerator of a script with the options of machine and checkpoints; makes its folder, and begins to log."""
+    """The accelerator of a script with the options of machine and checkpoints; begins to log."""
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -182,9 +197,38 @@ def make_accelerator(args: argparse.Namespace, **options) -> Accelerator:
         ),
         **options,
     )
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     return accelerator
+
+
+@contextmanager
+def training_folder(accelerator: Accelerator, folder: Path) -> Iterator[None]:
+    """Makes the folder of a training. Within it, no other training can work there: both would write one checkpoint.
+
+    Raises:
+        ValueError: another one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not accelerator.is_main_process:
+        yield
+        return
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"another training works in {folder}: wait for it, or choose another --output_dir."
+        ) from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something is done after this step that is done every so many; 0: never."""
+    return every > 0 and step % every == 0
 
 
 def is_out_of_time(accelerator: Accelerator, hours: float, max_hours: float | None) -> bool:

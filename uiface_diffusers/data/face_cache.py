@@ -101,11 +101,12 @@ def prepare_faces(
         min_images (`int`, defaults to 1): leave out identities with fewer photographs.
         outlier_threshold (`float`, defaults to 0.2): a face is an outlier when the cosine of its embedding to the
             median of its identity's embeddings (of three or more) is below it: often another person's.
-        drop_outliers (`bool`, defaults to `False`): leave them out. They are reported in any case.
+        drop_outliers (`bool`, defaults to `False`): leave them out. They are reported in any case. A later call may
+            drop what was kept, or take another threshold, as long as nothing was dropped.
 
     Returns:
         The report: `photographs`, `faces`, `identities`, `reasons` (a count a reason), `skipped` (file -> reason),
-        `several_faces` (photographs in which more than one face was found), `duplicates` (file -> the first file with
+        `several_faces` (file -> how many were found, if more than one), `duplicates` (file -> the first file with
         the same pixels) and `outliers` (file -> cosine).
 
     Raises:
@@ -117,11 +118,10 @@ def prepare_faces(
     output = Path(output)
     photographs = open_source(source, identities, min_images)
     total = len(photographs.photographs)
-    files_hash = hashlib.sha256("\n".join("/".join(photo) for photo in photographs.photographs).encode()).hexdigest()
+    stamps = [[*photograph, photographs.stamp(photograph)] for photograph in photographs.photographs]
     settings = {"identity_encoder": encoder.name, "image_size": image_size, "face": face, "aligned": aligned}
     settings |= {"det_size": encoder.det_size, "det_thresh": encoder.det_thresh}
-    settings |= {"outlier_threshold": outlier_threshold, "drop_outliers": drop_outliers}
-    settings |= {"photographs": total, "files_sha256": files_hash}
+    settings |= {"photographs": total, "files": hashlib.sha256(json.dumps(stamps).encode()).hexdigest()}
     check_settings(output / "prepare.json", settings)
 
     shards = []
@@ -136,11 +136,7 @@ def prepare_faces(
             else:
                 _write_shard(shards[-1], photographs, part, encoder, image_size, face, aligned, progress=progress)
 
-    # written before anything is dropped: medians would be others afterwards
-    outliers_file = output / "outliers.json"
-    if not outliers_file.exists():
-        write_json(outliers_file, find_outliers(shards, outlier_threshold))
-    outliers = json.loads(outliers_file.read_text())
+    outliers = _find_outliers_once(output / "outliers.json", shards, outlier_threshold, drop_outliers)
     if drop_outliers:
         for shard in shards:
             _drop_rows(shard, outliers)
@@ -162,7 +158,7 @@ def prepare_faces(
         "identities": len({row["identity"] for row in rows}),
         # an outlier's reason goes on with its cosine
         "reasons": dict(Counter(reason.partition(":")[0] for reason in skipped.values())),
-        "several_faces": sum(row["faces_found"] > 1 for row in rows),
+        "several_faces": {row["file"]: row["faces_found"] for row in rows if row["faces_found"] > 1},
         "skipped": skipped,
         "duplicates": duplicates,
         "outliers": outliers,
@@ -227,6 +223,20 @@ def find_outliers(shards: list[Path], threshold: float) -> dict[str, float]:
     return outliers
 
 
+def _find_outliers_once(file: Path, shards: list[Path], threshold: float, drop: bool) -> dict[str, float]:
+    """The outliers, noted in `file` before any is dropped: afterwards medians would be others."""
+    noted = json.loads(file.read_text()) if file.exists() else {"dropped": False}
+    if not noted["dropped"]:
+        noted = {"threshold": threshold, "dropped": drop, "outliers": find_outliers(shards, threshold)}
+        write_json(file, noted)
+    elif not drop or noted["threshold"] != threshold:
+        raise ValueError(
+            f"{file.parent} was left without its outliers below {noted['threshold']}: choose another folder to keep"
+            " them, or for another threshold."
+        )
+    return noted["outliers"]
+
+
 def _drop_rows(shard: Path, outliers: dict[str, float]) -> None:
     """Moves outliers from a shard's rows to what it skipped."""
     table = pq.read_table(shard)
@@ -248,7 +258,7 @@ class FaceCache:
         folder: the cache.
 
     Raises:
-        ValueError: no cache, or an unfinished one.
+        ValueError: no cache, an unfinished one, or one that is not whole.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -256,13 +266,18 @@ class FaceCache:
         if not (self.folder / "report.json").exists():
             state = "is not finished" if (self.folder / "prepare.json").exists() else "is no cache of prepared faces"
             raise ValueError(f"{self.folder} {state}: run `uiface prepare` on it.")
-        content = json.loads((self.folder / "prepare.json").read_text())
-        settings = content.get("settings", content)
+        settings = json.loads((self.folder / "prepare.json").read_text())["settings"]
         self.identity_encoder: str = settings["identity_encoder"]
         self.image_size: int = settings["image_size"]
         # a shard can hold nothing but skipped photographs
         shards = sorted(self.folder.glob("faces-*.parquet"))
         self.shards = [shard for shard in shards if self.shard_length(shard)]
+        expected = json.loads((self.folder / "report.json").read_text())["faces"]
+        if len(self) != expected:
+            raise ValueError(
+                f"{self.folder} has {len(self)} faces, its report.json says {expected}: files are missing, or"
+                " `uiface prepare` is at work on it. Run that again, or copy the folder anew."
+            )
 
     def __len__(self) -> int:
         return sum(self.shard_length(shard) for shard in self.shards)

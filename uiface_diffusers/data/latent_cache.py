@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..files import complete_file
@@ -35,9 +37,10 @@ def cache_latents(
     vae = copy.deepcopy(vae).to(device, memory_format=torch.channels_last)
     files = [shard.with_name(shard.name.replace("faces", f"latents-{key}")) for shard in faces.shards]
     files = [file.with_suffix(".safetensors") for file in files]
-    with tqdm(total=len(faces), unit="face", desc="latents", disable=all(file.exists() for file in files)) as progress:
+    missing = [file for file, shard in zip(files, faces.shards, strict=True) if not _is_of(file, shard)]
+    with tqdm(total=len(faces), unit="face", desc="latents", disable=not missing) as progress:
         for index, (shard, file) in enumerate(zip(faces.shards, files, strict=True)):
-            if file.exists():
+            if file not in missing:
                 progress.update(faces.shard_length(shard))
                 continue
             images = list(faces.shard_images(shard))
@@ -50,10 +53,45 @@ def cache_latents(
                 latents.append(torch.stack(both, dim=1).half().cpu())
                 progress.update(len(batch))
             with complete_file(file) as beside:
-                save_file({"latents": torch.cat(latents).contiguous()}, beside)
+                save_file({"latents": torch.cat(latents).contiguous()}, beside, metadata=_stamp(shard))
     return files
 
 
-def load_latents(files: Sequence[Path]) -> torch.Tensor:
-    """`(N, 2, latent_channels, h, w)` in half precision, of all files that `cache_latents` gave."""
-    return torch.cat([load_file(file)["latents"] for file in files])
+def _stamp(shard: Path) -> dict[str, str]:
+    return {"shard_bytes": str(shard.stat().st_size)}
+
+
+def _is_of(file: Path, shard: Path) -> bool:
+    """Whether a file of latents is there, whole, and of a shard as it is now."""
+    try:
+        with safe_open(file, framework="pt") as content:
+            return content.metadata() == _stamp(shard)
+    except (OSError, SafetensorError):
+        return False
+
+
+class LatentSet(Dataset):
+    """The latents of all files that `cache_latents` gave, fetched a batch at a time. The files are mapped into memory:
+    processes of one machine share them.
+
+    Args:
+        files: in order.
+    """
+
+    def __init__(self, files: Sequence[Path]):
+        self.parts = [load_file(file)["latents"] for file in files]
+        self.ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of one face's latents and its mirror image's: `(2, latent_channels, h, w)`."""
+        return self.parts[0].shape[1:]
+
+    def __getitems__(self, indices: Sequence[int]) -> torch.Tensor:
+        """`(batch, 2, latent_channels, h, w)` in half precision."""
+        parts = torch.bucketize(torch.tensor(indices), self.ends, right=True).tolist()
+        rows = [self.parts[part][index - int(self.ends[part])] for part, index in zip(parts, indices, strict=True)]
+        return torch.stack(rows)

@@ -129,10 +129,22 @@ class RecordReader:
 
     def image_keys(self) -> list[int]:
         """Keys of the pictures. InsightFace's files start with a record 0 without picture, whose label array says
-        where the pictures end: behind them come records of the identities."""
+        where the pictures end: behind them come records of the identities.
+
+        Raises:
+            OSError: record 0 is damaged.
+            ValueError: pictures are missing in the index.
+        """
         keys = sorted(self.offsets)
         if keys and keys[0] == 0:
             first = self.read_image(0)
             if not first.content and len(first.labels) >= 1:
-                return [key for key in keys if 0 < key < int(first.labels[0])]
+                end = int(first.labels[0])
+                pictures = [key for key in keys if 0 < key < end]
+                if len(pictures) != end - 1:
+                    raise ValueError(
+                        f"{self.path.with_suffix('.idx')} lists {len(pictures)} pictures, {self.path} says that it has"
+                        f" {end - 1}: the index is not whole. Copy it again."
+                    )
+                return pictures
         return keys

@@ -57,18 +57,27 @@ class FolderSource:
         self.photographs = [
             Photograph(folder.name, f"{folder.name}/{name}")
             for folder in folders
-            for name in sorted(file.name for file in folder.iterdir())
+            for name in sorted(entry.name for entry in os.scandir(folder) if not entry.is_dir())
             if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
         ]
 
+    def _path(self, photograph: Photograph) -> Path:
+        path = self.root / photograph.file
+        if path.is_symlink() and not path.exists():
+            raise OSError(f"{path} is a link to nothing.")
+        return path
+
     def read(self, photograph: Photograph) -> np.ndarray:
-        return load_photograph(self.root / photograph.file)
+        return load_photograph(self._path(photograph))
 
     def content(self, photograph: Photograph) -> bytes:
-        return (self.root / photograph.file).read_bytes()
+        return self._path(photograph).read_bytes()
 
     def stamp(self, photograph: Photograph) -> str:
-        return str((self.root / photograph.file).stat().st_size)
+        try:
+            return str(self._path(photograph).stat().st_size)
+        except OSError:  # will be reported as unreadable
+            return "missing"
 
 
 class RecordIOSource:
@@ -107,7 +116,7 @@ class WebDatasetSource:
 
     def _index(self, shard: Path) -> None:
         pictures, classes = {}, {}
-        with tarfile.open(shard) as tar:
+        with tarfile.open(shard, "r:") as tar:  # compressed, a picture could not be read at its offset
             for member in tar:
                 # a sample's key ends at the first dot of the file's name
                 path = PurePosixPath(member.name)
