@@ -201,7 +201,8 @@ def write_toy_pack(root: Path, name: str = "toy", batch: int | str = "n") -> Non
     image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, "height", "width"])
     _save_onnx(folder / "detector.onnx", nodes, [image], scores + boxes + landmarks, constants)
 
-    projection = np.random.default_rng(0).normal(size=(3 * 14 * 14, 16)).astype(np.float32)
+    # packs of other names are other recognisers
+    projection = np.random.default_rng(list(name.encode())).normal(size=(3 * 14 * 14, 16)).astype(np.float32)
     nodes = [
         helper.make_node("AveragePool", ["face"], ["pooled"], kernel_shape=[8, 8], strides=[8, 8]),
         helper.make_node("Flatten", ["pooled"], ["flat"]),
@@ -262,9 +263,19 @@ def toy_photographs(tmp_path_factory) -> Path:
 
 
 def write_study_inputs(root: Path, photographs: Path) -> None:
-    """What the studies take, all tiny: `packs` (toy, judge), a pipeline `model`, and the `cache` of photographs."""
+    """What studies and evaluation take, all tiny: `packs` (toy, judge), a pipeline `model`, the `cache` of
+    photographs, and that of `unseen` people, of whom `someone_else` is none."""
     for name in ("toy", "judge"):
         write_toy_pack(root / "packs", name)
     UIFacePipeline(**tiny_components()).save_pretrained(root / "model")
     encoder = FaceEncoder("toy", str(root / "packs"), det_size=160)
     prepare_faces(photographs, root / "cache", encoder, image_size=112)
+    # the first person is one of the training under another name
+    for number, person in enumerate(("someone_else", "person_x", "person_y")):
+        (root / "others" / person).mkdir(parents=True)
+        for index in range(2):
+            face = draw_person((10, 90 * number, 200 - 90 * number), ((80, 80, 44),))
+            if not number:
+                face = PIL.Image.open(photographs / "person_0" / f"{index}.png")
+            face.save(root / "others" / person / f"{index}.png")
+    prepare_faces(root / "others", root / "unseen", encoder, image_size=112)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Measures a trained pipeline: its first stage, and the faces that it samples in two stages.
+"""Measures trained pipelines: their first stage, and the faces that they sample in two stages.
 
-    python training/evaluate.py runs/uiface-lfw-128 --train_faces cache/devtrain cache/celeba \\
+    python training/evaluate.py runs/uiface/step-* --train_faces cache/devtrain cache/celeba \\
         --unseen_faces cache/devtest --encoder_root insightface --encoder edgeface --judge judge \\
-        --lpips_backbone alexnet_features.safetensors --output runs/uiface-lfw-128/evaluation
+        --lpips_backbone alexnet_features.safetensors --output runs/evaluation
 
 - first stage: cosine of unseen people's faces to their reconstructions, LPIPS;
 - identity: cosine of generated faces to the photograph of the person that they were conditioned on, and to the
@@ -12,8 +12,14 @@
   pipeline, or else drawn from the training embeddings), at the same number of images an identity;
 - faces found in all of these, and the nearest training face of generated and of unseen real faces.
 
-Writes `result.json` with the figures that it prints, `identity.png` (the distributions), `faces.png` (64 faces of the
-bank) and `people.png` (photographs of unseen people and the faces conditioned on them: not to be published).
+"Unseen" people who look like one of the training (`--same_person`) are left out and named: LFW has people under two
+names.
+
+Writes into `--output/NAME` of each pipeline: `result.json` with the figures that it prints, `identity.png` (the
+distributions), `faces.png` (64 faces of the bank) and `people.png` (photographs of unseen people and the faces
+conditioned on them: not to be published). What is there already is not measured again. Of several pipelines that
+training/train.py saved, it also prints the figures against samples seen, with what a doubling of the samples has
+brought at the end, and draws them (`curve.png`).
 """
 
 import argparse
@@ -21,39 +27,40 @@ import json
 import time
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import PIL.Image
 import torch
 from diffusers.utils import make_image_grid
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from uiface_diffusers import IdentityBank, UIFacePipeline, sample_identities
-from uiface_diffusers.data import FaceCache
 from uiface_diffusers.evaluation import (
     equal_error_rate,
     identity_consistency,
     load_lpips,
     reconstruction_quality,
 )
+from uiface_diffusers.evaluation.people import People
+from uiface_diffusers.evaluation.separability import genuine_pairs, impostor_pairs, pair_cosines
 from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.files import write_json
+from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.hub import IDENTITIES
 from uiface_diffusers.identities import largest_cosines
 from uiface_diffusers.seeds import image_generator
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
-
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pipeline", help="folder or Hub repository")
+    parser.add_argument("pipelines", nargs="+", help="folders or Hub repositories")
     parser.add_argument("--train_faces", nargs="+", required=True, help="caches that it was trained on")
     parser.add_argument("--unseen_faces", required=True, help="cache of other people")
     parser.add_argument("--encoder", required=True, help="model pack of the caches; its detector looks for faces")
     parser.add_argument("--judge", required=True, help="model pack that the training did not see")
     parser.add_argument("--encoder_root", default="~/.insightface")
     parser.add_argument("--lpips_backbone", help="AlexNet's convolutions; torchvision downloads them if not given")
+    parser.add_argument("--same_person", type=float, default=0.5, help="cosine from which two faces are one person's")
     parser.add_argument("--num_identities", type=int, default=100, help="of the training, unseen, and of the bank")
     parser.add_argument("--images_per_identity", type=int, default=4)
     parser.add_argument("--num_inference_steps", type=int, default=50)
@@ -61,38 +68,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
-    return parser.parse_args()
-
-
-class People:
-    """Faces of caches: embeddings, names, and the pictures of single faces."""
-
-    def __init__(self, folders: list[str]):
-        self.caches = [FaceCache(folder) for folder in folders]
-        banks = [cache.embeddings() for cache in self.caches]
-        names = [
-            f"{cache.folder.name}/{name}"
-            for cache, bank in zip(self.caches, banks, strict=True)
-            for name in bank.names
-        ]
-        self.bank = IdentityBank(torch.cat([bank.embeddings for bank in banks]), banks[0].identity_encoder, names)
-
-    def first_faces(self, number: int) -> list[int]:
-        """Positions of the first face of `number` identities, spread evenly over all."""
-        first = {name: position for position, name in reversed(list(enumerate(self.bank.names)))}
-        positions = sorted(first.values())
-        if number > len(positions):
-            raise ValueError(f"{number} identities are asked for, there are {len(positions)}.")
-        return [positions[i * len(positions) // number] for i in range(number)]
-
-    def pictures(self, positions: list[int]) -> list[PIL.Image.Image]:
-        found, offset = {}, 0
-        for cache in self.caches:
-            inside = [position for position in positions if offset <= position < offset + len(cache)]
-            images = cache.images([position - offset for position in inside])
-            found |= dict(zip(inside, images, strict=True))
-            offset += len(cache)
-        return [PIL.Image.fromarray(found[position]) for position in positions]
+    return parser.parse_args(argv)
 
 
 def sample(
@@ -114,15 +90,6 @@ def sample(
     return images, boundaries
 
 
-def pair_similarities(embeddings: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines of all pairs of one identity and of all pairs of two, of `(N, M, D)` embeddings."""
-    similarity = embeddings.flatten(0, 1) @ embeddings.flatten(0, 1).T
-    labels = torch.arange(len(embeddings)).repeat_interleave(embeddings.shape[1])
-    same = labels[:, None] == labels[None]
-    above = torch.ones_like(same).triu(1)
-    return similarity[same & above].numpy(), similarity[~same & above].numpy()
-
-
 def pixels_of(pictures: list[PIL.Image.Image]) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
 
@@ -132,103 +99,187 @@ def nearest_cosines(embeddings: torch.Tensor, known: torch.Tensor) -> dict[str, 
     return {"mean": nearest.mean().item(), "p99": nearest.quantile(0.99).item(), "max": nearest.max().item()}
 
 
-def main() -> None:
-    args = parse_args()
-    started = time.monotonic()
-    encoder, judge = (FaceEncoder(name, args.encoder_root, det_size=160) for name in (args.encoder, args.judge))
-    train, unseen = People(args.train_faces), People([args.unseen_faces])
-    bank_file = Path(args.pipeline) / IDENTITIES
-    if bank_file.exists():
-        bank = IdentityBank.load(bank_file)
-        if len(bank) < args.num_identities:
-            raise ValueError(f"{bank_file} has {len(bank)} identities, {args.num_identities} are asked for.")
-        bank = bank.take(range(args.num_identities))
-    else:
-        bank = sample_identities(train.bank, args.num_identities, seed=args.seed)
-    pipe = UIFacePipeline.from_pretrained(args.pipeline).to("cuda" if torch.cuda.is_available() else "cpu")
-    pipe.set_progress_bar_config(disable=True)
-    settings = {key: value for key, value in vars(args).items() if isinstance(value, int | float)}
-    result = {"settings": pipe.default_sampling(args.num_inference_steps) | settings}
+class Measurement:
+    """What all pipelines have in common: people, photographs, recognisers.
 
-    chosen = {"training": train.first_faces(args.num_identities), "unseen": unseen.first_faces(args.num_identities)}
-    photographs = {"training": train.pictures(chosen["training"]), "unseen": unseen.pictures(chosen["unseen"])}
+    Raises:
+        ValueError: a model pack is not the caches', or encoder and judge are one.
+    """
 
-    # 1. the first stage
-    recognizers = {pack.name: pack.to_torch() for pack in (encoder, judge)}
-    quality = reconstruction_quality(
-        pipe.vae, pixels_of(photographs["unseen"]), load_lpips("alex", args.lpips_backbone), recognizers
-    )
-    result["first_stage"] = quality.figures
-    print(f"first stage, {len(photographs['unseen'])} unseen faces: {describe(quality.figures)}")
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.encoder, self.judge = (
+            FaceEncoder(name, args.encoder_root, det_size=160) for name in (args.encoder, args.judge)
+        )
+        self.train, unseen = People(args.train_faces), People([args.unseen_faces])
+        for people in (self.train, unseen):
+            if people.bank.identity_encoder != args.encoder:
+                raise ValueError(
+                    f"{people.caches[0].folder} has embeddings of `{people.bank.identity_encoder}`, --encoder is"
+                    f" `{args.encoder}`."
+                )
+        if args.encoder == args.judge:
+            raise ValueError(f"the judge has to be another recogniser than the encoder, but both are `{args.judge}`.")
+        self.seen = unseen.near(self.train.bank, args.same_person)
+        print(
+            f"{len(self.seen)} unseen people have a face like one of the training (cosine >= {args.same_person}) and"
+            f" are left out: {', '.join(self.seen)}"
+        )
+        chosen = {"training": (self.train, self.train.choose(args.num_identities))}
+        chosen["unseen"] = (unseen, unseen.choose(args.num_identities, without=self.seen))
+        self.photographs = {name: people.pictures(positions) for name, (people, positions) in chosen.items()}
+        self.conditions = {name: people.bank.take(positions) for name, (people, positions) in chosen.items()}
+        strangers = [i for i, name in enumerate(unseen.bank.names) if name not in set(self.seen)]
+        self.unseen_embeddings = unseen.bank.embeddings[strangers]
+        self.recognizers = {pack.name: pack.to_torch() for pack in (self.encoder, self.judge)}
+        self.perceptual = load_lpips("alex", args.lpips_backbone)
 
-    # 2. generated faces
-    conditions = {"bank": bank}
-    for name, people in (("training", train), ("unseen", unseen)):
-        conditions[name] = IdentityBank(people.bank.embeddings[chosen[name]], people.bank.identity_encoder)
-    images, boundaries, found = {}, [], []
-    for name, identities in conditions.items():
-        images[name], reached = sample(pipe, identities, args, name)
-        boundaries += reached
-        found += [bool(encoder.detect(np.asarray(image))) for image in images[name]]
-    result["faces_found"] = float(np.mean(found))
-    result["boundary_quartiles"] = np.percentile(boundaries, [0, 25, 50, 75, 100]).tolist()
-    print(f"faces found in {100 * result['faces_found']:.1f} % of {len(found)}")
-    print(f"boundaries, quartiles: {result['boundary_quartiles']}")
+    def bank(self, pipeline: str) -> IdentityBank:
+        """The identities to make."""
+        file, number = Path(pipeline) / IDENTITIES, self.args.num_identities
+        if not file.exists():
+            return sample_identities(self.train.bank, number, seed=self.args.seed)
+        bank = IdentityBank.load(file)
+        if len(bank) < number:
+            raise ValueError(f"{file} has {len(bank)} identities, {number} are asked for.")
+        return bank.take(range(number))
 
-    # 3. identity
-    shape = (args.num_identities, args.images_per_identity)
-    embeddings = {
-        (pack.name, name): pack.embed_pictures(images[name]).unflatten(0, shape)
-        for pack in (judge, encoder)
-        for name in images
-    }
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4))
-    for axis, name in zip(axes, ("training", "unseen"), strict=False):
-        for pack in (judge, encoder):
-            references, generated = pack.embed_pictures(photographs[name]), embeddings[pack.name, name]
-            figures = identity_consistency(generated, references)
-            result[f"identity/{name}/{pack.name}"] = figures
-            print(f"cosine to the photograph of {name} people, {pack.name}: {describe(figures)}")
-            if pack is judge:
-                similarity = torch.einsum("nmd,kd->nmk", generated, references)
-                own = torch.eye(len(references), dtype=torch.bool)[:, None].expand_as(similarity)
-                draw_distributions(axis, similarity[own], similarity[~own], f"{name} people, {judge.name}")
+    def measure(self, pipeline: str, output: Path) -> None:
+        """Everything about one pipeline of a folder or repository; `result.json` is written last."""
+        args, encoder, judge = self.args, self.encoder, self.judge
+        started = time.monotonic()
+        bank = self.bank(pipeline)
+        pipe = UIFacePipeline.from_pretrained(pipeline).to("cuda" if torch.cuda.is_available() else "cpu")
+        pipe.set_progress_bar_config(disable=True)
+        result = {"command": what_decides(pipeline, args), "training": training_progress(pipeline)}
+        result |= {"defaults": pipe.default_sampling(args.num_inference_steps), "left_out": self.seen}
 
-    # 4. verification
-    for pack in (judge, encoder):
-        genuine, impostor = pair_similarities(embeddings[pack.name, "bank"])
-        figures = {
-            "eer": equal_error_rate(genuine, impostor),
-            "genuine": float(genuine.mean()),
-            "impostor": float(impostor.mean()),
+        # 1. the first stage
+        quality = reconstruction_quality(
+            pipe.vae, pixels_of(self.photographs["unseen"]), self.perceptual, self.recognizers
+        )
+        result["first_stage"] = quality.figures
+        print(f"first stage, {len(self.photographs['unseen'])} unseen faces: {describe(quality.figures)}")
+
+        # 2. generated faces
+        images, boundaries, found = {}, [], []
+        for name, identities in {"bank": bank, **self.conditions}.items():
+            images[name], reached = sample(pipe, identities, args, name)
+            boundaries += reached
+            found += [bool(encoder.detect(np.asarray(image))) for image in images[name]]
+        result["faces_found"] = float(np.mean(found))
+        result["boundary_quartiles"] = np.percentile(boundaries, [0, 25, 50, 75, 100]).tolist()
+        print(f"faces found in {100 * result['faces_found']:.1f} % of {len(found)}")
+        print(f"boundaries, quartiles: {result['boundary_quartiles']}")
+
+        # 3. identity
+        shape = (args.num_identities, args.images_per_identity)
+        embeddings = {
+            (pack.name, name): pack.embed_pictures(images[name]).unflatten(0, shape)
+            for pack in (judge, encoder)
+            for name in images
         }
-        result[f"verification/{pack.name}"] = figures
-        print(f"pairs of generated faces, {pack.name}: {describe(figures)}")
-        if pack is judge:
-            draw_distributions(axes[2], genuine, impostor, f"pairs of the bank's faces, {judge.name}")
+        figure = Figure(figsize=(15, 4), layout="tight")
+        axes = figure.subplots(1, 3)
+        for axis, name in zip(axes, self.conditions, strict=False):
+            for pack in (judge, encoder):
+                references, generated = pack.embed_pictures(self.photographs[name]), embeddings[pack.name, name]
+                figures = identity_consistency(generated, references)
+                result[f"identity/{name}/{pack.name}"] = figures
+                print(f"cosine to the photograph of {name} people, {pack.name}: {describe(figures)}")
+                if pack is judge:
+                    similarity = torch.einsum("nmd,kd->nmk", generated, references)
+                    own = torch.eye(len(references), dtype=torch.bool)[:, None].expand_as(similarity)
+                    draw_distributions(axis, similarity[own], similarity[~own], f"{name} people, {judge.name}")
 
-    # 5. nearness to the training faces
-    figures = {
-        "generated": nearest_cosines(embeddings[encoder.name, "bank"].flatten(0, 1), train.bank.embeddings),
-        "real": nearest_cosines(unseen.bank.embeddings, train.bank.embeddings),
-    }
-    result["nearest_training_face"] = figures
-    for name, values in figures.items():
-        print(f"nearest training face of {name} faces, {encoder.name}: {describe(values)}")
+        # 4. verification
+        labels = np.arange(shape[0]).repeat(shape[1])
+        for pack in (judge, encoder):
+            of_bank = embeddings[pack.name, "bank"].flatten(0, 1)
+            genuine, impostor = (pair_cosines(of_bank, pairs(labels)) for pairs in (genuine_pairs, impostor_pairs))
+            figures = {
+                "eer": equal_error_rate(genuine, impostor),
+                "genuine": float(genuine.mean()),
+                "impostor": float(impostor.mean()),
+            }
+            result[f"verification/{pack.name}"] = figures
+            print(f"pairs of generated faces, {pack.name}: {describe(figures)}")
+            if pack is judge:
+                draw_distributions(axes[2], genuine, impostor, f"pairs of the bank's faces, {judge.name}")
 
-    result["minutes"] = (time.monotonic() - started) / 60
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    figure.tight_layout()
-    figure.savefig(args.output / "identity.png", dpi=80)
-    # one face of each identity of the bank first
-    order = [i * shape[1] + n for n in range(shape[1]) for i in range(shape[0])][:64]
-    rows = len(order) // 8
-    make_image_grid([images["bank"][i] for i in order[: 8 * rows]], rows=rows, cols=8).save(args.output / "faces.png")
-    cells = []
-    for i in range(min(8, shape[0])):
-        cells += [photographs["unseen"][i], *images["unseen"][i * shape[1] : (i + 1) * shape[1]]]
-    make_image_grid(cells, rows=len(cells) // (shape[1] + 1), cols=shape[1] + 1).save(args.output / "people.png")
+        # 5. nearness to the training faces
+        figures = {
+            "generated": nearest_cosines(embeddings[encoder.name, "bank"].flatten(0, 1), self.train.bank.embeddings),
+            "real": nearest_cosines(self.unseen_embeddings, self.train.bank.embeddings),
+        }
+        result["nearest_training_face"] = figures
+        for name, values in figures.items():
+            print(f"nearest training face of {name} faces, {encoder.name}: {describe(values)}")
+
+        output.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output / "identity.png", dpi=80)
+        # one face of each identity of the bank first
+        order = [i * shape[1] + n for n in range(shape[1]) for i in range(shape[0])][:64]
+        columns = min(8, len(order))
+        rows = len(order) // columns
+        grid = make_image_grid([images["bank"][i] for i in order[: columns * rows]], rows=rows, cols=columns)
+        grid.save(output / "faces.png")
+        cells = []
+        for i in range(min(8, shape[0])):
+            cells += [self.photographs["unseen"][i], *images["unseen"][i * shape[1] : (i + 1) * shape[1]]]
+        make_image_grid(cells, rows=len(cells) // (shape[1] + 1), cols=shape[1] + 1).save(output / "people.png")
+        result["minutes"] = (time.monotonic() - started) / 60
+        write_json(output / "result.json", result)
+
+
+def what_decides(pipeline: str, args: argparse.Namespace) -> dict[str, str]:
+    """The parts of a command that the result depends on."""
+    options = {name: str(value) for name, value in vars(args).items() if name not in ("pipelines", "output")}
+    return options | {"model": pipeline_fingerprint(UIFacePipeline.from_pretrained(pipeline))}
+
+
+def training_progress(pipeline: str) -> dict[str, float] | None:
+    """Step, samples and hours that training/train.py noted beside a pipeline."""
+    file = Path(pipeline) / "progress.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def is_measured(output: Path, pipeline: str, args: argparse.Namespace) -> bool:
+    """Whether a result is there that this command would give again."""
+    file = output / "result.json"
+    return file.exists() and json.loads(file.read_text())["command"] == what_decides(pipeline, args)
+
+
+def draw_curve(results: dict[str, dict], judge: str, output: Path) -> None:
+    """Prints the figures against samples seen, and what the last doubling brought; saves them as a picture."""
+    titles = ("training people", "unseen people", "others", "EER", "nearest training face")
+    rows = []
+    for result in results.values():
+        people = [result[f"identity/{name}/{judge}"] for name in ("training", "unseen")]
+        nearest = result["nearest_training_face"]["generated"]["mean"]
+        others = max(figures["other"] for figures in people)
+        eer = result[f"verification/{judge}"]["eer"]
+        rows.append((result["training"]["samples"], people[0]["own"], people[1]["own"], others, eer, nearest))
+    rows.sort()
+    print(f"{'samples':>10}" + "".join(f"{title:>23}" for title in titles) + f"   ({judge})")
+    for samples, *values in rows:
+        print(f"{samples:10,}" + "".join(f"{value:23.4f}" for value in values))
+    samples, values = np.array([row[0] for row in rows]), np.array([row[1:] for row in rows])
+    last = samples >= samples[-1] / 2
+    if last.sum() > 1:
+        for title, column in zip(titles, values[last].T, strict=True):
+            slope = np.polyfit(np.log2(samples[last]), column, 1)[0]
+            print(f"{title}: {slope:+.4f} a doubling of the samples, over the last {last.sum()} points")
+    figure = Figure(figsize=(7, 4), layout="tight")
+    axis = figure.subplots()
+    for title, column in zip(titles, values.T, strict=True):
+        axis.plot(samples, column, marker="o", label=title)
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("samples seen")
+    axis.set_ylabel(f"cosine or error rate, {judge}")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(output / "curve.png", dpi=100)
 
 
 def describe(figures: dict[str, float]) -> str:
@@ -242,6 +293,24 @@ def draw_distributions(axis, genuine, impostor, title: str) -> None:
     axis.set_title(title)
     axis.set_xlabel("cosine")
     axis.legend()
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    names = [Path(pipeline).resolve().name for pipeline in args.pipelines]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two of the pipelines have one name, by which results are kept: {', '.join(sorted(names))}.")
+    measurement, results = None, {}
+    for name, pipeline in zip(names, args.pipelines, strict=True):
+        output = args.output / name
+        if not is_measured(output, pipeline, args):
+            measurement = measurement or Measurement(args)
+            print(f"{name}:")
+            measurement.measure(pipeline, output)
+        results[name] = json.loads((output / "result.json").read_text())
+    trained = {name: result for name, result in results.items() if result["training"]}
+    if len(trained) > 1:
+        draw_curve(trained, args.judge, args.output)
 
 
 if __name__ == "__main__":

@@ -1,40 +1,67 @@
 #!/usr/bin/env python
 """Makes a checkpoint to ship of a trained pipeline: half precision, safetensors, and a bank of synthetic identities.
 
-    python training/export_checkpoint.py runs/uiface-lfw-128 --faces cache/devtrain cache/celeba \\
-        --output uiface_diffusers/checkpoints/uiface-lfw-128
+    uiface identities make runs/uiface --number 200 --exclude cache/devtrain cache/celeba --encoder edgeface \\
+        --output bank.safetensors
+    python training/export_checkpoint.py runs/uiface --faces cache/devtrain cache/celeba \\
+        --identities bank.safetensors --defaults '{"latest_boundary": 700}' --output uiface_diffusers/checkpoints/uiface-lfw-128
 
-The identities are drawn from the distribution of the training embeddings; none is nearer than `--max_similarity` to a
-training face or to another one.
+None of the identities is nearer than `--max_similarity` to a training face or to another one; without `--identities`
+they are drawn from the distribution of the training embeddings. `--defaults` are what the pipeline's call takes where
+it is not told otherwise.
 """
 
 import argparse
+import json
+import shutil
 from pathlib import Path
 
 import torch
 
 from uiface_diffusers import IdentityBank, UIFacePipeline, sample_identities
-from uiface_diffusers.data import FaceCache
+from uiface_diffusers.evaluation.people import People
+from uiface_diffusers.files import write_json
+from uiface_diffusers.hub import IDENTITIES
+from uiface_diffusers.identities import keep_distinct, largest_cosines
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline", help="a pipeline that training/train.py saved")
     parser.add_argument("--faces", nargs="+", required=True, help="caches that it was trained on")
+    parser.add_argument("--identities", type=Path, help="bank of `uiface identities make`")
     parser.add_argument("--num_identities", type=int, default=200)
     parser.add_argument("--max_similarity", type=float, default=0.3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--defaults", type=json.loads, default={}, help="arguments of the pipeline's call, as JSON")
+    parser.add_argument("--seed", type=int, default=0, help="of identities that are drawn")
     parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
-    banks = [FaceCache(folder).embeddings() for folder in args.faces]
-    known = IdentityBank(torch.cat([bank.embeddings for bank in banks]), banks[0].identity_encoder)
-    identities = sample_identities(known, args.num_identities, args.max_similarity, args.seed)
-    pipeline = UIFacePipeline.from_pretrained(args.pipeline).to(torch.float16)
-    pipeline.save_pretrained(args.output)
-    identities.save(args.output / "identities.safetensors")
+    known = People(args.faces).bank
+    pipeline = UIFacePipeline.from_pretrained(args.pipeline)
+    encoder = pipeline.identity_projector.config.identity_encoder
+    if known.identity_encoder != encoder:
+        raise ValueError(f"{args.pipeline} follows `{encoder}`, {args.faces} are of `{known.identity_encoder}`.")
+    pipeline = UIFacePipeline(**pipeline.components, **(pipeline.default_sampling() | args.defaults))
+    if args.identities is None:
+        identities = sample_identities(known, args.num_identities, args.max_similarity, args.seed)
+    else:
+        identities, report = keep_distinct(
+            IdentityBank.load(args.identities), [known], args.max_similarity, args.num_identities
+        )
+        if len(identities) < args.num_identities:
+            raise ValueError(f"{args.identities} gives fewer than {args.num_identities} identities: {report}.")
+    pipeline.to(torch.float16).save_pretrained(args.output)
+    for file in args.output.rglob("*.json"):  # where it was trained is nobody's concern
+        content = json.loads(file.read_text())
+        if content.pop("_name_or_path", None) is not None:
+            write_json(file, content)
+    progress = Path(args.pipeline) / "progress.json"
+    if progress.exists():
+        shutil.copy(progress, args.output)
+    identities.save(args.output / IDENTITIES)
     size = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())
-    nearest = (identities.embeddings @ known.embeddings.T).max().item()
+    nearest = largest_cosines(identities.embeddings, known.embeddings)[0].max().item()
     print(f"{args.output}: {size / 2**20:.1f} MiB, {len(identities)} identities; nearest training face {nearest:.3f}")
 
 

@@ -274,6 +274,8 @@ def load_training_data(args, accelerator: Accelerator, vae) -> tuple[LatentFaces
         values = {str(cache.folder): getattr(cache, name) for cache in caches}
         if len(set(values.values())) > 1:
             raise ValueError(f"the caches differ in `{name}`: {values}. Prepare them alike.")
+    # too few faces are named before they are encoded
+    EndlessBatchSampler(sum(map(len, caches)), args.train_batch_size, args.seed, 0, accelerator.num_processes)
     with accelerator.main_process_first():
         files = [file for cache in caches for file in cache_latents(cache, vae, accelerator.device)]
     banks = [cache.embeddings() for cache in caches]

@@ -114,7 +114,7 @@ class EndlessBatchSampler(Sampler):
         self.batches_per_epoch = length // (batch_size * world_size)
         if self.batches_per_epoch == 0:
             raise ValueError(
-                f"{length} faces do not fill {world_size} batch(es) of {batch_size}: take a smaller --train_batch_size."
+                f"{length} faces do not fill {world_size} batch(es) of {batch_size}: lower --train_batch_size."
             )
 
     def _order(self, epoch: int) -> torch.Tensor:

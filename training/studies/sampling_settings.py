@@ -9,8 +9,10 @@ The YAML file maps the name of a setting to arguments of the pipeline's call; `s
 compared with. For each:
 
 - rows: UNet rows an image; seconds an image, with decoding;
+- boundary: mean timestep from which a face follows its identity; capped: share of the faces that do so at
+  `latest_boundary`, as their attention has not come to rest before;
 - judge: cosine of the faces to the photograph of the person that they were conditioned on, by a recogniser that the
-  training has not seen; others: to the photographs of the others;
+  training has not seen; others: to the photographs of the others; EER: of pairs of the faces;
 - LPIPS: between the images of one person (diversity);
 - precision, recall: against as many real faces (Kynkaanniemi et al. 2019), features of the LPIPS backbone.
 
@@ -20,6 +22,7 @@ A setting whose figures are in the output folder is not computed again. Prints a
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import diffusers
@@ -30,15 +33,22 @@ import yaml
 from tqdm import tqdm
 
 from uiface_diffusers import IdentityBank, UIFacePipeline, default_checkpoint
-from uiface_diffusers.data import FaceCache
-from uiface_diffusers.evaluation import identity_consistency, improved_precision_recall, load_lpips
+from uiface_diffusers.evaluation import (
+    equal_error_rate,
+    identity_consistency,
+    improved_precision_recall,
+    load_lpips,
+)
 from uiface_diffusers.evaluation.diversity import identity_pairs, mean_lpips
 from uiface_diffusers.evaluation.features import LpipsFeatures
+from uiface_diffusers.evaluation.people import People
+from uiface_diffusers.evaluation.separability import genuine_pairs, impostor_pairs, pair_cosines
 from uiface_diffusers.faces import FaceEncoder, resize_aligned
 from uiface_diffusers.files import check_settings, write_json
+from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.seeds import image_generator
 
-FIGURES = ("rows", "seconds", "judge", "others", "LPIPS", "precision", "recall")
+FIGURES = ("rows", "seconds", "boundary", "capped", "judge", "others", "EER", "LPIPS", "precision", "recall")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -57,30 +67,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-class People:
+class Conditions:
     """People spread evenly over a cache: one photograph each as condition; and real faces to compare with."""
 
     def __init__(self, args: argparse.Namespace):
-        cache = FaceCache(args.people)
-        bank = cache.embeddings()
-        first = {name: position for position, name in reversed(list(enumerate(bank.names)))}
-        names = sorted(first)
-        if len(names) < args.num_people:
-            raise ValueError(f"{args.people} has {len(names)} identities, {args.num_people} are asked for.")
-        names = [names[i * len(names) // args.num_people] for i in range(args.num_people)]
-        positions = [first[name] for name in names]
-        self.bank = IdentityBank(bank.embeddings[positions], bank.identity_encoder, names)
-        self.photographs = cache.images(positions)
-        number = args.num_people * args.images_per_person
-        if len(bank) < number:
-            raise ValueError(f"{args.people} has {len(bank)} faces: {number} are needed to compare as many.")
-        drawn = np.random.default_rng(args.seed).permutation(len(bank))[:number]
-        self.real = to_pixels(cache.images(sorted(drawn.tolist())))
+        people = People([args.people])
+        positions = people.choose(args.num_people)
+        self.bank = people.bank.take(positions)
+        self.photographs = people.pictures(positions)
+        faces, number = len(people.bank), args.num_people * args.images_per_person
+        if faces < number:
+            raise ValueError(f"{args.people} has {faces} faces: {number} are needed to compare as many.")
+        drawn = np.random.default_rng(args.seed).permutation(faces)[:number]
+        self.real = to_pixels(people.pictures(sorted(drawn.tolist())))
 
 
-def to_pixels(images: np.ndarray) -> torch.Tensor:
-    """`(N, size, size, 3)` uint8 -> `(N, 3, 112, 112)` in [-1, 1]."""
-    aligned = np.stack([resize_aligned(image) for image in images])
+def to_pixels(images: Sequence[PIL.Image.Image]) -> torch.Tensor:
+    """`(N, 3, 112, 112)` in [-1, 1]."""
+    aligned = np.stack([resize_aligned(np.asarray(image)) for image in images])
     return torch.from_numpy(aligned).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -94,10 +98,12 @@ def make_pipeline(args: argparse.Namespace, setting: dict) -> UIFacePipeline:
     return pipe
 
 
-def sample(args: argparse.Namespace, people: People, setting: dict) -> tuple[np.ndarray, dict[str, float]]:
-    """uint8 images, those of a person together; rows and seconds an image."""
+def sample(
+    args: argparse.Namespace, people: Conditions, setting: dict
+) -> tuple[list[PIL.Image.Image], dict[str, float]]:
+    """Images, those of a person together; rows and seconds an image, and where the boundaries were."""
     setting = dict(setting)
-    pipe, rows, images = make_pipeline(args, setting), [], []
+    pipe, rows, images, boundaries = make_pipeline(args, setting), [], [], []
     pipe.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     numbers = [(i, n) for i in range(args.num_people) for n in range(args.images_per_person)]
     started = time.perf_counter()
@@ -105,24 +111,34 @@ def sample(args: argparse.Namespace, people: People, setting: dict) -> tuple[np.
         batch = numbers[start : start + args.batch_size]
         embeddings = IdentityBank(people.bank.embeddings[[i for i, _ in batch]], people.bank.identity_encoder)
         generators = [image_generator(args.seed, people.bank.names[i], n) for i, n in batch]
-        images += pipe(embeddings, generator=generators, **setting).images
-    cost = {"rows": sum(rows) / len(numbers), "seconds": (time.perf_counter() - started) / len(numbers)}
-    return np.stack([np.asarray(image) for image in images]), cost
+        out = pipe(embeddings, generator=generators, **setting)
+        images += out.images
+        boundaries += out.boundary_timesteps.tolist()
+    latest = setting.get("latest_boundary", pipe.config.latest_boundary)
+    return images, {
+        "rows": sum(rows) / len(numbers),
+        "seconds": (time.perf_counter() - started) / len(numbers),
+        "boundary": float(np.mean(boundaries)),
+        "capped": float(np.mean(np.array(boundaries) <= latest)),
+    }
 
 
-def measure(args, people: People, images: np.ndarray, judge: FaceEncoder, perceptual) -> dict[str, float]:
+def measure(
+    args, people: Conditions, images: list[PIL.Image.Image], judge: FaceEncoder, perceptual
+) -> dict[str, float]:
     shape = (args.num_people, args.images_per_person)
-    generated, photographs = (
-        judge.embed_pictures([PIL.Image.fromarray(image) for image in faces]) for faces in (images, people.photographs)
-    )
+    generated, photographs = (judge.embed_pictures(faces) for faces in (images, people.photographs))
     identity = identity_consistency(generated.unflatten(0, shape), photographs)
+    labels = np.arange(shape[0]).repeat(shape[1])
+    cosines = [pair_cosines(generated, pairs(labels)) for pairs in (genuine_pairs, impostor_pairs)]
     pixels = to_pixels(images)
     pairs = identity_pairs("", args.images_per_person, None)
     lpips = [mean_lpips(of_person, pairs, perceptual) for of_person in pixels.unflatten(0, shape)]
     network = LpipsFeatures(perceptual)
     features = [torch.cat([network(part) for part in images.split(64)]) for images in (people.real, pixels)]
     precision, recall = improved_precision_recall(*features)
-    figures = {"judge": identity["own"], "others": identity["other"], "LPIPS": float(np.mean(lpips))}
+    figures = {"judge": identity["own"], "others": identity["other"], "EER": equal_error_rate(*cosines)}
+    figures["LPIPS"] = float(np.mean(lpips))
     return figures | {"precision": precision, "recall": recall}
 
 
@@ -142,8 +158,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     settings = {name: setting or {} for name, setting in yaml.safe_load(args.settings.read_text()).items()}
     args.output.mkdir(parents=True, exist_ok=True)
-    fixed = ("pipeline", "people", "judge", "lpips_backbone", "num_people", "images_per_person", "batch_size", "seed")
-    check_settings(args.output / "study.json", {name: str(getattr(args, name)) for name in fixed})
+    fixed = ("people", "judge", "lpips_backbone", "num_people", "images_per_person", "batch_size", "seed")
+    pipe = UIFacePipeline.from_pretrained(args.pipeline)
+    model = {"model": pipeline_fingerprint(pipe), "defaults": pipe.default_sampling()}
+    check_settings(args.output / "study.json", {name: str(getattr(args, name)) for name in fixed} | model)
     file = args.output / "settings.json"
     known = json.loads(file.read_text()) if file.exists() else {}
     people = judge = perceptual = None
@@ -151,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
         if known.get(name, {}).get("setting") == setting:
             continue
         if people is None:
-            people, judge = People(args), FaceEncoder(args.judge, args.encoder_root)
+            people, judge = Conditions(args), FaceEncoder(args.judge, args.encoder_root)
             perceptual = load_lpips("alex", args.lpips_backbone)
         images, cost = sample(args, people, setting)
         known[name] = {"setting": setting, "figures": cost | measure(args, people, images, judge, perceptual)}

@@ -1,0 +1,66 @@
+import contextlib
+import inspect
+import io
+import re
+import shlex
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+from uiface_diffusers import cli
+
+sys.path.insert(0, str(REPOSITORY / "training"))
+sys.path.insert(0, str(REPOSITORY / "training" / "studies"))
+import ablation  # noqa: E402
+import evaluate  # noqa: E402
+import sampling_settings  # noqa: E402
+import train  # noqa: E402
+import train_autoencoder  # noqa: E402
+import train_face_recognition  # noqa: E402
+
+SCRIPTS = (train, train_autoencoder, train_face_recognition, evaluate, ablation, sampling_settings)
+PARSERS = {f"{script.__name__}.py": script.parse_args for script in SCRIPTS}
+START = "(?:python training/|accelerate launch training/|uiface )"
+DOCUMENTS = ["README.md", "model_card.md", "docs/*.md", "training/configs/*.yaml", "training/*.py", "training/*/*.py"]
+
+
+def commands() -> list[str]:
+    """Command lines in the documents: a line of its own that starts as one, or a quotation within a line."""
+    found = []
+    for pattern in DOCUMENTS:
+        for path in sorted(REPOSITORY.glob(pattern)):
+            text = path.read_text()
+            if path.suffix == ".py":
+                text = inspect.cleandoc(text.partition('"""')[2].partition('"""')[0]).replace("\\\\", "\\")
+            text = re.sub(r"^#", "", text, flags=re.MULTILINE) if path.suffix == ".yaml" else text
+            text = re.sub(r"\\\n\s*", " ", text)  # continued lines
+            quoted = re.findall(rf"`({START}[^`]*)`", re.sub(r"\s+", " ", text))
+            lines = re.findall(rf"^ *({START}.*)$", text, re.MULTILINE)
+            found += [f"{path.name}: {line}" for line in quoted + lines]
+    return found
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_in_the_documents_are_understood(command, monkeypatch):
+    """Options exist, required ones are there, recipes are read. Nothing is run."""
+    words = shlex.split(command.partition(": ")[2], comments=True)
+    if len(words) < 3 or "..." in words or any(word.isupper() for word in words):
+        pytest.skip("an outline of a command")
+    monkeypatch.chdir(REPOSITORY)
+    complaint = io.StringIO()
+    while words[0] in ("python", "accelerate", "launch", "-W", "ignore"):
+        words = words[1:]
+    name = words[0].rpartition("/")[2]
+    parse = cli.build_parser().parse_args if name == "uiface" else PARSERS.get(name)
+    if parse is None:
+        pytest.skip(f"{name} has its parser in main")
+    with contextlib.redirect_stderr(complaint):
+        try:
+            parse(words[1:])
+        except SystemExit:
+            pytest.fail(complaint.getvalue())
+
+
+def test_commands_are_found():
+    assert len(commands()) > 20

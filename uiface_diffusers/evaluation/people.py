@@ -1,0 +1,67 @@
+"""Real people whose photographs a pipeline is conditioned on, to see whether its faces are theirs."""
+
+import os
+from collections.abc import Collection, Sequence
+
+import PIL.Image
+import torch
+import torch.nn.functional as F
+
+from ..data.face_cache import FaceCache
+from ..identities import IdentityBank, largest_cosines
+
+
+class People:
+    """The faces of caches of `uiface prepare`.
+
+    Args:
+        folders: the caches, all of one encoder.
+
+    Raises:
+        ValueError: their embeddings are of two encoders.
+    """
+
+    def __init__(self, folders: Sequence[str | os.PathLike]):
+        self.caches = [FaceCache(folder) for folder in folders]
+        encoders = {str(cache.folder): cache.identity_encoder for cache in self.caches}
+        if len(set(encoders.values())) > 1:
+            raise ValueError(f"the caches have embeddings of different encoders: {encoders}. Prepare them alike.")
+        banks = [cache.embeddings() for cache in self.caches]
+        names = [
+            f"{cache.folder.name}/{name}"
+            for cache, bank in zip(self.caches, banks, strict=True)
+            for name in bank.names
+        ]
+        self.bank = IdentityBank(torch.cat([bank.embeddings for bank in banks]), banks[0].identity_encoder, names)
+
+    def near(self, known: IdentityBank, min_cosine: float) -> list[str]:
+        """Names of those with a face whose cosine to a known embedding of the same encoder is at least `min_cosine`:
+        the same people under other names, mostly."""
+        cosines, _ = largest_cosines(F.normalize(self.bank.embeddings), F.normalize(known.embeddings))
+        near = (cosines >= min_cosine).nonzero().flatten().tolist()
+        return list(dict.fromkeys(self.bank.names[position] for position in near))
+
+    def choose(self, number: int, without: Collection[str] = ()) -> list[int]:
+        """Positions of the first face of `number` people, spread evenly over all but some.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        first: dict[str, int] = {}
+        for position, name in enumerate(self.bank.names):
+            first.setdefault(name, position)
+        positions = [position for name, position in sorted(first.items()) if name not in set(without)]
+        if number > len(positions):
+            folders = ", ".join(str(cache.folder) for cache in self.caches)
+            raise ValueError(f"{number} identities are asked for, {folders} has {len(positions)}.")
+        return [positions[i * len(positions) // number] for i in range(number)]
+
+    def pictures(self, positions: Sequence[int]) -> list[PIL.Image.Image]:
+        """The faces at some positions of `bank`."""
+        found, offset = {}, 0
+        for cache in self.caches:
+            inside = [position for position in positions if offset <= position < offset + len(cache)]
+            images = cache.images([position - offset for position in inside])
+            found |= dict(zip(inside, images, strict=True))
+            offset += len(cache)
+        return [PIL.Image.fromarray(found[position]) for position in positions]
