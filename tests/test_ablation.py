@@ -1,72 +1,150 @@
 import json
+import statistics
 import sys
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPOSITORY, write_study_inputs
+import yaml
+from conftest import REPOSITORY, draw_person, write_study_inputs
 from test_train_face_recognition import write_benchmark
 
-from uiface_diffusers import IdentityBank
-from uiface_diffusers.data import FaceCache
+from uiface_diffusers import IdentityBank, UIFacePipeline
+from uiface_diffusers.data import FaceCache, prepare_faces
 from uiface_diffusers.evaluation import load_recognizer, verify_benchmarks
+from uiface_diffusers.faces import FaceEncoder
 
 sys.path.insert(0, str(REPOSITORY / "training" / "studies"))
 import ablation  # noqa: E402
 
+PEOPLE, IMAGES = 7, 5
+
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory, toy_photographs, backbone):
-    """A pipeline, a bank, real faces and a benchmark, all tiny."""
+def root(tmp_path_factory, toy_photographs):
+    """A pipeline, a bank, real faces (of one person in the benchmark, too) and a benchmark, all tiny."""
     root = tmp_path_factory.mktemp("ablation")
     write_study_inputs(root, toy_photographs)
+    for person in range(PEOPLE):
+        (root / "photographs" / f"p{person}").mkdir(parents=True)
+        for index in range(IMAGES if person else IMAGES - 2):
+            colour = tuple(int(value) for value in np.random.default_rng(person).integers(0, 255, 3))
+            draw_person(colour, ((76 + index, 80, 44),)).save(root / "photographs" / f"p{person}" / f"{index}.png")
+    encoder = FaceEncoder("toy", str(root / "packs"), det_size=160)
+    prepare_faces(root / "photographs", root / "people", encoder, image_size=128)
     embeddings = F.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)))
     IdentityBank(embeddings, "toy").save(root / "bank.safetensors")
     (root / "bins").mkdir()
     write_benchmark(root / "bins" / "toy.bin")
-    paths = {"pipeline": "model", "identities": "bank.safetensors", "real": "cache", "benchmarks": "bins"}
-    paths |= {"encoder_root": "packs", "work": "work"}
+    recipe = {"recognizer": {"layers": 18, "width": 4, "embedding_dim": 16}, "epochs": 2, "train_batch_size": 4}
+    recipe |= {"validation_steps": 0, "report_to": "none"}
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return root
+
+
+@pytest.fixture(scope="module")
+def options(root, backbone):
+    paths = {"pipeline": "model", "identities": "bank.safetensors", "real": "people", "benchmarks": "bins"}
+    paths |= {"encoder_root": "packs", "work": "work", "recipe": "recipe.yaml"}
     argv = [word for name, path in paths.items() for word in (f"--{name}", str(root / path))]
-    argv += ["--encoder", "toy", "--judge", "judge", "--lpips_backbone", str(backbone), "--epochs", "2"]
-    argv += ["--num_identities", "3", "--images_per_identity", "4", "--num_inference_steps", "3", "--seeds", "5"]
-    return [*argv, "--train_batch_size", "4", "--recognizer", '{"layers": 18, "width": 4, "embedding_dim": 16}']
+    argv += ["--encoder", "toy", "--judge", "judge", "--lpips_backbone", str(backbone), "--same_person", "0.99999"]
+    argv += ["--num_identities", "4", "--groups", "2", "--images_per_identity", "4", "--num_inference_steps", "3"]
+    return [*argv, "--seeds", "5"]
 
 
-def read(folder):
-    return {path.name: np.asarray(PIL.Image.open(path)) for path in sorted(folder.glob("images/*/*.png"))}
-
-
-def test_arms_share_noise_and_are_collected(options, tmp_path_factory, capsys):
-    work = ablation.parse_args(options).work
-    ablation.main([*options, "--arms", "single", "fixed", "real", "--pieces", "generate", "evaluate"])
-    # the fixed boundary is the median of the adaptive ones
-    settings = json.loads((work / "fixed" / "data" / "generation.json").read_text())["settings"]
-    assert settings["sampling"]["boundary"] == ablation.median_boundary(work / "adaptive" / "data")
-    assert settings["sampling"]["injection"] is None and settings["seed"] == 0
-    # as many real faces, of the people that have the most
-    real = [path.parent.name for path in (work / "real" / "data").glob("*/*.png")]
-    names = FaceCache(ablation.parse_args(options).real[0]).embeddings().names
-    assert len(real) == 12 and set(real) <= {f"cache-{name}" for name in names}
-
-    ablation.main([*options, "--arms", "fixed", "--pieces", "train"])
-    arms = json.loads((work / "ablation.json").read_text())["arms"]
-    assert arms.keys() == {"single", "fixed", "real"}
-    result = verify_benchmarks(load_recognizer(work / "fixed" / "recognizer-5"), work.parent / "bins")["toy"]
-    assert arms["fixed"]["accuracies"] == [pytest.approx(result.accuracy)]
-    report = json.loads((work / "single" / "evaluation" / "report.json").read_text())
-    figures = {(f["name"], f["conditions"].get("recogniser")): f["value"] for f in report["figures"]}
-    assert arms["single"] == {
-        "LPIPS": figures["intra_class_lpips", None],
-        "precision": figures["precision", None],
-        "recall": figures["recall", None],
-        "consistency": figures["consistency_others", "judge"],
-        "EER": figures["eer", "judge"],
-        "context": figures["context_cosine", "toy"],
+def test_arms_differ_in_what_they_say_only(options, root):
+    work = root / "work"
+    ablation.main([*options, "--pieces", "generate"])
+    begun = {}
+    for arm in set(ablation.ARMS) - {"real"}:
+        files = [work / arm / f"group-{number}" / "generation.json" for number in range(2)]
+        begun[arm], other = (json.loads(file.read_text())["settings"] for file in files)
+        assert begun[arm]["sampling"] == other["sampling"] and begun[arm]["identities"] != other["identities"]
+    plain = begun["uiface"]
+    boundaries = ablation.boundaries_of(work / "adaptive" / f"group-{number}" for number in range(2))
+    changed = {
+        "uiface": {},
+        "single": {"boundary": None},
+        "adaptive": {"injection": None},
+        "fixed": {"injection": None, "boundary": statistics.median_low(boundaries)},
+        "adaptive_self": {"injection": "self"},
+        "uiface_idperturb": {},
+        "uiface_guided": {"guide_from_boundary": True},
     }
-    assert "context" not in arms["real"]
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[-3].split()[0] == "single" and f"{result.accuracy:.4f}" in printed[-2]
-    with pytest.raises(ValueError, match="other settings .epochs: 2 there, 3 now"):
-        ablation.main([*options, "--epochs", "3"])
+    assert changed.keys() == begun.keys() and len(boundaries) == 16
+    for arm, change in changed.items():
+        expected = {**plain, "sampling": {**plain["sampling"], **change}}
+        if arm == "uiface_idperturb":
+            expected["identity_perturbation"] = [0.6, 1.0]
+        assert begun[arm] == expected, arm
+
+    # real people: as many, with as many faces each; and faces of others
+    names = [path.name for group in (0, 1) for path in (work / "real" / f"group-{group}").iterdir()]
+    assert len(set(names)) == 4 and "people-p0" not in names  # has fewer faces
+    counts = [len(list((work / "real" / f"group-{group}" / name).iterdir())) for group in (0, 1) for name in names
+              if (work / "real" / f"group-{group}" / name).exists()]  # fmt: skip
+    assert counts == [4] * 4
+    others = [path.parent.name for path in (work / "references").glob("*/*.png")]
+    assert len(others) == 8 and not set(others) & set(names)
+
+
+def test_figures_and_accuracies_are_collected(options, root, capsys):
+    work = root / "work"
+    ablation.main([*options, "--arms", "single", "fixed", "real", "--pieces", "generate", "evaluate"])
+    ablation.main([*options, "--arms", "fixed", "--pieces", "generate", "train"])
+    arms = json.loads((work / "ablation.json").read_text())["arms"]
+    result = verify_benchmarks(load_recognizer(work / "fixed" / "recognizer-5"), root / "bins")["toy"]
+    assert arms["fixed"]["accuracy"] == [pytest.approx(result.accuracy)] and "accuracy" not in arms["single"]
+    for group in range(2):
+        report = json.loads((work / "single" / f"evaluation-group-{group}" / "report.json").read_text())
+        figures = {(f["name"], f["conditions"].get("recogniser")): f["value"] for f in report["figures"]}
+        assert figures["eer", "judge"] != figures["eer", "toy"]
+        expected = {
+            "LPIPS": figures["intra_class_lpips", None],
+            "precision": figures["precision", None],
+            "recall": figures["recall", None],
+            "consistency": figures["consistency_others", "judge"],
+            "EER": figures["eer", "judge"],
+            "context": figures["context_cosine", "toy"],
+            "capped": 0,
+            "boundary": UIFacePipeline.from_pretrained(root / "model").scheduler.config.num_train_timesteps * 2 // 3,
+        }
+        assert {title: values[group] for title, values in arms["single"].items()} == pytest.approx(expected)
+    assert "recall" in arms["real"] and "context" not in arms["real"]
+    printed = capsys.readouterr().out
+    assert "fixed - single" in printed and f"{result.accuracy:.4f}" in printed
+
+
+def test_people_of_the_benchmarks_are_left_out(options, root, capsys, tmp_path):
+    """A person whose face is in the benchmark is neither in the arm nor among the references."""
+    argv = [*options, "--work", str(tmp_path / "work"), "--arms", "real", "--pieces", "generate"]
+    with pytest.raises(ValueError, match="have 0 people with 4 faces or more who are not in the benchmarks"):
+        ablation.main([*argv, "--same_person", "-1"])
+    assert "people/p3" in capsys.readouterr().out
+
+
+def test_the_table_compares_group_by_group(capsys):
+    table = {
+        "single": {"LPIPS": [0.1, 0.3], "accuracy": [0.6, 0.7, 0.8]},
+        "adaptive": {"LPIPS": [0.2, 0.4], "capped": [1.0, 0.97]},
+        "uiface": {"LPIPS": [0.2, 0.5], "accuracy": [0.65, 0.75]},
+    }
+    ablation.print_table(table)
+    lines = {line[:20].strip(): line[20:] for line in capsys.readouterr().out.splitlines()}
+    cells = [lines["uiface - single"][start : start + 20].strip() for start in range(0, 180, 20)]
+    assert cells[2] == "0.1500 +- 0.0707" and cells[-1] == "0.0500 +- 0.0000"
+    assert any(line.startswith("Nearly no boundary") for line in lines) and "0.2000 +- 0.1414" in lines["single"]
+
+
+def test_another_study_in_the_folder_is_refused(options, root):
+    recipe = root / "other.yaml"
+    recipe.write_text((root / "recipe.yaml").read_text() + "momentum: 0.8\n")
+    with pytest.raises(ValueError, match="other settings .recipe: "):
+        ablation.main([*options, "--recipe", str(recipe)])
+    UIFacePipeline(**UIFacePipeline.from_pretrained(root / "model").components, latest_boundary=300).save_pretrained(
+        root / "changed"
+    )
+    with pytest.raises(ValueError, match="other settings .defaults: "):
+        ablation.main([*options, "--pipeline", str(root / "changed")])
+    assert len(FaceCache(root / "people").embeddings()) == 33

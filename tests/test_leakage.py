@@ -78,11 +78,12 @@ def test_the_command_shows_the_worst_pairs(toy_root, tmp_path, capsys):
     for person, colour in (("a", (0, 255, 0)), ("b", (0, 0, 255)), ("c", (255, 255, 255))):
         (tmp_path / "real" / person).mkdir(parents=True)
         draw_person(colour, ((56, 56, 44),), size=(112, 112)).save(tmp_path / "real" / person / "0.png")
-        (tmp_path / "set" / "images" / f"s{person}").mkdir(parents=True)
+        (tmp_path / "set" / f"s{person}").mkdir(parents=True)
         strange = PIL.Image.fromarray(np.random.default_rng(ord(person)).integers(0, 256, (112, 112, 3), np.uint8))
-        strange.save(tmp_path / "set" / "images" / f"s{person}" / "0000.png")
+        strange.save(tmp_path / "set" / f"s{person}" / "0000.png")
     copy = PIL.Image.open(tmp_path / "real" / "b" / "0.png")
-    copy.save(tmp_path / "set" / "images" / "sc" / "0000.png")
+    copy.save(tmp_path / "set" / "sc" / "0000.png")
+    copy.resize((100, 112)).save(tmp_path / "set" / "sc" / "0001.png")
     pack = ["--encoder", "toy", "--encoder-root", str(toy_root), "--det-size", "160"]
     encoder = FaceEncoder("toy", str(toy_root), det_size=160)
     prepare_faces(tmp_path / "real", tmp_path / "cache", encoder, image_size=112, aligned=True)
@@ -91,6 +92,8 @@ def test_the_command_shows_the_worst_pairs(toy_root, tmp_path, capsys):
     cli.main(["audit", str(tmp_path / "set"), *arguments, *pack])
     printed = capsys.readouterr().out
     assert "3 images of 3 identities against 3 real embeddings" in printed
+    assert "left out: sc/0001.png: not aligned: 100x112 is not square" in printed
+    assert not list(tmp_path.glob("*.cache"))
     assert "sc/0000.png: 1.000 to b" in printed and "33.33 % of the images" in printed
     grid = np.asarray(PIL.Image.open(plot))
     assert grid.shape == (224, 224, 3)

@@ -21,9 +21,11 @@ from test_sources import RecordWriter, image_record
 from transformers import AutoImageProcessor, AutoModel
 
 from uiface_diffusers import IResNetConfig, IResNetModel
+from uiface_diffusers.data import FaceCache, prepare_faces
 from uiface_diffusers.data.image_folder import ImageRow, pack_shard, write_metadata
 from uiface_diffusers.data.labelled_faces import LabelledFaces, check_faces
 from uiface_diffusers.evaluation import load_recognizer, verify_benchmarks
+from uiface_diffusers.faces import FaceEncoder
 
 SCRIPT = REPOSITORY / "training" / "train_face_recognition.py"
 sys.path.insert(0, str(SCRIPT.parent))
@@ -232,6 +234,40 @@ def test_benchmarks_and_log(workspace, tmp_path):
     assert events.Scalars("accuracy/mean")[-1].value == pytest.approx(mean)
     with pytest.raises(ValueError, match="benchmarks have faces of 112 pixels, the recogniser takes 32"):
         train(workspace, "small", "--benchmarks", str(bins))
+    # what could not be measured is named before the first step
+    for content, message in ((b"damaged", "z.bin cannot be read"), (None, "`z` has 0 genuine and 2 impostor pairs")):
+        if content is None:
+            write_benchmark(bins / "z.bin", pairs=2)
+            images, _ = pickle.loads((bins / "z.bin").read_bytes())
+            content = pickle.dumps((images, [False, False]))
+        (bins / "z.bin").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            train(workspace, "damaged", *options)
+    assert not list((workspace / "damaged").glob("checkpoint*"))
+
+
+def test_a_loss_that_is_not_finite_is_never_saved(workspace):
+    """Not in half precision either: batch norm's averages would keep it."""
+    for precision in ("no", "bf16"):
+        folder = f"diverged_{precision}"
+        options = ("--learning_rate", "1e30", "--mixed_precision", precision, "--checkpointing_steps", "1")
+        with pytest.raises(RuntimeError, match="the loss is not finite at step"):
+            train(workspace, folder, *options)
+        for checkpoint in (workspace / folder).glob("checkpoint-*"):
+            assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
+
+
+def test_caches_of_photographs_are_trained_on(workspace, toy_root, toy_photographs, tmp_path):
+    """Faces of `uiface prepare` at another size are resized."""
+    encoder = FaceEncoder("toy", str(toy_root), det_size=160)
+    prepare_faces(toy_photographs, tmp_path / "cache", encoder, image_size=128)
+    faces = LabelledFaces([tmp_path / "cache"])
+    assert len(faces) == 24 and faces.num_identities == 4
+    (shard,) = FaceCache(tmp_path / "cache").shards
+    first = next(FaceCache(tmp_path / "cache").shard_images(shard))
+    resized = PIL.Image.fromarray(first).resize((112, 112), PIL.Image.Resampling.BILINEAR)
+    assert np.array_equal(faces.face(0), np.asarray(resized))
+    assert check_faces(faces)["uniform"] == 0
 
 
 def test_pushes_and_survives_a_failed_upload(workspace, tmp_path):
@@ -425,7 +461,7 @@ def test_unfinished_generation_is_refused(forms, tmp_path):
     [
         (("--recognizer", '{"layer": 18}'), "--recognizer has unknown options: layer"),
         (("--train_batch_size", "1"), "--train_batch_size has to be 2 at least"),
-        (("--benchmarks", "nowhere"), "--benchmarks nowhere has no .bin files"),
+        (("--epochs", "0"), "--epochs: '0' is no whole number above zero"),
         (("--head", "softmax"), "argument --head"),
     ],
 )

@@ -4,7 +4,8 @@
     uiface identities make runs/uiface --number 200 --exclude cache/devtrain cache/celeba --encoder edgeface \\
         --output bank.safetensors
     python training/export_checkpoint.py runs/uiface --faces cache/devtrain cache/celeba \\
-        --identities bank.safetensors --defaults '{"latest_boundary": 700}' --output uiface_diffusers/checkpoints/uiface-lfw-128
+        --identities bank.safetensors --defaults '{"latest_boundary": 700}' \\
+        --output uiface_diffusers/checkpoints/uiface-lfw-128
 
 None of the identities is nearer than `--max_similarity` to a training face or to another one; without `--identities`
 they are drawn from the distribution of the training embeddings. `--defaults` are what the pipeline's call takes where
@@ -25,7 +26,7 @@ from uiface_diffusers.hub import IDENTITIES
 from uiface_diffusers.identities import keep_distinct, largest_cosines
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline", help="a pipeline that training/train.py saved")
     parser.add_argument("--faces", nargs="+", required=True, help="caches that it was trained on")
@@ -35,8 +36,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--defaults", type=json.loads, default={}, help="arguments of the pipeline's call, as JSON")
     parser.add_argument("--seed", type=int, default=0, help="of identities that are drawn")
     parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     known = People(args.faces).bank
     pipeline = UIFacePipeline.from_pretrained(args.pipeline)
     encoder = pipeline.identity_projector.config.identity_encoder

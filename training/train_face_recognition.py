@@ -38,6 +38,7 @@ from uiface_diffusers import IResNetConfig, IResNetImageProcessor, IResNetModel
 from uiface_diffusers.data.labelled_faces import LabelledFaces, check_faces
 from uiface_diffusers.evaluation import verify_benchmarks
 from uiface_diffusers.evaluation.reconstruction import to_unit_range
+from uiface_diffusers.evaluation.verification import read_benchmarks
 from uiface_diffusers.faces import ALIGNED_SIZE
 from uiface_diffusers.hub import load_card
 from uiface_diffusers.models.margin_heads import MARGIN_HEADS, MarginHead
@@ -51,12 +52,15 @@ from uiface_diffusers.training_utils import (
     add_optimizer_arguments,
     describe_recipe,
     find_checkpoint,
+    is_due,
     is_out_of_time,
     load_checkpoint,
     make_accelerator,
     make_lr_scheduler,
     parse_recipe,
+    positive,
     save_checkpoint,
+    training_folder,
 )
 
 logger = get_logger(__name__)
@@ -83,11 +87,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--head", choices=tuple(MARGIN_HEADS), default="arcface")
     group.add_argument("--margin", type=float, help="default: the head's own")
     group.add_argument("--scale", type=float, default=64.0, help="of the cosines")
-    group.add_argument("--train_batch_size", type=int, default=512, help="faces a step and process")
-    group.add_argument("--epochs", type=int, default=40)
-    group.add_argument("--max_train_steps", type=int, help="instead of --epochs")
+    group.add_argument("--train_batch_size", type=positive, default=512, help="faces a step and process")
+    group.add_argument("--epochs", type=positive, default=40)
+    group.add_argument("--max_train_steps", type=positive, help="instead of --epochs")
     group.add_argument("--max_train_hours", type=float, help="save and stop after this time in this run")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches of one optimiser step")
+    group.add_argument("--gradient_accumulation_steps", type=positive, default=1, help="batches of one optimiser step")
     add_optimizer_arguments(group, 0.1, "multi_step", ("multi_step", *LR_SCHEDULERS))
     group.add_argument("--lr_milestones", type=int, nargs="*", default=[22, 28, 32], help="of multi_step, in epochs")
     group.add_argument("--lr_decay", type=float, default=0.1, help="the learning rate's factor at each of them")
@@ -101,6 +105,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_hub_arguments(group, "recogniser")
 
     args = parse_recipe(parser, argv, required=("train_data", "output_dir"))
+    if not isinstance(args.recognizer, dict):
+        parser.error("--recognizer is not a JSON object of options")
     unknown = sorted(args.recognizer.keys() - inspect.signature(IResNetConfig.__init__).parameters.keys())
     if unknown:
         parser.error(f"--recognizer has unknown options: {', '.join(unknown)}")
@@ -305,10 +311,17 @@ def main(argv: list[str] | None = None) -> None:
     if args.benchmarks is not None and config.image_size != ALIGNED_SIZE:
         raise ValueError(f"benchmarks have faces of {ALIGNED_SIZE} pixels, the recogniser takes {config.image_size}.")
     accelerator = make_accelerator(args, gradient_accumulation_steps=args.gradient_accumulation_steps)
+    with training_folder(accelerator, args.output_dir):
+        train(args, accelerator, config)
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator, config: IResNetConfig) -> None:
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 
     # 1. data
+    if args.benchmarks is not None and accelerator.is_main_process:
+        read_benchmarks(args.benchmarks)  # a damaged one is named now, not at the first validation
     faces = load_training_data(args, accelerator, config.image_size, check=checkpoint is None)
     sampler = EndlessBatchSampler(len(faces), args.train_batch_size, args.seed, rank, world_size)
     batches_per_epoch = sampler.batches_per_epoch
@@ -318,8 +331,9 @@ def main(argv: list[str] | None = None) -> None:
     # 2. model
     torch.manual_seed(args.seed)
     margin = {} if args.margin is None else {"margin": args.margin}
+    recognizer = IResNetModel(config)  # before the head, so that a seed's weights do not depend on the data
     head = MARGIN_HEADS[args.head](config.embedding_dim, faces.num_identities, scale=args.scale, **margin)
-    classifier = FaceClassifier(IResNetModel(config), head)
+    classifier = FaceClassifier(recognizer, head)
     if args.channels_last:
         classifier.to(memory_format=torch.channels_last)
 
@@ -337,7 +351,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # what the data's order and labels depend on, besides the step
     order = {"seed": args.seed, "train_batch_size": args.train_batch_size, "num_processes": world_size}
-    order |= {"faces": len(faces), "identities": faces.num_identities}
+    order |= {"faces": len(faces), "identities": faces.num_identities, "files": faces.key}
     order["gradient_accumulation_steps"] = args.gradient_accumulation_steps
     step, hours_before = 0, 0.0
     if checkpoint is not None:
@@ -385,11 +399,12 @@ def main(argv: list[str] | None = None) -> None:
         hours = (time.monotonic() - started) / 3600
         stop = is_out_of_time(accelerator, hours, args.max_train_hours)
         is_last = stop or step == args.max_train_steps
-        saves = step % args.checkpointing_steps == 0 or is_last
-        if step % args.logging_steps == 0 or saves:
+        saves = is_due(step, args.checkpointing_steps) or is_last
+        if is_due(step, args.logging_steps) or saves:
             logs, finite = log.take(accelerator)
-            # fp16 skips a step that overflows; anything else is beyond repair, and is not to be saved
-            if finite == 0 or (finite < 1 and accelerator.mixed_precision != "fp16"):
+            # beyond repair, and not to be saved: what was not finite is in batch norm's running averages (fp16 skips
+            # steps whose gradient overflows, but then the loss is finite)
+            if finite < 1:
                 raise RuntimeError(f"the loss is not finite at step {step}: lower the learning rate, or use bf16.")
             epoch = step * args.gradient_accumulation_steps / batches_per_epoch
             accelerator.log({**logs, "lr": lr_scheduler.get_last_lr()[0], "epoch": epoch}, step=step)
@@ -400,7 +415,7 @@ def main(argv: list[str] | None = None) -> None:
             save_checkpoint(accelerator, None, args.output_dir, step, order, args.checkpoints_total_limit, total)
             if args.push_to_hub and accelerator.is_main_process:
                 push_to_hub(classifier.recognizer, args, f"Step {step}")
-        validates = args.validation_steps and (step % args.validation_steps == 0 or is_last)
+        validates = is_due(step, args.validation_steps) or (is_last and args.validation_steps)
         if validates and args.benchmarks is not None and accelerator.is_main_process:
             accuracies = verification_accuracies(classifier.recognizer, args.benchmarks)
             accelerator.log({f"accuracy/{name}": value for name, value in accuracies.items()}, step=step)

@@ -5,6 +5,7 @@ import ast
 import inspect
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -206,7 +207,8 @@ def _make_identities(args: argparse.Namespace) -> None:
     import torch
 
     from . import UIFacePipeline, default_checkpoint
-    from .identities import embed_images, keep_distinct, make_identities, sample_identities
+    from .data import FaceCache, FaceCacheSource, prepare_faces
+    from .identities import keep_distinct, make_identities, sample_identities
 
     exclude = [_load_bank(path) for path in args.exclude]
     if args.random:
@@ -217,11 +219,17 @@ def _make_identities(args: argparse.Namespace) -> None:
         return
     encoder = _face_encoder(args)
     if args.from_images is not None:
-        candidates = embed_images(args.from_images, encoder, args.aligned)
+        is_cache = (args.from_images / "prepare.json").is_file()
+        cache = args.from_images if is_cache else Path(f"{args.output}.faces")
+        if not is_cache:
+            prepare_faces(args.from_images, cache, encoder, aligned=args.aligned)
+        candidates = FaceCache(cache).embeddings()
         # names that can be folders
-        candidates.names = [re.sub(r"[/:\\]", "_", name) for name in candidates.names]
+        candidates.names = [re.sub(r"[/:\\]", "_", photo.file) for photo in FaceCacheSource(cache).photographs]
         bank, report = keep_distinct(candidates, exclude, args.max_similarity, args.number)
         bank.save(args.output)
+        if not is_cache:
+            shutil.rmtree(cache)
         if len(bank) < args.number:
             print(f"only {len(bank)} of {args.number} identities were found", file=sys.stderr)
     else:
@@ -302,7 +310,7 @@ def _add_identities(commands) -> None:
     make.add_argument("--batch-size", type=int, default=16, help="faces a call (default: %(default)s)")
     make.add_argument("--num-inference-steps", type=int, default=50, help="default: %(default)s")
     instead = make.add_mutually_exclusive_group()
-    instead.add_argument("--from-images", type=Path, help="embed these photographs instead")
+    instead.add_argument("--from-images", type=Path, help="take these photographs, or a cache of them, instead")
     make.add_argument("--aligned", action="store_true", help="they are aligned faces: no detection")
     instead.add_argument(
         "--random", action="store_true", help="directions from the distribution of --exclude (weaker)"
@@ -358,10 +366,14 @@ def _verify(args: argparse.Namespace) -> None:
         import matplotlib  # noqa: F401  what is not installed is named before the work
 
     recognizer = load_recognizer(args.model, args.encoder_root, args.providers, args.device)
-    results = verify_benchmarks(recognizer, args.benchmarks)
+
+    def save(results) -> None:
+        if args.output is not None:
+            save_verification(results, recognizer.name, args.output)
+
+    results = verify_benchmarks(recognizer, args.benchmarks, done=save)
     print(verification_table(results))
     if args.output is not None:
-        save_verification(results, recognizer.name, args.output)
         print(f"figures and curves saved to {args.output}")
 
 

@@ -1,10 +1,12 @@
 """Photographs -> aligned faces -> identity embeddings, with insightface's model packs."""
 
+import hashlib
 import os
 import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import cv2
@@ -155,6 +157,11 @@ class FaceEncoder:
         self.detector, self.recognizer = analysis.det_model, analysis.models["recognition"]
         if tuple(self.recognizer.input_size) != (ALIGNED_SIZE, ALIGNED_SIZE):
             raise ValueError(f"model pack `{name}` embeds faces of {self.recognizer.input_size}, expected is 112x112.")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits of the recognition model's file: packs of one name can differ."""
+        return hashlib.sha256(Path(self.recognizer.model_file).read_bytes()).hexdigest()[:12]
 
     def detect(self, photograph: np.ndarray) -> list[DetectedFace]:
         """All faces of a `(height, width, 3)` RGB photograph in bytes, most confident first."""

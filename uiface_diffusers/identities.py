@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import PIL.Image
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -20,7 +19,6 @@ from .fingerprint import pipeline_fingerprint
 from .seeds import mix_seed
 
 if TYPE_CHECKING:
-    from .data.sources import PhotographSource
     from .faces import FaceEncoder
     from .pipeline_uiface import UIFacePipeline
 
@@ -290,44 +288,6 @@ def make_identities(
             " candidates or a larger similarity and run it again: candidates are not made twice."
         )
     return report
-
-
-def embed_images(
-    source: "str | os.PathLike | PhotographSource", encoder: "FaceEncoder", aligned: bool = False
-) -> IdentityBank:
-    """Embeds photographs, named by their files as `IDENTITY/FILE`; what shows no face is left out.
-
-    Args:
-        source: what `open_source` opens, or has opened.
-        encoder: embeds them.
-        aligned (`bool`, defaults to `False`): they are aligned faces: no detection.
-
-    Raises:
-        ValueError: no photographs, or no face in any of them.
-    """
-    from .data.sources import open_source
-    from .faces import UnusableFaceError
-
-    opened = open_source(source) if isinstance(source, str | os.PathLike) else source
-    names, embeddings, waiting = [], [], []
-    for photograph in tqdm(opened.photographs, desc="embed", unit="photo"):
-        try:
-            pixels = opened.read(photograph)
-            if aligned:
-                waiting.append(PIL.Image.fromarray(pixels))
-            else:
-                embeddings.append(encoder.embed([pixels]).embeddings)
-        except (OSError, UnusableFaceError):
-            continue
-        names.append(photograph.file)
-        if len(waiting) == EMBEDDED_AT_ONCE:
-            embeddings.append(encoder.embed_pictures(waiting))
-            waiting = []
-    if waiting:
-        embeddings.append(encoder.embed_pictures(waiting))
-    if not names:
-        raise ValueError(f"none of {len(opened.photographs)} photographs shows a face.")
-    return IdentityBank(torch.cat(embeddings), encoder.name, names)
 
 
 def keep_distinct(

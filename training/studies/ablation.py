@@ -6,33 +6,41 @@
         --lpips_backbone alexnet_features.safetensors --work runs/ablation
 
 Every arm is generated (image n of an identity starts from the same noise in all of them) and measured as `uiface
-evaluate` does, against `--real` faces; a small recogniser is trained on it from scratch with each of `--seeds`, and
-verified on `--benchmarks`. `real` is an arm, too: as many real faces.
+evaluate` does, in `--groups` of other identities each: the spread of a figure is that over the groups, and the same
+identities stand against each other in two arms. A small recogniser is trained on all groups together from scratch with
+each of `--seeds`, and verified on `--benchmarks`. `real` is an arm, too: as many real people with as many faces each,
+none of whom looks like one of the benchmarks. Recall and precision are against real faces of other people again.
 
 Each piece goes on where it was stopped, and what is finished is not done again: run the same command until the table
-is full. `--arms` and `--pieces` name the ones to work at. Writes `ablation.json`, prints the table of what there is.
+is full. `--arms` and `--pieces` name the ones to work at. After every piece the table of what there is goes to
+`ablation.json`; at the end it is printed.
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import statistics
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import PIL.Image
+import numpy as np
 import pyarrow.parquet as pq
 import torch
 
 from uiface_diffusers import IdentityBank, UIFacePipeline, default_checkpoint, generate_dataset
-from uiface_diffusers.data import FaceCache
 from uiface_diffusers.evaluation import evaluate_dataset, load_lpips, load_recognizer, verify_benchmarks
+from uiface_diffusers.evaluation.people import People
+from uiface_diffusers.evaluation.verification import read_benchmarks
 from uiface_diffusers.faces import ALIGNED_SIZE, FaceEncoder
 from uiface_diffusers.files import check_settings, write_json
+from uiface_diffusers.fingerprint import pipeline_fingerprint
+from uiface_diffusers.generation import bank_hash
 
-TRAINER = Path(__file__).parents[1] / "train_face_recognition.py"
+TRAINING = Path(__file__).parents[1]
 # arm -> arguments of `generate_dataset`; `fixed` has the median boundary of `adaptive`, so that only the choice for
 # each sample differs
 ARMS = {
@@ -54,15 +62,16 @@ FIGURES = {
     "consistency": "consistency_others",
 }
 FIGURES |= {"EER": "eer", "context": "context_cosine"}
+# of the table: share of the faces that follow their identity only from `latest_boundary`, and from which timestep on
+BOUNDARIES = ("capped", "boundary")
+REFERENCES = "references"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", default=str(default_checkpoint()), help="folder or Hub repository")
     parser.add_argument("--identities", type=Path, required=True, help="bank of synthetic identities")
-    parser.add_argument(
-        "--real", type=Path, nargs="+", required=True, help="caches of `uiface prepare`; the first one for recall"
-    )
+    parser.add_argument("--real", type=Path, nargs="+", required=True, help="caches of `uiface prepare`")
     parser.add_argument("--benchmarks", type=Path, required=True, help="InsightFace .bin files of other people")
     parser.add_argument("--encoder", required=True, help="model pack of the bank")
     parser.add_argument("--judge", required=True, help="model pack that the pipeline was not trained with")
@@ -70,84 +79,124 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lpips_backbone", help="AlexNet's convolutions; torchvision downloads them if not given")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--num_identities", type=int, default=200)
+    parser.add_argument("--groups", type=int, default=5, help="of identities, for the spread")
     parser.add_argument("--images_per_identity", type=int, default=20)
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the recognisers")
-    parser.add_argument("--recognizer", type=json.loads, default={"layers": 18, "width": 16}, help="as JSON")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--train_batch_size", type=int, default=128)
+    parser.add_argument("--recipe", type=Path, default=TRAINING / "configs" / "fr_small.yaml", help="of them")
+    parser.add_argument(
+        "--same_person",
+        type=float,
+        default=0.5,
+        help="cosine to a benchmark's face from which a real person is left out",
+    )
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--pieces", nargs="+", choices=PIECES, default=PIECES)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.num_identities % args.groups:
+        parser.error(f"--num_identities {args.num_identities} cannot be split into {args.groups} equal groups")
+    return args
 
 
-def median_boundary(folder: Path) -> int:
-    boundaries = pq.read_table(folder / "metadata.parquet", columns=["boundary_timestep"])
-    return int(statistics.median_low(boundaries["boundary_timestep"].to_pylist()))
+def groups_of(args: argparse.Namespace, arm: str) -> list[Path]:
+    """The arm's data sets, one a group of identities."""
+    return [args.work / arm / f"group-{number}" for number in range(args.groups)]
 
 
-def export_real_faces(caches: list[Path], number: int, output: Path) -> None:
-    """So many real faces, of the identities that have the most, as `IDENTITY/NNNNN.png`."""
-    opened = [FaceCache(cache) for cache in caches]
-    names = [[f"{cache.folder.name}-{name}" for name in cache.embeddings().names] for cache in opened]
-    counts = Counter(name for of_cache in names for name in of_cache)
-    taken, total = set(), 0
-    for name, count in counts.most_common():
-        if total < number:
-            taken.add(name)
-            total += count
-    left = number
-    for cache, of_cache in zip(opened, names, strict=True):
-        positions = [position for position, name in enumerate(of_cache) if name in taken][:left]
-        left -= len(positions)
-        for position, face in zip(positions, cache.images(positions), strict=True):
-            file = output / of_cache[position] / f"{position:05d}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            picture = PIL.Image.fromarray(face).resize((ALIGNED_SIZE, ALIGNED_SIZE), PIL.Image.Resampling.BILINEAR)
-            picture.save(file)
+def boundaries_of(folders: Iterable[Path]) -> list[int]:
+    """The timesteps from which the faces of data sets follow their identity."""
+    tables = [pq.read_table(folder / "metadata.parquet", columns=["boundary_timestep"]) for folder in folders]
+    return [timestep for table in tables for timestep in table["boundary_timestep"].to_pylist()]
+
+
+def write_faces(people: People, positions: Sequence[int], output: Path) -> None:
+    """Real faces as `IDENTITY/NNNNN.png`; the folder is whole or not there at all."""
+    beside = output.with_name(f"{output.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    for position, picture in zip(positions, people.pictures(positions), strict=True):
+        file = beside / people.bank.names[position].replace("/", "-") / f"{position:05d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture.resize((ALIGNED_SIZE, ALIGNED_SIZE), resample=2).save(file)
+    beside.rename(output)
+
+
+def write_real_faces(args: argparse.Namespace) -> None:
+    """The arm `real`, and the faces of other people that precision and recall compare with: as many as in a group."""
+    folders = [*groups_of(args, "real"), args.work / REFERENCES]
+    if all(folder.exists() for folder in folders):
+        return
+    people = People(args.real)
+    encoder = FaceEncoder(args.encoder, args.encoder_root, det_size=160)
+    tested = [face for one in read_benchmarks(args.benchmarks) for face in map(one.face, range(len(one.images)))]
+    tested = IdentityBank(torch.from_numpy(encoder.embed_aligned(tested)), encoder.name)
+    left_out = set(people.near(tested, args.same_person))
+    print(f"{len(left_out)} real people look like one of the benchmarks and are left out: {sorted(left_out)}")
+
+    counts = Counter(name for name in people.bank.names if name not in left_out)
+    names = sorted(name for name, count in counts.items() if count >= args.images_per_identity)
+    if len(names) < args.num_identities:
+        raise ValueError(
+            f"{args.real} have {len(names)} people with {args.images_per_identity} faces or more who are not in the"
+            f" benchmarks: take fewer than {args.num_identities} --num_identities, or fewer images of each."
+        )
+    chosen = [names[i * len(names) // args.num_identities] for i in range(args.num_identities)]
+    positions = {name: [] for name in chosen}
+    others = []
+    for position, name in enumerate(people.bank.names):
+        if name not in positions:
+            others.append(position)
+        elif len(positions[name]) < args.images_per_identity:
+            positions[name].append(position)
+    size = args.num_identities // args.groups
+    number = size * args.images_per_identity
+    if len(others) < number:
+        raise ValueError(f"{args.real} have {len(others)} faces of other people: {number} are needed to compare with.")
+    for group, folder in enumerate(folders[:-1]):
+        shutil.rmtree(folder, ignore_errors=True)
+        write_faces(people, [p for name in chosen[group * size : (group + 1) * size] for p in positions[name]], folder)
+    drawn = np.random.default_rng(0).permutation(len(others))[:number]
+    shutil.rmtree(folders[-1], ignore_errors=True)
+    write_faces(people, [others[i] for i in sorted(drawn)], folders[-1])
 
 
 def generate(args: argparse.Namespace, arm: str) -> None:
-    output = args.work / arm / "data"
     if arm == "real":
-        if not output.exists():
-            beside = output.with_name("data.part")
-            shutil.rmtree(beside, ignore_errors=True)
-            export_real_faces(args.real, args.num_identities * args.images_per_identity, beside)
-            beside.rename(output)
+        write_real_faces(args)
         return
     arguments = dict(ARMS[arm])
     if arm == "fixed":
         generate(args, "adaptive")
-        arguments["boundary"] = median_boundary(args.work / "adaptive" / "data")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+        arguments["boundary"] = int(statistics.median_low(boundaries_of(groups_of(args, "adaptive"))))
     bank = IdentityBank.load(args.identities)
     if len(bank) < args.num_identities:
         raise ValueError(f"{args.identities} has {len(bank)} identities, {args.num_identities} are asked for.")
-    generate_dataset(
-        UIFacePipeline.from_pretrained(args.pipeline).to(device),
-        bank.take(range(args.num_identities)),
-        output,
-        args.images_per_identity,
-        num_inference_steps=args.num_inference_steps,
-        **arguments,
-    )
+    pipe = UIFacePipeline.from_pretrained(args.pipeline).to("cuda" if torch.cuda.is_available() else "cpu")
+    size = args.num_identities // args.groups
+    for group, output in enumerate(groups_of(args, arm)):
+        generate_dataset(
+            pipe,
+            bank.take(range(group * size, (group + 1) * size)),
+            output,
+            args.images_per_identity,
+            num_inference_steps=args.num_inference_steps,
+            **arguments,
+        )
 
 
 def evaluate(args: argparse.Namespace, arm: str) -> None:
-    bank = None if arm == "real" else IdentityBank.load(args.work / arm / "data" / "identities.safetensors")
+    write_real_faces(args)
     encoder, judge = (FaceEncoder(name, args.encoder_root, det_size=160) for name in (args.encoder, args.judge))
-    evaluate_dataset(
-        args.work / arm / "data",
-        args.work / arm / "evaluation",
-        encoder,
-        judge=judge,
-        identities=bank,
-        # real faces would be compared with themselves
-        real=None if arm == "real" else args.real[0],
-        perceptual=load_lpips("alex", args.lpips_backbone),
-        log=print,
-    )
+    perceptual = load_lpips("alex", args.lpips_backbone)
+    for folder in groups_of(args, arm):
+        evaluate_dataset(
+            folder,
+            folder.with_name(f"evaluation-{folder.name}"),
+            encoder,
+            judge=judge,
+            identities=None if arm == "real" else IdentityBank.load(folder / "identities.safetensors"),
+            real=args.work / REFERENCES,
+            perceptual=perceptual,
+        )
 
 
 def train(args: argparse.Namespace, arm: str) -> None:
@@ -155,62 +204,117 @@ def train(args: argparse.Namespace, arm: str) -> None:
         folder = args.work / arm / f"recognizer-{seed}"
         if (folder / "verification.json").exists():
             continue
-        options = {"train_data": args.work / arm / "data", "output_dir": folder, "seed": seed, "epochs": args.epochs}
-        options |= {"recognizer": json.dumps(args.recognizer), "train_batch_size": args.train_batch_size}
-        milestones = [args.epochs * part // 40 for part in (22, 28, 32)]  # the paper's, of 40 epochs
-        command = [sys.executable, str(TRAINER), "--resume_from_checkpoint", "latest", "--checkpointing_steps", "200"]
-        command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        command += ["--lr_milestones", *map(str, milestones)]
-        subprocess.run(command, check=True)
+        command = [sys.executable, str(TRAINING / "train_face_recognition.py"), "--config", str(args.recipe)]
+        command += ["--train_data", *map(str, groups_of(args, arm)), "--output_dir", str(folder), "--seed", str(seed)]
+        subprocess.run([*command, "--resume_from_checkpoint", "latest"], check=True)
         results = verify_benchmarks(load_recognizer(folder), args.benchmarks)
         accuracies = {name: result.accuracy for name, result in results.items()}
         write_json(folder / "verification.json", accuracies)
 
 
-def collect(args: argparse.Namespace) -> dict[str, dict]:
-    """What there is of every arm: figures, and the mean accuracy over the benchmarks of every seed."""
+def figures_of(args: argparse.Namespace, report: dict) -> dict[str, float]:
+    """The table's figures of one group."""
+    found = {}
+    for figure in report["figures"]:
+        by = figure["conditions"].get("recogniser")
+        for title, name in FIGURES.items():
+            # the judge's, but the cosine to the embedding, which is the encoder's
+            if figure["name"] == name and by in (None, args.encoder if title == "context" else args.judge):
+                found[title] = figure["value"]
+    return found
+
+
+def collect(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """What there is of every arm: each figure of every group, and the mean accuracy over the benchmarks of every
+    seed."""
     table = {}
     for arm in ARMS:
-        row, report = {}, args.work / arm / "evaluation" / "report.json"
-        if report.exists():
-            for figure in json.loads(report.read_text())["figures"]:
-                by = figure["conditions"].get("recogniser")
-                for title, name in FIGURES.items():
-                    # the judge's, but the cosine to the embedding, which is the encoder's
-                    if figure["name"] == name and by in (None, args.encoder if title == "context" else args.judge):
-                        row[title] = figure["value"]
+        row: dict[str, list[float]] = {}
+        for folder in groups_of(args, arm):
+            report = folder.with_name(f"evaluation-{folder.name}") / "report.json"
+            if report.exists():
+                for title, value in figures_of(args, json.loads(report.read_text())).items():
+                    row.setdefault(title, []).append(value)
+            if (folder / "metadata.parquet").exists():
+                boundaries = np.array(boundaries_of([folder]))
+                latest = UIFacePipeline.load_config(args.pipeline)["latest_boundary"]
+                row.setdefault("capped", []).append(float((boundaries <= latest).mean()))
+                row.setdefault("boundary", []).append(float(boundaries.mean()))
         files = sorted((args.work / arm).glob("recognizer-*/verification.json"))
-        accuracies = [statistics.mean(json.loads(file.read_text()).values()) for file in files]
-        if accuracies:
-            row["accuracies"] = accuracies
+        if files:
+            row["accuracy"] = [statistics.mean(json.loads(file.read_text()).values()) for file in files]
         if row:
             table[arm] = row
     return table
 
 
-def print_table(table: dict[str, dict]) -> None:
-    print("".join(f"{title:>18}" for title in ("arm", *FIGURES, "accuracy")))
+def text_of(values: Sequence[float]) -> str:
+    """Mean and standard deviation."""
+    spread = f" +- {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{spread}"
+
+
+def print_table(table: dict[str, dict[str, list[float]]]) -> None:
+    """Mean and deviation of every figure; then the differences to `single`, group by group and seed by seed."""
+    columns = (*BOUNDARIES, *FIGURES, "accuracy")
+    print("".join(f"{title:>20}" for title in ("arm", *columns)))
     for arm, row in table.items():
-        cells = [f"{row[title]:.4f}" if title in row else "-" for title in FIGURES]
-        values = row.get("accuracies", [])
-        spread = f" +- {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        cells.append(f"{statistics.mean(values):.4f}{spread}" if values else "-")
-        print("".join(f"{cell:>18}" for cell in (arm, *cells)))
+        cells = [text_of(row[title]) if title in row else "-" for title in columns]
+        print("".join(f"{cell:>20}" for cell in (arm, *cells)))
+    base = table.get("single")
+    for arm, row in table.items():
+        if base is None or arm in ("single", "real"):
+            continue
+        cells = []
+        for title in columns:
+            pairs = list(zip(row.get(title, []), base.get(title, []), strict=False))
+            cells.append(text_of([ours - theirs for ours, theirs in pairs]) if pairs else "-")
+        print("".join(f"{cell:>20}" for cell in (f"{arm} - single", *cells)))
+    adaptive = table.get("adaptive", {}).get("capped")
+    if adaptive and statistics.mean(adaptive) > 0.95:
+        print(
+            "Nearly no boundary is found before `latest_boundary`: `fixed` is `adaptive`, and `uiface_guided` is"
+            " `uiface`. Search another `boundary_threshold` by training/studies/sampling_settings.py."
+        )
+
+
+def file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    fixed = ("pipeline", "num_identities", "images_per_identity", "num_inference_steps", "recognizer", "epochs")
-    settings = {name: getattr(args, name) for name in (*fixed, "train_batch_size", "encoder", "judge")}
+    fixed = (
+        "num_identities",
+        "groups",
+        "images_per_identity",
+        "num_inference_steps",
+        "encoder",
+        "judge",
+        "same_person",
+    )
+    pipe = UIFacePipeline.from_pretrained(args.pipeline)
+    settings = {name: getattr(args, name) for name in fixed}
+    # what the figures come from: another checkpoint at the same place is another study
+    settings |= {"pipeline": pipeline_fingerprint(pipe), "defaults": pipe.default_sampling()}
+    settings |= {"identities": bank_hash(IdentityBank.load(args.identities)), "recipe": args.recipe.read_text()}
+    settings["real"] = {str(cache): file_hash(cache / "report.json") for cache in args.real}
+    benchmarks = [args.benchmarks] if args.benchmarks.is_file() else sorted(args.benchmarks.glob("*.bin"))
+    settings["benchmarks"] = {file.name: file_hash(file) for file in benchmarks}
     check_settings(args.work / "settings.json", settings)
-    actions = {"generate": generate, "evaluate": evaluate, "train": train}
+    actions, failed = {"generate": generate, "evaluate": evaluate, "train": train}, []
     for piece in PIECES:
         for arm in args.arms:
-            if piece in args.pieces:
+            if piece not in args.pieces:
+                continue
+            try:
                 actions[piece](args, arm)
-    table = collect(args)
-    write_json(args.work / "ablation.json", {"settings": settings, "arms": table})
-    print_table(table)
+            except subprocess.CalledProcessError as error:  # one arm's training; the others go on
+                failed.append(f"{arm}: {error}")
+            write_json(args.work / "ablation.json", {"settings": settings, "arms": collect(args)})
+    print_table(collect(args))
+    if failed:
+        sys.exit("failed: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

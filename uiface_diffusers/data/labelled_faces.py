@@ -1,6 +1,8 @@
 """Aligned faces and the numbers of their identities: what a face recogniser is trained on."""
 
+import hashlib
 import io
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,7 +14,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..faces import ALIGNED_SIZE, UnusableFaceError
+from ..faces import ALIGNED_SIZE, UnusableFaceError, resize_aligned
+from .face_cache import FaceCacheSource
 from .sources import open_source
 
 # a picture whose channels each vary by less, of 255, shows nothing
@@ -46,7 +49,8 @@ class LabelledFaces(Dataset):
 
     Args:
         paths: of `open_source`. People of two data sets are two, whatever their names.
-        image_size (`int`, defaults to 112): height and width of all faces.
+        image_size (`int`, defaults to 112): height and width of all faces. Those of a cache of `prepare_faces` are
+            resized to it, all others have to have it.
         min_images (`int`, defaults to 1): identities with fewer faces are left out.
         transform (*optional*): called with each face, `(3, image_size, image_size)` bytes, and its number in the
             training; gives a face of the same form.
@@ -74,6 +78,9 @@ class LabelledFaces(Dataset):
         numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
         self.num_identities = len(numbers)
         self.labels = torch.tensor([numbers[name] for name in names])
+        # other faces, or other people, another key
+        files = [photograph for source in self.sources for photograph in source.photographs]
+        self.key = hashlib.sha256(json.dumps([names, files]).encode()).hexdigest()[:12]
         if self.num_identities < 2:
             raise ValueError(f"{', '.join(map(str, paths))}: {len(names)} faces of one identity, two are needed.")
 
@@ -95,9 +102,12 @@ class LabelledFaces(Dataset):
         Raises:
             UnusableFaceError: it cannot be trained on.
         """
-        source, photograph = self._find(index)
+        number, photograph = self._find(index)
+        source = self.sources[number]
         try:
-            content = self.sources[source].content(photograph)
+            if isinstance(source, FaceCacheSource):
+                return resize_aligned(source.read(photograph), self.image_size)
+            content = source.content(photograph)
         except OSError as error:
             raise UnusableFaceError("unreadable") from error
         return decode_face(content, self.image_size)

@@ -1,5 +1,5 @@
-"""Where photographs come from: a folder of identities, InsightFace's RecordIO, webdataset shards, or a data set of
-`generate_dataset`."""
+"""Where photographs come from: a folder of identities, InsightFace's RecordIO, webdataset shards, a data set of
+`generate_dataset` or a cache of `prepare_faces`."""
 
 import io
 import os
@@ -147,15 +147,22 @@ class WebDatasetSource:
         return str(self.members[photograph.file][2])
 
 
-def _generated_photographs(path: Path) -> Path:
+def _open_generated(path: Path) -> PhotographSource:
     """The images or shards in a folder of `generate_dataset`."""
     if (path / JOURNAL).exists() or not (path / METADATA).exists():
         raise ValueError(
             f"{path} is an unfinished data set: go on with `uiface generate`, or give {path / 'images'} to use what"
             " there is."
         )
-    shards = path / "shards"
-    return shards if shards.is_dir() else path / "images"
+    if not (path / "shards").is_dir():
+        return FolderSource(path / "images")
+    source = WebDatasetSource(sorted((path / "shards").glob("*.tar")))
+    # the class file has a number; the key `IDENTITY/NNNN` has the name
+    keys = [PurePosixPath(photograph.file.partition(":")[2]) for photograph in source.photographs]
+    source.photographs = [
+        photograph._replace(identity=key.parent.name) for photograph, key in zip(source.photographs, keys, strict=True)
+    ]
+    return source
 
 
 def open_source(path: str | os.PathLike, identities: list[str] | None = None, min_images: int = 1) -> PhotographSource:
@@ -163,19 +170,23 @@ def open_source(path: str | os.PathLike, identities: list[str] | None = None, mi
 
     Args:
         path: a folder `ROOT/IDENTITY/*.jpg`; a `.rec` file, or a folder with `train.rec`; a `.tar` shard, or a folder
-            of them; a folder of `generate_dataset`.
+            of them; a folder of `generate_dataset` or a cache of `prepare_faces`.
         identities: only these; all if not given.
         min_images: identities with fewer photographs are left out.
 
     Raises:
-        ValueError: there are no photographs, an identity that was asked for is not there, or the generation of the
-            data set is not finished.
+        ValueError: there are no photographs, an identity that was asked for is not there, or the data set or cache is
+            not finished.
     """
+    from .face_cache import FaceCacheSource  # prepares what this module opens
+
     path = Path(path)
-    if (path / GENERATION).is_file():
-        path = _generated_photographs(path)
     shards = sorted(path.glob("*.tar")) if path.is_dir() else [path] if path.suffix == ".tar" else []
-    if path.suffix == ".rec" or (path / "train.rec").exists():
+    if (path / GENERATION).is_file():
+        source = _open_generated(path)
+    elif (path / "prepare.json").is_file():
+        source = FaceCacheSource(path)
+    elif path.suffix == ".rec" or (path / "train.rec").exists():
         source = RecordIOSource(path if path.suffix == ".rec" else path / "train.rec")
     elif shards:
         source = WebDatasetSource(shards)

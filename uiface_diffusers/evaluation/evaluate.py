@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..data.sources import open_source
 from ..faces import ALIGNED_SIZE, FaceEncoder
 from ..fingerprint import weights_fingerprint
 from ..generation import bank_hash
 from ..identities import IdentityBank, largest_cosines
 from .class_structure import class_centres, class_uniqueness, intra_class_consistency
 from .diversity import identity_pairs, mean_lpips
-from .face_set import FaceSet, computed_once, open_faces
+from .face_set import FaceSet, computed_once
 from .features import LpipsFeatures
 from .leakage import measure_leakage
 from .perceptual import load_lpips
@@ -78,7 +79,9 @@ def evaluate_dataset(
         neighbours (`int`, defaults to 3): k of precision and recall.
         threshold (`float`, defaults to 0.3): cosine from which two are of one person, of uniqueness and consistency.
         max_pairs (`int`, defaults to 1,000,000): genuine and impostor pairs at most; all if there are no more.
-        max_images (`int`, defaults to 50,000): images at most of each set for precision and recall.
+        max_images (`int`, defaults to 50,000): images at most of each set for precision and recall. Both are drawn
+            down to the smaller set, too: the figures depend on the numbers. Within identities, whole identities are
+            drawn down to so many images.
         seed (`int`, defaults to 0): of all draws.
         device: of LPIPS and features.
         skip_unusable (`bool`, defaults to `False`): leave out pictures that cannot be read or are not square.
@@ -105,7 +108,7 @@ def evaluate_dataset(
     _check_banks(recognisers, (identities, against))
     if against is not None and len(set(against.names)) < 2:
         raise ValueError("`against` has a single identity: leakage is measured against impostors among real people.")
-    faces, references = FaceSet(open_faces(dataset)), None if real is None else FaceSet(open_faces(real))
+    faces, references = FaceSet(open_source(dataset)), None if real is None else FaceSet(open_source(real))
     _check_faces(faces, dataset, identities)
     _check_origin(faces, dataset, identities)
     faces = _usable(faces, dataset, output / "cache", skip_unusable)
@@ -115,12 +118,13 @@ def evaluate_dataset(
     if references is not None:
         references = _usable(references, real, output / "cache", skip_unusable)
         left_out |= {f"{real}: {file}": reason for file, reason in references.left_out.items()}
-        compared = (faces.sample(max_images, seed), references.sample(max_images, seed))
-    _check_compared(compared, same_people, neighbours)
+        number = min(len(faces), len(references), max_images)
+        compared = (faces.sample(number, seed), references.sample(number, seed))
+    _check_compared(compared, faces, references, same_people, neighbours)
 
-    run = _Evaluation(faces, output / "cache", settings, device)
+    run = _Evaluation(faces, output / "cache", settings, device, recognisers)
     perceptual = (perceptual or load_lpips()).to(device)
-    embeddings = {recogniser.name: run.embed(faces, recogniser) for recogniser in recognisers}
+    embeddings = {recogniser.name: faces.embed(recogniser, run.cache) for recogniser in recognisers}
     for name, of_name in embeddings.items():
         run.recogniser(name, of_name)
     if identities is not None:
@@ -132,7 +136,14 @@ def evaluate_dataset(
     run.diversity(perceptual)
     if compared is not None:
         network = LpipsFeatures(perceptual) if features == "lpips" else encoder if features == "encoder" else features
-        run.precision_recall(*compared, Path(real).resolve().name, network, same_people)
+        run.precision_recall(*compared, Path(real).resolve().name, network)
+        if same_people:
+            run.class_precision_recall(references, Path(real).resolve().name, network)
+        else:
+            run.notes.append(
+                "Precision and recall are of the whole sets. Within identities they exist only of faces conditioned on"
+                " real people (--same-people)."
+            )
     shown, grid = identity_grid(faces, seed)
     run.pictures.insert(0, (f"{len(shown)} identities, drawn at random: {', '.join(shown)}", png_bytes(grid)))
 
@@ -168,6 +179,10 @@ def _check_banks(recognisers: Sequence[FaceEncoder], banks: Sequence[IdentityBan
             raise ValueError(
                 f"a bank of `{bank.identity_encoder}` cannot be compared with embeddings of `{'`, `'.join(names)}`."
             )
+    contexts = banks[0]
+    if contexts is not None and len(set(contexts.names)) < len(contexts):
+        name = Counter(contexts.names).most_common(1)[0][0]
+        raise ValueError(f"the bank of identities has several embeddings of `{name}`: give the one that was followed.")
 
 
 def _check_unnamed(banks: Sequence[IdentityBank | None], faces: FaceSet, encoder: FaceEncoder) -> None:
@@ -216,31 +231,40 @@ def _check_origin(faces: FaceSet, dataset: Path, identities: IdentityBank | None
         raise ValueError(f"{file} says that the faces follow another bank of identities than the one given.")
 
 
-def _check_compared(compared: tuple[FaceSet, FaceSet] | None, same_people: bool, neighbours: int) -> None:
+def _check_compared(
+    compared: tuple[FaceSet, FaceSet] | None,
+    faces: FaceSet,
+    references: FaceSet | None,
+    same_people: bool,
+    neighbours: int,
+) -> None:
     if compared is None:
         if same_people:
             raise ValueError("`same_people` is about real faces: name them by `real`.")
         return
-    counts = [Counter(each.names) for each in compared]
-    if min(map(len, compared)) <= neighbours:
-        sizes = " and ".join(str(len(each)) for each in compared)
-        raise ValueError(f"sets of {sizes} images are too small for {neighbours} neighbours.")
+    if len(compared[0]) <= neighbours:
+        raise ValueError(f"sets of {len(compared[0])} images are too small for {neighbours} neighbours.")
+    counts = [Counter(each.names) for each in (faces, references)]
     if same_people and not any(min(counts[0][name], counts[1][name]) > neighbours for name in counts[0]):
         raise ValueError(f"no identity has more than {neighbours} images under the same name in both sets.")
 
 
 def _describe(dataset: Path, faces: FaceSet) -> dict[str, Any]:
-    counts = sorted(len(positions) for positions in faces.identities.values())
-    of_each = f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
     left_out = f"; {len(faces.left_out)} pictures were left out" if faces.left_out else ""
     return {
         "name": dataset.resolve().name,
         "path": str(dataset.resolve()),
         "key": faces.key,
         "images": len(faces),
-        "identities": len(counts),
-        "summary": f"{len(faces)} images of {len(counts)} identities, {of_each} of each{left_out}",
+        "identities": len(faces.identities),
+        "summary": f"{len(faces)} images of {len(faces.identities)} identities, {_of_each(faces)} of each{left_out}",
     }
+
+
+def _of_each(faces: FaceSet) -> str:
+    """How many images the identities have, for people."""
+    counts = sorted(len(positions) for positions in faces.identities.values())
+    return f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
 
 
 def _digest(*content: Any) -> str:
@@ -250,8 +274,16 @@ def _digest(*content: Any) -> str:
 class _Evaluation:
     """Measures, notes and pictures of a data set in the making."""
 
-    def __init__(self, faces: FaceSet, cache: Path, settings: dict[str, Any], device: torch.device | str):
+    def __init__(
+        self,
+        faces: FaceSet,
+        cache: Path,
+        settings: dict[str, Any],
+        device: torch.device | str,
+        recognisers: Sequence[FaceEncoder],
+    ):
         self.faces, self.cache, self.settings, self.device = faces, cache, settings, device
+        self.weights = {recogniser.name: recogniser.fingerprint for recogniser in recognisers}
         self.measures: list[Measure] = []
         self.notes: list[str] = []
         self.pictures: list[tuple[str, bytes]] = []
@@ -259,14 +291,8 @@ class _Evaluation:
     def add(self, values: dict[str, float], conditions: dict[str, Any], detail: str = "") -> None:
         self.measures += [Measure(name, value, conditions, detail) for name, value in values.items()]
 
-    def embed(self, faces: FaceSet, recogniser: FaceEncoder) -> torch.Tensor:
-        """`(N, D)`, of unit length."""
-
-        def compute(rows: range) -> torch.Tensor:
-            return recogniser.embed_pictures([faces.read(row) for row in rows])
-
-        folder = self.cache / f"embeddings-{_digest(recogniser.name, faces.key)}"
-        return F.normalize(computed_once(folder, len(faces), compute, f"embed by {recogniser.name}"))
+    def conditions(self, recogniser: str) -> dict[str, Any]:
+        return {"recogniser": recogniser, "weights": self.weights[recogniser]}
 
     def recogniser(self, name: str, embeddings: torch.Tensor) -> None:
         """How well a recogniser tells the identities apart."""
@@ -274,16 +300,17 @@ class _Evaluation:
         genuine = pair_cosines(embeddings, genuine_pairs(labels.numpy(), max_pairs, seed))
         impostor = pair_cosines(embeddings, impostor_pairs(labels.numpy(), max_pairs, seed))
         pairs = f"Of {len(genuine):,} genuine and {len(impostor):,} impostor pairs."
-        self.add(asdict(measure_separability(genuine, impostor)), {"recogniser": name}, pairs)
+        self.add(asdict(measure_separability(genuine, impostor)), self.conditions(name), pairs)
         threshold = self.settings["threshold"]
         consistency_others, to_others = intra_class_consistency(embeddings, labels, threshold, leave_one_out=True)
-        values = {
-            "uniqueness": class_uniqueness(class_centres(embeddings, labels), threshold),
-            "consistency": intra_class_consistency(embeddings, labels, threshold)[0],
-            "consistency_others": consistency_others,
-            "impostors_above": float((impostor > threshold).mean()),
-        }
-        self.add(values, {"recogniser": name, "threshold": threshold})
+        conditions = self.conditions(name) | {"threshold": threshold}
+        # these two depend on the set's size
+        uniqueness = class_uniqueness(class_centres(embeddings, labels), threshold)
+        self.add({"uniqueness": uniqueness}, conditions | {"identities": len(self.faces.identities)})
+        consistency = intra_class_consistency(embeddings, labels, threshold)[0]
+        self.add({"consistency": consistency}, conditions | {"images of each": _of_each(self.faces)})
+        values = {"consistency_others": consistency_others, "impostors_above": float((impostor > threshold).mean())}
+        self.add(values, conditions)
         histograms = {
             "genuine pairs": genuine,
             "impostor pairs": impostor,
@@ -299,7 +326,7 @@ class _Evaluation:
         own = torch.tensor([numbers[identity] for identity in self.faces.names])
         cosines, nearest = (embeddings * known[own]).sum(dim=1), largest_cosines(embeddings, known)[1]
         values = {"context_cosine": cosines.mean().item(), "context_nearest": (nearest == own).float().mean().item()}
-        self.add(values, {"recogniser": name}, f"The bank has {len(identities)} contexts.")
+        self.add(values, self.conditions(name), f"The bank has {len(identities)} contexts.")
         plot = plot_histograms({"image to its context": cosines}, "cosine")
         self.pictures.append((f"Similarity to the context by {name}", png_bytes(plot)))
 
@@ -307,7 +334,7 @@ class _Evaluation:
         """Whether real people are shown."""
         found = measure_leakage(IdentityBank(embeddings, name, self.faces.names), against)
         digest = hashlib.sha256(against.embeddings.contiguous().numpy()).hexdigest()[:12]
-        conditions = {"recogniser": name, "real": f"{len(against)} embeddings {digest}"}
+        conditions = self.conditions(name) | {"real": f"{len(against)} embeddings {digest}"}
         for rate, threshold in found.thresholds.items():
             values = {
                 "leakage_images": found.image_shares[rate],
@@ -346,7 +373,7 @@ class _Evaluation:
     def features(self, faces: FaceSet, network: FaceEncoder | nn.Module) -> torch.Tensor:
         """`(N, D)`."""
         if isinstance(network, FaceEncoder):
-            return self.embed(faces, network)
+            return faces.embed(network, self.cache)
         network = network.to(self.device)
 
         def compute(rows: range) -> torch.Tensor:
@@ -357,21 +384,23 @@ class _Evaluation:
         )
 
     def precision_recall(
-        self, faces: FaceSet, references: FaceSet, real: str, network: FaceEncoder | nn.Module, same_people: bool
+        self, faces: FaceSet, references: FaceSet, real: str, network: FaceEncoder | nn.Module
     ) -> None:
         """How much of one set lies among the other."""
         k = self.settings["neighbours"]
         ours, theirs = self.features(faces, network), self.features(references, network)
-        conditions = {"features": network.name, "k": k, "images": len(faces)}
-        conditions |= {"real": f"{real} {references.key}", "real images": len(references)}
+        conditions = {"features": network.name, "k": k, "images": len(faces), "real": f"{real} {references.key}"}
         precision, recall = improved_precision_recall(theirs, ours, k, progress=True)
         self.add({"precision": precision, "recall": recall}, conditions)
-        if same_people:
-            within = class_precision_recall(theirs, references.names, ours, faces.names, k)
-            values = {"class_precision": within.precision, "class_recall": within.recall}
-            self.add(values, conditions, f"Over {within.identities} people with more than {k} images in both sets.")
-        else:
-            self.notes.append(
-                "Precision and recall are of the whole sets. Within identities they exist only of faces conditioned on"
-                " real people (--same-people)."
-            )
+
+    def class_precision_recall(self, references: FaceSet, real: str, network: FaceEncoder | nn.Module) -> None:
+        """How much of a person's images lies among the real ones of that person."""
+        k = self.settings["neighbours"]
+        faces = self.faces.sample_identities(self.settings["max_images"], self.settings["seed"])
+        references = references.of_identities(faces.identities)
+        ours, theirs = self.features(faces, network), self.features(references, network)
+        conditions = {"features": network.name, "k": k, "images of each": _of_each(faces)}
+        conditions |= {"real": f"{real} {references.key}", "real images of each": _of_each(references)}
+        within = class_precision_recall(theirs, references.names, ours, faces.names, k)
+        values = {"class_precision": within.precision, "class_recall": within.recall}
+        self.add(values, conditions, f"Over {within.identities} people with more than {k} images in both sets.")

@@ -2,42 +2,20 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from ..data.face_cache import FaceCacheSource
-from ..data.sources import Photograph, PhotographSource, open_source
-from ..faces import UnusableFaceError, resize_aligned
+from ..data.sources import Photograph, PhotographSource
+from ..faces import FaceEncoder, UnusableFaceError, resize_aligned
 from ..files import complete_file, write_json
-
-
-def open_faces(path: str | os.PathLike) -> PhotographSource:
-    """Opens a folder of `generate_dataset`, a cache of `prepare_faces`, or whatever else `open_source` opens.
-
-    Raises:
-        ValueError: there are no pictures.
-    """
-    path = Path(path)
-    if (path / "prepare.json").exists():
-        return FaceCacheSource(path)
-    if (path / "shards").is_dir():
-        source = open_source(path / "shards")
-        # the class file has a number; the key `IDENTITY/NNNN` has the name
-        keys = [PurePosixPath(photograph.file.partition(":")[2]) for photograph in source.photographs]
-        source.photographs = [
-            photograph._replace(identity=key.parent.name)
-            for photograph, key in zip(source.photographs, keys, strict=True)
-        ]
-        return source
-    return open_source(path / "images" if (path / "images").is_dir() else path)
 
 
 class FaceSet:
@@ -89,6 +67,21 @@ class FaceSet:
             return self
         return self.take(np.sort(np.random.default_rng(seed).choice(len(self), number, replace=False)).tolist())
 
+    def of_identities(self, names: Collection[str]) -> "FaceSet":
+        """The faces of some identities, in their order."""
+        return self.take([position for position, name in enumerate(self.names) if name in names])
+
+    def sample_identities(self, max_faces: int, seed: int = 0) -> "FaceSet":
+        """Whole identities, drawn uniformly, with at most so many faces in all; one at least."""
+        names = list(self.identities)
+        drawn, total = set(), 0
+        for number in np.random.default_rng(seed).permutation(len(names)):
+            total += len(self.identities[names[number]])
+            if drawn and total > max_faces:
+                break
+            drawn.add(names[number])
+        return self.of_identities(drawn)
+
     def read(self, position: int) -> PIL.Image.Image:
         """A face at 112x112, resized as `FaceEncoder.embed_pictures` does.
 
@@ -102,6 +95,15 @@ class FaceSet:
         """Faces `(N, 3, 112, 112)` in [-1, 1]."""
         faces = np.stack([np.asarray(self.read(position)) for position in positions])
         return torch.from_numpy(faces).permute(0, 3, 1, 2) / 127.5 - 1
+
+    def embed(self, recogniser: FaceEncoder, folder: Path) -> torch.Tensor:
+        """Embeddings `(N, D)` of unit length, in their order; `folder` keeps them."""
+
+        def compute(rows: range) -> torch.Tensor:
+            return recogniser.embed_pictures([self.read(row) for row in rows])
+
+        folder = folder / f"embeddings-{recogniser.fingerprint}-{self.key}"
+        return F.normalize(computed_once(folder, len(self), compute, f"embed by {recogniser.name}"))
 
     def check(self, folder: Path) -> dict[str, str]:
         """Reads every picture, once: `folder` remembers it. Returns file -> what is wrong with it."""

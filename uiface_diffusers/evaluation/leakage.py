@@ -1,8 +1,10 @@
 """Does a synthetic data set show people of the training?"""
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -11,10 +13,11 @@ import torch.nn.functional as F
 from diffusers.utils import make_image_grid
 
 from ..data.face_cache import FaceCache
+from ..data.sources import open_source
 from ..faces import ALIGNED_SIZE, FaceEncoder
 from ..files import complete_file
-from ..identities import CANDIDATE_ROWS, KNOWN_ROWS, IdentityBank, embed_images, largest_cosines
-from .face_set import open_faces
+from ..identities import CANDIDATE_ROWS, KNOWN_ROWS, IdentityBank, largest_cosines
+from .face_set import FaceSet
 
 # of the thresholds
 FALSE_ACCEPT_RATES = (1e-3, 1e-4)
@@ -123,22 +126,30 @@ def audit_dataset(
     worst: int = 8,
     log: Callable[[str], None] = lambda line: None,
 ) -> LeakageReport:
-    """Embeds a data set, measures its leakage, and saves a picture of the worst images.
+    """Embeds a data set, measures its leakage, and saves a picture of the worst images. Embeddings are kept in a
+    folder beside the picture until it is written: the same call goes on where one was stopped.
 
     Args:
-        dataset: aligned faces in any form that `open_faces` opens.
+        dataset: aligned faces in any form that `open_source` opens.
         encoder: of the real embeddings.
         real: embeddings of real people.
         faces: their pictures, in the same order: shown beside the worst images.
         plot: the picture's file.
         worst (`int`, defaults to 8): rows of the picture.
         log: takes the lines of a summary.
+
+    Raises:
+        ValueError: no picture can be used, or the real embeddings are of another encoder.
     """
-    source = open_faces(dataset)
-    photographs = {photograph.file: photograph for photograph in source.photographs}
-    embedded = embed_images(source, encoder, aligned=True)
-    names = [photographs[file].identity for file in embedded.names]
-    report = measure_leakage(IdentityBank(embedded.embeddings, encoder.name, names), real)
+    images, cache = FaceSet(open_source(dataset)), Path(f"{plot}.cache")
+    unusable = images.check(cache)
+    synthetic = images.without(unusable)
+    if not len(synthetic):
+        raise ValueError(f"none of {len(images)} pictures in {dataset} can be used: {next(iter(unusable.values()))}.")
+    for file, reason in unusable.items():
+        log(f"left out: {file}: {reason}")
+    embeddings = synthetic.embed(encoder, cache)
+    report = measure_leakage(IdentityBank(embeddings, encoder.name, synthetic.names), real)
 
     cosines, identities = report.image_cosines, np.array(list(report.identity_cosines.values()))
     log(f"{len(cosines)} images of {len(identities)} identities against {len(real)} real embeddings")
@@ -152,14 +163,15 @@ def audit_dataset(
             f" of the real images, to another person's: {100 * report.real_shares[rate]:.2f} %"
         )
     order = cosines.argsort(descending=True)[:worst].tolist()
-    columns = [[source.read(photographs[embedded.names[i]]) for i in order]]
+    columns = [[np.asarray(synthetic.read(i)) for i in order]]
     if faces is not None:
         columns.append(faces.images([int(report.image_nearest[i]) for i in order]))
     for i in order:
-        log(f"  {embedded.names[i]}: {cosines[i]:.3f} to {real.names[report.image_nearest[i]]}")
+        log(f"  {synthetic.photographs[i].file}: {cosines[i]:.3f} to {real.names[report.image_nearest[i]]}")
     size = (ALIGNED_SIZE, ALIGNED_SIZE)
     cells = [PIL.Image.fromarray(picture).resize(size) for row in zip(*columns, strict=True) for picture in row]
     with complete_file(plot) as beside:
         make_image_grid(cells, rows=len(order), cols=len(columns)).save(beside, "png")
+    shutil.rmtree(cache)
     log(f"the worst are in {plot}" + (", each beside the nearest real face" if faces is not None else ""))
     return report

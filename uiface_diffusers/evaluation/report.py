@@ -54,7 +54,12 @@ MEASURES = {
         "The same with the mean of the identity's other images.",
     ),
     "impostors_above": ("Impostor pairs above the threshold", "%", "What that threshold means to this recogniser."),
-    "context_cosine": ("Mean cosine to the context", "", "Of an image to the embedding that it was conditioned on."),
+    "context_cosine": (
+        "Mean cosine to the context",
+        "",
+        "Of an image to its identity's embedding in the bank. Images of `--identity-perturbation` follow one that is"
+        " turned away from it.",
+    ),
     "context_nearest": ("Nearest to its own context", "%", "Images with no other identity's context nearer."),
     "leakage_images": (
         "Images near a real face",
