@@ -217,9 +217,8 @@ def test_benchmarks_and_log(workspace, tmp_path):
     data = write_faces(tmp_path / "faces", identities=2, images=2, size=112)
     options = ("--train_data", str(data), "--train_batch_size", "4", "--max_train_steps", "3", "--logging_steps", "1")
     options += ("--report_to", "tensorboard", "--benchmarks", str(bins), "--validation_steps", "2")
-    folder = train(
-        workspace, "benchmarks", *options, "--recognizer", '{"layers": 18, "width": 4, "embedding_dim": 16}'
-    )
+    options += ("--recognizer", '{"layers": 18, "width": 4, "embedding_dim": 16}')
+    folder = train(workspace, "benchmarks", *options)
     results = verify_benchmarks(load_recognizer(folder), bins)
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
