@@ -348,6 +348,14 @@ def test_from_photographs_to_figures(toy_root, tmp_path, capsys):
     assert measured["fold_accuracies"] == pytest.approx(accuracies, abs=1e-9)
     assert measured["tar_at_far"].keys() == {"0.1"}
 
+    # the same in one command
+    arguments[arguments.index("--output") + 1] = str(tmp_path / "at_once")
+    cli.main(["verify", "toy", *arguments, *pack])
+    (at_once,) = json.loads((tmp_path / "at_once" / "verification.json").read_text())["benchmarks"].values()
+    assert at_once == measured
+    with pytest.raises(SystemExit, match="give either --benchmarks, or --pairs with --images"):
+        cli.main(["verify", "toy", "--pairs", str(tmp_path / "pairs.txt"), *pack])
+
 
 def test_the_command_line_names_the_problem(toy_root, tmp_path):
     (tmp_path / "cut.bin").write_bytes(b"")

@@ -7,11 +7,14 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 
-def _add_encoder_arguments(parser: argparse.ArgumentParser, default: str | None = "buffalo_l") -> None:
-    parser.add_argument("--encoder", default=default, help="insightface model pack (default: %(default)s)")
+def _add_encoder_arguments(
+    parser: argparse.ArgumentParser, default: str | None = "buffalo_l", role: str = "insightface model pack"
+) -> None:
+    parser.add_argument("--encoder", default=default, help=f"{role} (default: %(default)s)")
     parser.add_argument("--encoder-root", default="~/.insightface", help="folder with models/PACK")
     parser.add_argument("--providers", nargs="+", help="onnxruntime execution providers")
     parser.add_argument("--det-size", type=int, help="side of the detector's input (default: insightface's choice)")
@@ -360,8 +363,11 @@ def _make_benchmark(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
+    from .data import make_benchmark
     from .evaluation import load_recognizer, save_verification, verification_table, verify_benchmarks
 
+    if (args.benchmarks is None) == (args.pairs is None) or (args.pairs is None) != (args.images is None):
+        raise ValueError("give either --benchmarks, or --pairs with --images.")
     if args.output is not None:
         import matplotlib  # noqa: F401  what is not installed is named before the work
 
@@ -371,7 +377,12 @@ def _verify(args: argparse.Namespace) -> None:
         if args.output is not None:
             save_verification(results, recognizer.name, args.output)
 
-    results = verify_benchmarks(recognizer, args.benchmarks, done=save)
+    with tempfile.TemporaryDirectory() as folder:
+        benchmarks = args.benchmarks
+        if args.pairs is not None:
+            benchmarks = Path(folder) / f"{args.pairs.stem}.bin"
+            make_benchmark(args.pairs, args.images, benchmarks, None if args.aligned else _face_encoder(args))
+        results = verify_benchmarks(recognizer, benchmarks, done=save)
     print(verification_table(results))
     if args.output is not None:
         print(f"figures and curves saved to {args.output}")
@@ -399,11 +410,13 @@ def _add_verification(commands) -> None:
         epilog="example: uiface verify buffalo_l --benchmarks benchmarks --output results",
     )
     verify.add_argument("model", help="insightface model pack; or a recogniser's folder or Hub repository ORG/NAME")
-    verify.add_argument("--benchmarks", type=Path, required=True, help="folder of .bin files, or one")
+    verify.add_argument("--benchmarks", type=Path, help="folder of .bin files, or one")
+    verify.add_argument("--pairs", type=Path, help="a list of pairs of LFW's form instead, with --images")
+    verify.add_argument("--images", type=Path, help="folder of NAME/NAME_0001.jpg")
+    verify.add_argument("--aligned", action="store_true", help="they are aligned faces already: no detection")
     verify.add_argument("--output", type=Path, help="folder for verification.json and roc.png")
-    verify.add_argument("--encoder-root", default="~/.insightface", help="folder with models/PACK")
-    verify.add_argument("--providers", nargs="+", help="onnxruntime execution providers, for a pack")
-    verify.add_argument("--device", help="for another model (default: a GPU if there is one)")
+    verify.add_argument("--device", help="of a model that is no pack (default: a GPU if there is one)")
+    _add_encoder_arguments(verify, role="insightface model pack whose detector aligns --images")
     verify.set_defaults(run=_verify)
 
 
