@@ -1,8 +1,11 @@
+import io
 import json
+import pickle
 import statistics
 import sys
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,7 @@ from test_train_face_recognition import write_benchmark
 from uiface_diffusers import IdentityBank, UIFacePipeline
 from uiface_diffusers.data import FaceCache, prepare_faces
 from uiface_diffusers.evaluation import load_recognizer, verify_benchmarks
+from uiface_diffusers.evaluation.people import People
 from uiface_diffusers.faces import FaceEncoder
 
 sys.path.insert(0, str(REPOSITORY / "training" / "studies"))
@@ -95,7 +99,8 @@ def test_figures_and_accuracies_are_collected(options, root, capsys):
     ablation.main([*options, "--arms", "fixed", "--pieces", "generate", "train"])
     arms = json.loads((work / "ablation.json").read_text())["arms"]
     result = verify_benchmarks(load_recognizer(work / "fixed" / "recognizer-5"), root / "bins")["toy"]
-    assert arms["fixed"]["accuracy"] == [pytest.approx(result.accuracy)] and "accuracy" not in arms["single"]
+    assert arms["fixed"]["accuracy"] == {"recognizer-5": pytest.approx(result.accuracy)}
+    assert "accuracy" not in arms["single"]
     for group in range(2):
         report = json.loads((work / "single" / f"evaluation-group-{group}" / "report.json").read_text())
         figures = {(f["name"], f["conditions"].get("recogniser")): f["value"] for f in report["figures"]}
@@ -110,7 +115,8 @@ def test_figures_and_accuracies_are_collected(options, root, capsys):
             "capped": 0,
             "boundary": UIFacePipeline.from_pretrained(root / "model").scheduler.config.num_train_timesteps * 2 // 3,
         }
-        assert {title: values[group] for title, values in arms["single"].items()} == pytest.approx(expected)
+        found = {title: values[f"group-{group}"] for title, values in arms["single"].items()}
+        assert found == pytest.approx(expected)
     assert "recall" in arms["real"] and "context" not in arms["real"]
     printed = capsys.readouterr().out
     assert "fixed - single" in printed and f"{result.accuracy:.4f}" in printed
@@ -118,17 +124,35 @@ def test_figures_and_accuracies_are_collected(options, root, capsys):
 
 def test_people_of_the_benchmarks_are_left_out(options, root, capsys, tmp_path):
     """A person whose face is in the benchmark is neither in the arm nor among the references."""
-    argv = [*options, "--work", str(tmp_path / "work"), "--arms", "real", "--pieces", "generate"]
+    (tmp_path / "bins").mkdir()
+    write_benchmark(tmp_path / "bins" / "toy.bin")
+    images, same = pickle.loads((tmp_path / "bins" / "toy.bin").read_bytes())
+    people = People([root / "people"])
+    buffer = io.BytesIO()
+    (face,) = people.pictures([people.bank.names.index("people/p3")])
+    face.resize((112, 112), PIL.Image.Resampling.BILINEAR).save(buffer, "png")
+    images[7] = buffer.getvalue()
+    (tmp_path / "bins" / "toy.bin").write_bytes(pickle.dumps((images, same)))
+    argv = [*options, "--benchmarks", str(tmp_path / "bins"), "--work", str(tmp_path / "work"), "--arms", "real"]
+    encoder = FaceEncoder("toy", str(root / "packs"), det_size=160)
+    # toy faces are much alike: as near as this one is to its own photograph, to nobody else's
+    cosines = people.bank.embeddings @ encoder.embed_pictures([face])[0]
+    threshold = max(cosines[[name == "people/p3" for name in people.bank.names]]).item()
+    assert threshold > max(cosines[[name != "people/p3" for name in people.bank.names]])
+    ablation.main([*argv, "--pieces", "generate", "--same_person", str(threshold - 1e-6)])
+    assert "1 real people look like one of the benchmarks and are left out: ['people/p3']" in capsys.readouterr().out
+    written = {path.parent.name for path in (tmp_path / "work").rglob("*.png")}
+    assert len(written) > 4 and "people-p3" not in written
     with pytest.raises(ValueError, match="have 0 people with 4 faces or more who are not in the benchmarks"):
-        ablation.main([*argv, "--same_person", "-1"])
-    assert "people/p3" in capsys.readouterr().out
+        ablation.main([*argv, "--work", str(tmp_path / "none"), "--arms", "single", "--same_person", "-1"])
+    assert not (tmp_path / "none" / "single").exists()
 
 
 def test_the_table_compares_group_by_group(capsys):
     table = {
-        "single": {"LPIPS": [0.1, 0.3], "accuracy": [0.6, 0.7, 0.8]},
-        "adaptive": {"LPIPS": [0.2, 0.4], "capped": [1.0, 0.97]},
-        "uiface": {"LPIPS": [0.2, 0.5], "accuracy": [0.65, 0.75]},
+        "single": {"LPIPS": {"a": 0.1, "b": 0.3}, "accuracy": {"0": 0.6, "1": 0.7, "2": 0.8}},
+        "adaptive": {"LPIPS": {"a": 0.2, "b": 0.4}, "capped": {"a": 1.0, "b": 0.97}},
+        "uiface": {"LPIPS": {"a": 0.2, "b": 0.5}, "accuracy": {"1": 0.75, "2": 0.85, "3": 0.1}},
     }
     ablation.print_table(table)
     lines = {line[:20].strip(): line[20:] for line in capsys.readouterr().out.splitlines()}

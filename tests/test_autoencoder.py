@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from accelerate import Accelerator
 from conftest import ALEXNET, REPOSITORY, Outcome, run_script
 from diffusers import AutoencoderKL, AutoModel
 from safetensors.torch import load_file, save_file
@@ -205,6 +206,24 @@ def lpips_by_hand(perceptual, backbone, first, second) -> torch.Tensor:
     for a, b, head in zip(*features, heads, strict=True):
         total = total + ((a - b).square() * head[:, None, None]).sum(dim=1).mean(dim=(1, 2))
     return total
+
+
+def test_the_log_leaves_out_steps_that_are_not_finite():
+    log, accelerator = script.LossLog(torch.device("cpu")), Accelerator(cpu=True)
+    for l1, identity in ((1.0, 4.0), (float("nan"), 8.0), (3.0, None)):
+        terms = {"l1": torch.tensor(l1)} | ({} if identity is None else {"identity": torch.tensor(identity)})
+        log.add(sum(terms.values()), terms)
+    assert log.take(accelerator) == ({"l1": 2.0, "identity": 4.0}, pytest.approx(2 / 3))
+    log.add(torch.tensor(float("inf")), {"l1": torch.tensor(float("inf"))})
+    assert log.take(accelerator) == ({}, 0.0)
+
+
+def test_the_identity_loss_takes_any_onnx_recogniser(toy_root):
+    """A file on its own is the recogniser of the pack that it is in."""
+    (file,) = toy_root.glob("models/toy/recogniser.onnx")
+    faces = torch.rand(2, 3, 112, 112, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    alone, of_pack = (script.load_differentiable(name, str(toy_root)) for name in (str(file), "toy"))
+    assert torch.equal(alone(faces), of_pack(faces))
 
 
 def test_a_wrong_backbone_is_named(tmp_path, backbone):

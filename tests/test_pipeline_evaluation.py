@@ -67,6 +67,12 @@ def test_pipelines_are_measured_once_and_compared(root, backbone, capsys):
     assert (root / "out" / "step-1" / "result.json").read_bytes() == measured and "faces found" not in again
     table = [line.split()[0] for line in again.splitlines()]
     assert table[:3] == ["samples", "1,000", "4,000"]
+    # another bank, or other defaults: another result
+    IdentityBank(-torch.eye(3, 16), "toy").save(root / "step-1" / "identities.safetensors")
+    evaluate.main([*pipelines, *options(root, backbone)])
+    printed = capsys.readouterr().out
+    assert printed.count("faces found") == 1
+    assert (root / "out" / "step-1" / "result.json").read_bytes() != measured
 
 
 def test_the_curve_tells_what_a_doubling_brought(tmp_path, capsys):
@@ -74,9 +80,9 @@ def test_the_curve_tells_what_a_doubling_brought(tmp_path, capsys):
         own = 0.1 * np.log2(samples / 1000)
         people = {f"identity/{name}/judge": {"own": own, "other": 0.01} for name in ("training", "unseen")}
         rest = {"nearest_training_face": {"generated": {"mean": 0.3}}, "verification/judge": {"eer": 0.5 - own}}
-        return {"training": {"samples": samples}, **people, **rest}
+        return people | rest
 
-    evaluate.draw_curve({str(n): result(n) for n in (8000, 1000, 4000)}, "judge", tmp_path)
+    evaluate.draw_curve({samples: result(samples) for samples in (8000, 1000, 4000)}, "judge", tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert lines[3].split() == ["8,000", "0.3000", "0.3000", "0.0100", "0.2000", "0.3000"]
     assert "training people: +0.1000 a doubling of the samples, over the last 2 points" in lines

@@ -1,4 +1,5 @@
 import io
+import json
 import math
 import os
 import pickle
@@ -231,6 +232,11 @@ def test_benchmarks_and_log(workspace, tmp_path):
         assert events.Scalars(f"accuracy/{name}")[-1].value == pytest.approx(result.accuracy)
     mean = (results["lfw"].accuracy + results["calfw"].accuracy) / 2
     assert events.Scalars("accuracy/mean")[-1].value == pytest.approx(mean)
+    # a kill between the last checkpoint and its validation
+    accuracies = json.loads((folder / "accuracies.json").read_text())
+    (folder / "accuracies.json").write_text(json.dumps({"2": accuracies["2"]}))
+    train(workspace, "benchmarks", *options, "--resume_from_checkpoint", "latest")
+    assert json.loads((folder / "accuracies.json").read_text()) == accuracies
     with pytest.raises(ValueError, match="benchmarks have faces of 112 pixels, the recogniser takes 32"):
         train(workspace, "small", "--benchmarks", str(bins))
     # what could not be measured is named before the first step
@@ -246,7 +252,7 @@ def test_benchmarks_and_log(workspace, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_never_saved(workspace):
-    """Not in half precision either: batch norm's averages would keep it."""
+    """Whatever the precision: batch norm's averages would keep it."""
     for precision in ("no", "bf16"):
         folder = f"diverged_{precision}"
         options = ("--learning_rate", "1e30", "--mixed_precision", precision, "--checkpointing_steps", "1")

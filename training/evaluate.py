@@ -26,6 +26,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -46,6 +47,7 @@ from uiface_diffusers.evaluation.separability import genuine_pairs, impostor_pai
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.files import write_json
 from uiface_diffusers.fingerprint import pipeline_fingerprint
+from uiface_diffusers.generation import bank_hash
 from uiface_diffusers.hub import IDENTITIES
 from uiface_diffusers.identities import largest_cosines
 from uiface_diffusers.seeds import image_generator
@@ -144,15 +146,15 @@ class Measurement:
             raise ValueError(f"{file} has {len(bank)} identities, {number} are asked for.")
         return bank.take(range(number))
 
-    def measure(self, pipeline: str, output: Path) -> None:
-        """Everything about one pipeline of a folder or repository; `result.json` is written last."""
+    def measure(self, pipeline: str, command: dict[str, Any], output: Path) -> None:
+        """Everything about one pipeline of a folder or repository; `result.json` is written last, with `command`: by
+        which it is known again."""
         args, encoder, judge = self.args, self.encoder, self.judge
         started = time.monotonic()
         bank = self.bank(pipeline)
         pipe = UIFacePipeline.from_pretrained(pipeline).to("cuda" if torch.cuda.is_available() else "cpu")
         pipe.set_progress_bar_config(disable=True)
-        result = {"command": what_decides(pipeline, args), "training": training_progress(pipeline)}
-        result |= {"defaults": pipe.default_sampling(args.num_inference_steps), "left_out": self.seen}
+        result = {"command": command, "training": training_progress(pipeline), "left_out": self.seen}
 
         # 1. the first stage
         quality = reconstruction_quality(
@@ -232,10 +234,13 @@ class Measurement:
         write_json(output / "result.json", result)
 
 
-def what_decides(pipeline: str, args: argparse.Namespace) -> dict[str, str]:
-    """The parts of a command that the result depends on."""
+def what_decides(pipeline: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What the result depends on: the command, the pipeline with its defaults, and its bank."""
     options = {name: str(value) for name, value in vars(args).items() if name not in ("pipelines", "output")}
-    return options | {"model": pipeline_fingerprint(UIFacePipeline.from_pretrained(pipeline))}
+    pipe, bank = UIFacePipeline.from_pretrained(pipeline), Path(pipeline) / IDENTITIES
+    identities = bank_hash(IdentityBank.load(bank)) if bank.exists() else None
+    defaults = pipe.default_sampling(args.num_inference_steps)
+    return options | {"model": pipeline_fingerprint(pipe), "defaults": defaults, "identities": identities}
 
 
 def training_progress(pipeline: str) -> dict[str, float] | None:
@@ -244,23 +249,22 @@ def training_progress(pipeline: str) -> dict[str, float] | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 
-def is_measured(output: Path, pipeline: str, args: argparse.Namespace) -> bool:
+def is_measured(output: Path, command: dict[str, Any]) -> bool:
     """Whether a result is there that this command would give again."""
     file = output / "result.json"
-    return file.exists() and json.loads(file.read_text())["command"] == what_decides(pipeline, args)
+    return file.exists() and json.loads(file.read_text()).get("command") == command
 
 
-def draw_curve(results: dict[str, dict], judge: str, output: Path) -> None:
+def draw_curve(results: dict[int, dict], judge: str, output: Path) -> None:
     """Prints the figures against samples seen, and what the last doubling brought; saves them as a picture."""
     titles = ("training people", "unseen people", "others", "EER", "nearest training face")
     rows = []
-    for result in results.values():
+    for samples, result in sorted(results.items()):
         people = [result[f"identity/{name}/{judge}"] for name in ("training", "unseen")]
         nearest = result["nearest_training_face"]["generated"]["mean"]
         others = max(figures["other"] for figures in people)
         eer = result[f"verification/{judge}"]["eer"]
-        rows.append((result["training"]["samples"], people[0]["own"], people[1]["own"], others, eer, nearest))
-    rows.sort()
+        rows.append((samples, people[0]["own"], people[1]["own"], others, eer, nearest))
     print(f"{'samples':>10}" + "".join(f"{title:>23}" for title in titles) + f"   ({judge})")
     for samples, *values in rows:
         print(f"{samples:10,}" + "".join(f"{value:23.4f}" for value in values))
@@ -302,15 +306,20 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"two of the pipelines have one name, by which results are kept: {', '.join(sorted(names))}.")
     measurement, results = None, {}
     for name, pipeline in zip(names, args.pipelines, strict=True):
-        output = args.output / name
-        if not is_measured(output, pipeline, args):
+        output, command = args.output / name, what_decides(pipeline, args)
+        if not is_measured(output, command):
             measurement = measurement or Measurement(args)
             print(f"{name}:")
-            measurement.measure(pipeline, output)
+            measurement.measure(pipeline, command, output)
         results[name] = json.loads((output / "result.json").read_text())
-    trained = {name: result for name, result in results.items() if result["training"]}
-    if len(trained) > 1:
-        draw_curve(trained, args.judge, args.output)
+    of_samples = {}
+    for name, result in results.items():
+        if result["training"] is None:
+            print(f"{name} has no progress.json, which says how many samples it has seen: it is not in the curve")
+        else:  # of equal ones, the last
+            of_samples[result["training"]["samples"]] = result
+    if len(of_samples) > 1:
+        draw_curve(of_samples, args.judge, args.output)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ from uiface_diffusers.training_utils import (
     positive,
     save_checkpoint,
     training_folder,
+    validates,
 )
 
 logger = get_logger(__name__)
@@ -482,7 +483,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
     if step and accelerator.is_main_process:
         # what belonged to this step and was interrupted
-        if is_due(step, args.validation_steps) and not (grids / f"step-{step:07d}.png").exists():
+        if validates(step, args) and not (grids / f"step-{step:07d}.png").exists():
             validate()
         if is_due(step, args.snapshot_steps) and not (args.output_dir / f"step-{step:07d}").exists():
             save_snapshot(hours_before)
@@ -537,7 +538,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
                 with ema_weights(ema, denoiser):
                     push_to_hub(ema_pipeline(), args, f"Step {step}")
         if accelerator.is_main_process:
-            if is_due(step, args.validation_steps) or (is_last and args.validation_steps):
+            if validates(step, args, stop):
                 validate()
             if is_due(step, args.snapshot_steps):
                 save_snapshot(hours_before + hours)

@@ -15,7 +15,6 @@ import json
 import time
 from pathlib import Path
 
-import datasets
 import numpy as np
 import PIL.Image
 import torch
@@ -30,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from uiface_diffusers.data import FaceCache
+from uiface_diffusers.data.face_cache import load_pictures
 from uiface_diffusers.evaluation import load_lpips, reconstruction_quality
 from uiface_diffusers.evaluation.reconstruction import to_unit_range
 from uiface_diffusers.faces import FaceEncoder, TorchRecognizer
@@ -51,6 +51,7 @@ from uiface_diffusers.training_utils import (
     positive,
     save_checkpoint,
     training_folder,
+    validates,
 )
 
 logger = get_logger(__name__)
@@ -134,8 +135,7 @@ class FacePictures(Dataset):
         if len(set(sizes.values())) > 1:
             raise ValueError(f"the caches differ in `image_size`: {sizes}. Prepare them alike.")
         self.image_size = caches[0].image_size
-        files = [str(shard) for cache in caches for shard in cache.shards]
-        self.table = datasets.load_dataset("parquet", data_files=files, columns=["image"], split="train")
+        self.table = load_pictures([shard for cache in caches for shard in cache.shards])
 
     def __len__(self) -> int:
         return len(self.table)
@@ -240,8 +240,8 @@ class LossLog:
         self.sums: dict[str, torch.Tensor] = {}  # of each term: sum and number
         self.steps = torch.zeros(2, device=device)  # finite, all
 
-    def add(self, total: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
-        finite = total.detach().isfinite().float()
+    def add(self, loss: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
+        finite = loss.detach().isfinite().float()
         self.steps += torch.stack([finite, torch.ones_like(finite)])
         for name, term in terms.items():
             pair = torch.stack([term.detach().float().nan_to_num(0, 0, 0) * finite, finite])
@@ -334,7 +334,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         picture_grid(validation_pixels, quality.reconstructions).save(grids / f"step-{step:07d}.png")
 
     # what belonged to this step and was interrupted
-    interrupted = is_due(step, args.validation_steps) and not (grids / f"step-{step:07d}.png").exists()
+    interrupted = validates(step, args) and not (grids / f"step-{step:07d}.png").exists()
     if step and accelerator.is_main_process and interrupted:
         validate()
     started = time.monotonic()
@@ -355,8 +355,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
             terms = autoencoder_loss(model, pixels, perceptual, recognizer, args, halve)
-        total = sum(terms.values())
-        accelerator.backward(total)
+        loss = sum(terms.values())
+        accelerator.backward(loss)
         if args.max_grad_norm is not None:
             accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
@@ -365,7 +365,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         ema.step(trained.parameters())
         step += 1
         progress.update()
-        log.add(total, terms)
+        log.add(loss, terms)
 
         hours = (time.monotonic() - started) / 3600
         stop = is_out_of_time(accelerator, hours, args.max_train_hours)
@@ -381,9 +381,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         if saves:
             total = hours_before + hours
             save_checkpoint(accelerator, ema, args.output_dir, step, order, args.checkpoints_total_limit, total)
-        if accelerator.is_main_process and (
-            is_due(step, args.validation_steps) or (is_last and args.validation_steps)
-        ):
+        if accelerator.is_main_process and validates(step, args, stop):
             validate()
 
     # 5. the model, with EMA weights and the latents' scale

@@ -6,8 +6,9 @@
         --train_data data --benchmarks path/to/bins --output_dir runs/recogniser
 
 Data sets are folders `ROOT/IDENTITY/*.png`, folders of `uiface generate`, InsightFace's RecordIO (`train.rec`) or
-webdataset shards, of faces that are aligned already. All are read once before the first step; what cannot be trained
-on is an error that names the files.
+webdataset shards, of faces that are aligned already, or caches of `uiface prepare`. All are read once before the first
+step; what cannot be trained on is an error that names the files. `accuracies.json` in the output folder has those of
+every validation.
 
 The same command with `--resume_from_checkpoint latest` goes on after an interruption and gives the same parameters as
 an uninterrupted run: the order of the data depends on the seed and the epoch, a face's augmentation on the seed and
@@ -40,6 +41,7 @@ from uiface_diffusers.evaluation import verify_benchmarks
 from uiface_diffusers.evaluation.reconstruction import to_unit_range
 from uiface_diffusers.evaluation.verification import read_benchmarks
 from uiface_diffusers.faces import ALIGNED_SIZE
+from uiface_diffusers.files import write_json
 from uiface_diffusers.hub import load_card
 from uiface_diffusers.models.margin_heads import MARGIN_HEADS, MarginHead
 from uiface_diffusers.seeds import mix_seed
@@ -61,10 +63,13 @@ from uiface_diffusers.training_utils import (
     positive,
     save_checkpoint,
     training_folder,
+    validates,
 )
 
 logger = get_logger(__name__)
 
+# step -> benchmark -> accuracy
+ACCURACIES = "accuracies.json"
 # the stream of random numbers of a face's augmentation
 AUGMENTATION = 1
 
@@ -368,6 +373,19 @@ def train(args: argparse.Namespace, accelerator: Accelerator, config: IResNetCon
         pin_memory=device.type == "cuda",
     )
     batches = iter(loader)
+    measures, measured = args.benchmarks is not None and accelerator.is_main_process, args.output_dir / ACCURACIES
+
+    def validate() -> None:
+        accuracies = verification_accuracies(classifier.recognizer, args.benchmarks)
+        accelerator.log({f"accuracy/{name}": value for name, value in accuracies.items()}, step=step)
+        before = json.loads(measured.read_text()) if measured.exists() else {}
+        write_json(measured, before | {str(step): accuracies})
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in accuracies.items())
+        tqdm.write(f"benchmarks at step {step}: {figures}")
+
+    if step and measures and validates(step, args):  # interrupted behind its checkpoint
+        if not measured.exists() or str(step) not in json.loads(measured.read_text()):
+            validate()
     started = time.monotonic()
     progress = tqdm(
         initial=step, total=args.max_train_steps, desc="train", unit="step", disable=not accelerator.is_main_process
@@ -415,12 +433,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, config: IResNetCon
             save_checkpoint(accelerator, None, args.output_dir, step, order, args.checkpoints_total_limit, total)
             if args.push_to_hub and accelerator.is_main_process:
                 push_to_hub(classifier.recognizer, args, f"Step {step}")
-        validates = is_due(step, args.validation_steps) or (is_last and args.validation_steps)
-        if validates and args.benchmarks is not None and accelerator.is_main_process:
-            accuracies = verification_accuracies(classifier.recognizer, args.benchmarks)
-            accelerator.log({f"accuracy/{name}": value for name, value in accuracies.items()}, step=step)
-            figures = ", ".join(f"{name} {value:.4f}" for name, value in accuracies.items())
-            progress.write(f"benchmarks at step {step}: {figures}")
+        if measures and validates(step, args, stop):
+            validate()
             log.since = time.monotonic()  # not a time of training
 
     # 5. the recogniser; the head has done its work

@@ -32,11 +32,10 @@ def _prepare(args: argparse.Namespace) -> None:
 
     identities = None
     if args.identities is not None:
-        # LFW's lists have their length in the first line, and a count behind every name
-        names = [line.split("\t")[0].strip() for line in args.identities.read_text().splitlines()]
-        names = [name for name in names if name]
-        has_length = names and names[0] == str(len(names) - 1)
-        identities = names[1:] if has_length else names
+        # LFW's lists have their length in the first line, and a tab and a count behind every name
+        lines = [line for line in args.identities.read_text().splitlines() if line.strip()]
+        has_length = any("\t" in line for line in lines) and "\t" not in lines[0]
+        identities = [line.split("\t")[0].strip() for line in lines[has_length:]]
     report = prepare_faces(
         args.source,
         args.output,
@@ -220,12 +219,11 @@ def _make_identities(args: argparse.Namespace) -> None:
         sample_identities(exclude[0], args.number, args.max_similarity, args.seed).save(args.output)
         print(f"{args.number} identities saved to {args.output}")
         return
-    encoder = _face_encoder(args)
     if args.from_images is not None:
         is_cache = (args.from_images / "prepare.json").is_file()
         cache = args.from_images if is_cache else Path(f"{args.output}.faces")
         if not is_cache:
-            prepare_faces(args.from_images, cache, encoder, aligned=args.aligned)
+            prepare_faces(args.from_images, cache, _face_encoder(args), aligned=args.aligned)
         candidates = FaceCache(cache).embeddings()
         # names that can be folders
         candidates.names = [re.sub(r"[/:\\]", "_", photo.file) for photo in FaceCacheSource(cache).photographs]
@@ -240,7 +238,7 @@ def _make_identities(args: argparse.Namespace) -> None:
         pipeline = UIFacePipeline.from_pretrained(args.model or default_checkpoint()).to(device)
         report = make_identities(
             pipeline,
-            encoder,
+            _face_encoder(args),
             args.number,
             args.output,
             exclude=exclude,
@@ -313,7 +311,11 @@ def _add_identities(commands) -> None:
     make.add_argument("--batch-size", type=int, default=16, help="faces a call (default: %(default)s)")
     make.add_argument("--num-inference-steps", type=int, default=50, help="default: %(default)s")
     instead = make.add_mutually_exclusive_group()
-    instead.add_argument("--from-images", type=Path, help="take these photographs, or a cache of them, instead")
+    instead.add_argument(
+        "--from-images",
+        type=Path,
+        help="take these photographs instead, or a cache of `uiface prepare` (needs the extra `train`)",
+    )
     make.add_argument("--aligned", action="store_true", help="they are aligned faces: no detection")
     instead.add_argument(
         "--random", action="store_true", help="directions from the distribution of --exclude (weaker)"
@@ -540,7 +542,8 @@ def build_parser() -> argparse.ArgumentParser:
         "prepare",
         help="align and embed photographs, once",
         description="Photographs -> cache of aligned, embedded faces. Run it again to go on. SOURCE is a folder"
-        " ROOT/IDENTITY/*.jpg, InsightFace's RecordIO (train.rec and train.idx), or webdataset shards (*.tar).",
+        " ROOT/IDENTITY/*.jpg, InsightFace's RecordIO (train.rec and train.idx), webdataset shards (*.tar), a set of"
+        " `uiface generate`, or a cache.",
         epilog="example: uiface prepare photos --output cache/photos --encoder buffalo_l",
     )
     prepare.add_argument("source", type=Path, help="folder, train.rec or tar shards")

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 MAX_ROUNDS = 100
 # rows of one matrix product: 1024 x 16384 cosines are 64 MiB
 CANDIDATE_ROWS, KNOWN_ROWS = 1024, 16384
-EMBEDDED_AT_ONCE = 1024
 # of cosines, for histograms
 BIN_EDGES = np.linspace(-0.2, 1.0, 25)
 

@@ -56,7 +56,7 @@ def parse_recipe(
         except (OSError, yaml.YAMLError) as error:
             parser.error(f"--config {known.config} cannot be read: {error}")
         if not isinstance(config, dict):
-            parser.error(f"--config {known.config} is not a list of options `name: value`")
+            parser.error(f"--config {known.config} has to map names of options to values")
         unknown = sorted(config.keys() - vars(known).keys())
         if unknown:
             parser.error(f"{known.config} has unknown options: {', '.join(unknown)}")
@@ -229,6 +229,12 @@ def training_folder(accelerator: Accelerator, folder: Path) -> Iterator[None]:
 def is_due(step: int, every: int) -> bool:
     """Whether something is done after this step that is done every so many; 0: never."""
     return every > 0 and step % every == 0
+
+
+def validates(step: int, args: argparse.Namespace, stop: bool = False) -> bool:
+    """Whether a step is followed by validation: every so many, and the last one, where any is wanted."""
+    last = stop or step == args.max_train_steps
+    return args.validation_steps > 0 and (last or is_due(step, args.validation_steps))
 
 
 def is_out_of_time(accelerator: Accelerator, hours: float, max_hours: float | None) -> bool:

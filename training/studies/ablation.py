@@ -9,7 +9,8 @@ Every arm is generated (image n of an identity starts from the same noise in all
 evaluate` does, in `--groups` of other identities each: the spread of a figure is that over the groups, and the same
 identities stand against each other in two arms. A small recogniser is trained on all groups together from scratch with
 each of `--seeds`, and verified on `--benchmarks`. `real` is an arm, too: as many real people with as many faces each,
-none of whom looks like one of the benchmarks. Recall and precision are against real faces of other people again.
+none of whom looks like one of the benchmarks. Recall and precision are against real faces of other people again. Both
+are written first: what is missing there is named before the long work.
 
 Each piece goes on where it was stopped, and what is finished is not done again: run the same command until the table
 is full. `--arms` and `--pieces` name the ones to work at. After every piece the table of what there is goes to
@@ -24,10 +25,11 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pyarrow.parquet as pq
 import torch
 
@@ -116,7 +118,7 @@ def write_faces(people: People, positions: Sequence[int], output: Path) -> None:
     for position, picture in zip(positions, people.pictures(positions), strict=True):
         file = beside / people.bank.names[position].replace("/", "-") / f"{position:05d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        picture.resize((ALIGNED_SIZE, ALIGNED_SIZE), resample=2).save(file)
+        picture.resize((ALIGNED_SIZE, ALIGNED_SIZE), PIL.Image.Resampling.BILINEAR).save(file)
     beside.rename(output)
 
 
@@ -127,8 +129,12 @@ def write_real_faces(args: argparse.Namespace) -> None:
         return
     people = People(args.real)
     encoder = FaceEncoder(args.encoder, args.encoder_root, det_size=160)
-    tested = [face for one in read_benchmarks(args.benchmarks) for face in map(one.face, range(len(one.images)))]
-    tested = IdentityBank(torch.from_numpy(encoder.embed_aligned(tested)), encoder.name)
+    tested = [
+        PIL.Image.fromarray(benchmark.face(position))
+        for benchmark in read_benchmarks(args.benchmarks)
+        for position in range(len(benchmark.images))
+    ]
+    tested = IdentityBank(encoder.embed_pictures(tested), encoder.name)
     left_out = set(people.near(tested, args.same_person))
     print(f"{len(left_out)} real people look like one of the benchmarks and are left out: {sorted(left_out)}")
 
@@ -144,7 +150,7 @@ def write_real_faces(args: argparse.Namespace) -> None:
     others = []
     for position, name in enumerate(people.bank.names):
         if name not in positions:
-            others.append(position)
+            others += [] if name in left_out else [position]
         elif len(positions[name]) < args.images_per_identity:
             positions[name].append(position)
     size = args.num_identities // args.groups
@@ -161,8 +167,7 @@ def write_real_faces(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace, arm: str) -> None:
     if arm == "real":
-        write_real_faces(args)
-        return
+        return  # written before everything else
     arguments = dict(ARMS[arm])
     if arm == "fixed":
         generate(args, "adaptive")
@@ -184,7 +189,6 @@ def generate(args: argparse.Namespace, arm: str) -> None:
 
 
 def evaluate(args: argparse.Namespace, arm: str) -> None:
-    write_real_faces(args)
     encoder, judge = (FaceEncoder(name, args.encoder_root, det_size=160) for name in (args.encoder, args.judge))
     perceptual = load_lpips("alex", args.lpips_backbone)
     for folder in groups_of(args, arm):
@@ -224,42 +228,43 @@ def figures_of(args: argparse.Namespace, report: dict) -> dict[str, float]:
     return found
 
 
-def collect(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """What there is of every arm: each figure of every group, and the mean accuracy over the benchmarks of every
-    seed."""
+def collect(args: argparse.Namespace, latest_boundary: int) -> dict[str, dict[str, dict[str, float]]]:
+    """What there is: arm -> figure -> its value by group, and the mean accuracy over the benchmarks by seed."""
     table = {}
     for arm in ARMS:
-        row: dict[str, list[float]] = {}
+        row: dict[str, dict[str, float]] = {}
         for folder in groups_of(args, arm):
-            report = folder.with_name(f"evaluation-{folder.name}") / "report.json"
+            report, found = folder.with_name(f"evaluation-{folder.name}") / "report.json", {}
             if report.exists():
-                for title, value in figures_of(args, json.loads(report.read_text())).items():
-                    row.setdefault(title, []).append(value)
+                found |= figures_of(args, json.loads(report.read_text()))
             if (folder / "metadata.parquet").exists():
                 boundaries = np.array(boundaries_of([folder]))
-                latest = UIFacePipeline.load_config(args.pipeline)["latest_boundary"]
-                row.setdefault("capped", []).append(float((boundaries <= latest).mean()))
-                row.setdefault("boundary", []).append(float(boundaries.mean()))
-        files = sorted((args.work / arm).glob("recognizer-*/verification.json"))
-        if files:
-            row["accuracy"] = [statistics.mean(json.loads(file.read_text()).values()) for file in files]
+                found["capped"] = float((boundaries <= latest_boundary).mean())
+                found["boundary"] = float(boundaries.mean())
+            for title, value in found.items():
+                row.setdefault(title, {})[folder.name] = value
+        for file in (args.work / arm).glob("recognizer-*/verification.json"):
+            accuracy = statistics.mean(json.loads(file.read_text()).values())
+            row.setdefault("accuracy", {})[file.parent.name] = accuracy
         if row:
             table[arm] = row
     return table
 
 
-def text_of(values: Sequence[float]) -> str:
+def text_of(values: Collection[float]) -> str:
     """Mean and standard deviation."""
+    if not values:
+        return "-"
     spread = f" +- {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.4f}{spread}"
 
 
-def print_table(table: dict[str, dict[str, list[float]]]) -> None:
+def print_table(table: dict[str, dict[str, dict[str, float]]]) -> None:
     """Mean and deviation of every figure; then the differences to `single`, group by group and seed by seed."""
     columns = (*BOUNDARIES, *FIGURES, "accuracy")
     print("".join(f"{title:>20}" for title in ("arm", *columns)))
     for arm, row in table.items():
-        cells = [text_of(row[title]) if title in row else "-" for title in columns]
+        cells = [text_of(row.get(title, {}).values()) for title in columns]
         print("".join(f"{cell:>20}" for cell in (arm, *cells)))
     base = table.get("single")
     for arm, row in table.items():
@@ -267,11 +272,11 @@ def print_table(table: dict[str, dict[str, list[float]]]) -> None:
             continue
         cells = []
         for title in columns:
-            pairs = list(zip(row.get(title, []), base.get(title, []), strict=False))
-            cells.append(text_of([ours - theirs for ours, theirs in pairs]) if pairs else "-")
+            ours, theirs = row.get(title, {}), base.get(title, {})
+            cells.append(text_of([ours[key] - theirs[key] for key in ours if key in theirs]))
         print("".join(f"{cell:>20}" for cell in (f"{arm} - single", *cells)))
     adaptive = table.get("adaptive", {}).get("capped")
-    if adaptive and statistics.mean(adaptive) > 0.95:
+    if adaptive and statistics.mean(adaptive.values()) > 0.95:
         print(
             "Nearly no boundary is found before `latest_boundary`: `fixed` is `adaptive`, and `uiface_guided` is"
             " `uiface`. Search another `boundary_threshold` by training/studies/sampling_settings.py."
@@ -302,6 +307,8 @@ def main(argv: list[str] | None = None) -> None:
     benchmarks = [args.benchmarks] if args.benchmarks.is_file() else sorted(args.benchmarks.glob("*.bin"))
     settings["benchmarks"] = {file.name: file_hash(file) for file in benchmarks}
     check_settings(args.work / "settings.json", settings)
+    write_real_faces(args)
+    latest = settings["defaults"]["latest_boundary"]
     actions, failed = {"generate": generate, "evaluate": evaluate, "train": train}, []
     for piece in PIECES:
         for arm in args.arms:
@@ -311,8 +318,8 @@ def main(argv: list[str] | None = None) -> None:
                 actions[piece](args, arm)
             except subprocess.CalledProcessError as error:  # one arm's training; the others go on
                 failed.append(f"{arm}: {error}")
-            write_json(args.work / "ablation.json", {"settings": settings, "arms": collect(args)})
-    print_table(collect(args))
+            write_json(args.work / "ablation.json", {"settings": settings, "arms": collect(args, latest)})
+    print_table(collect(args, latest))
     if failed:
         sys.exit("failed: " + "; ".join(failed))
 

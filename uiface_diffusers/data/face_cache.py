@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
@@ -32,6 +33,9 @@ from ..faces import (
 from ..files import check_settings, complete_file, write_json
 from ..identities import IdentityBank
 from .sources import Photograph, PhotographSource, open_source
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SHARD_SIZE = 1000
 BATCH_SIZE = 64
@@ -118,7 +122,8 @@ def prepare_faces(
     output = Path(output)
     photographs = open_source(source, identities, min_images)
     total = len(photographs.photographs)
-    stamps = [[*photograph, photographs.stamp(photograph)] for photograph in photographs.photographs]
+    stamping = tqdm(photographs.photographs, unit="photo", desc="sizes")
+    stamps = [[*photograph, photographs.stamp(photograph)] for photograph in stamping]
     settings = {"identity_encoder": encoder.name, "image_size": image_size, "face": face, "aligned": aligned}
     settings |= {"det_size": encoder.det_size, "det_thresh": encoder.det_thresh}
     settings |= {"photographs": total, "files": hashlib.sha256(json.dumps(stamps).encode()).hexdigest()}
@@ -310,25 +315,34 @@ class FaceCache:
             yield np.asarray(PIL.Image.open(io.BytesIO(image["bytes"])).convert("RGB"))
 
 
+def load_pictures(shards: Sequence[Path], decode: bool = True) -> "Dataset":
+    """The pictures of shards as a data set of the `datasets` library with one column, `image`: mapped into memory, for
+    access in any order; as files in bytes if not decoded."""
+    import datasets
+
+    files = [str(shard) for shard in shards]
+    pictures = datasets.load_dataset("parquet", data_files=files, columns=["image"], split="train")
+    return pictures if decode else pictures.cast_column("image", datasets.Image(decode=False))
+
+
 class FaceCacheSource:
     """The faces of a cache as a `PhotographSource`: each under its identity and its photograph's file."""
 
     def __init__(self, folder: str | os.PathLike):
-        self.photographs, self._places = [], {}
-        self._opened: tuple[Path | None, pa.ChunkedArray | None] = (None, None)
-        for shard in FaceCache(folder).shards:
-            for number, row in enumerate(pq.read_table(shard, columns=["identity", "file"]).to_pylist()):
+        self.photographs, self._places, self._pictures = [], {}, None
+        self._shards = FaceCache(folder).shards
+        for shard in self._shards:
+            for row in pq.read_table(shard, columns=["identity", "file"]).to_pylist():
+                self._places[row["file"]] = (shard, len(self.photographs))
                 self.photographs.append(Photograph(row["identity"], row["file"]))
-                self._places[row["file"]] = (shard, number)
 
     def read(self, photograph: Photograph) -> np.ndarray:
         return load_photograph(io.BytesIO(self.content(photograph)))
 
     def content(self, photograph: Photograph) -> bytes:
-        shard, number = self._places[photograph.file]
-        if self._opened[0] != shard:
-            self._opened = (shard, pq.read_table(shard, columns=["image"])["image"])
-        return self._opened[1][number]["bytes"].as_py()
+        if self._pictures is None:
+            self._pictures = load_pictures(self._shards, decode=False)
+        return self._pictures[self._places[photograph.file][1]]["image"]["bytes"]
 
     def stamp(self, photograph: Photograph) -> str:
         # the shard's: a face's own would have to be read

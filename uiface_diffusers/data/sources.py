@@ -76,7 +76,9 @@ class FolderSource:
     def stamp(self, photograph: Photograph) -> str:
         try:
             return str(self._path(photograph).stat().st_size)
-        except OSError:  # will be reported as unreadable
+        except OSError as error:
+            if error.errno is not None:  # not the picture but the disk or the network
+                raise
             return "missing"
 
 

@@ -80,8 +80,8 @@ def evaluate_dataset(
         threshold (`float`, defaults to 0.3): cosine from which two are of one person, of uniqueness and consistency.
         max_pairs (`int`, defaults to 1,000,000): genuine and impostor pairs at most; all if there are no more.
         max_images (`int`, defaults to 50,000): images at most of each set for precision and recall. Both are drawn
-            down to the smaller set, too: the figures depend on the numbers. Within identities, whole identities are
-            drawn down to so many images.
+            down to the smaller set, too, as the figures depend on the numbers. Within identities, so many of the set's
+            images at most, of whole identities.
         seed (`int`, defaults to 0): of all draws.
         device: of LPIPS and features.
         skip_unusable (`bool`, defaults to `False`): leave out pictures that cannot be read or are not square.
@@ -226,8 +226,7 @@ def _check_origin(faces: FaceSet, dataset: Path, identities: IdentityBank | None
         return
     settings = json.loads(file.read_text()).get("settings", {})
     followed = identities.take([i for i, name in enumerate(identities.names) if name in faces.identities])
-    # of an unfinished set, identities may be missing
-    if len(followed) == settings.get("number_of_identities") and bank_hash(followed) != settings.get("identities"):
+    if bank_hash(followed) != settings.get("identities"):
         raise ValueError(f"{file} says that the faces follow another bank of identities than the one given.")
 
 
@@ -244,9 +243,14 @@ def _check_compared(
         return
     if len(compared[0]) <= neighbours:
         raise ValueError(f"sets of {len(compared[0])} images are too small for {neighbours} neighbours.")
-    counts = [Counter(each.names) for each in (faces, references)]
-    if same_people and not any(min(counts[0][name], counts[1][name]) > neighbours for name in counts[0]):
+    if same_people and not _people_of_both(faces, references, neighbours):
         raise ValueError(f"no identity has more than {neighbours} images under the same name in both sets.")
+
+
+def _people_of_both(faces: FaceSet, references: FaceSet, neighbours: int) -> set[str]:
+    """Names with more images than neighbours in both sets."""
+    ours, theirs = Counter(faces.names), Counter(references.names)
+    return {name for name, count in ours.items() if min(count, theirs[name]) > neighbours}
 
 
 def _describe(dataset: Path, faces: FaceSet) -> dict[str, Any]:
@@ -383,23 +387,29 @@ class _Evaluation:
             self.cache / f"features-{_digest(network.name, faces.key)}", len(faces), compute, "features"
         )
 
+    def of_network(self, network: FaceEncoder | nn.Module) -> dict[str, Any]:
+        """A feature network as a condition; other networks have their weights in their name."""
+        weights = {"weights": network.fingerprint} if isinstance(network, FaceEncoder) else {}
+        return {"features": network.name} | weights
+
     def precision_recall(
         self, faces: FaceSet, references: FaceSet, real: str, network: FaceEncoder | nn.Module
     ) -> None:
         """How much of one set lies among the other."""
         k = self.settings["neighbours"]
         ours, theirs = self.features(faces, network), self.features(references, network)
-        conditions = {"features": network.name, "k": k, "images": len(faces), "real": f"{real} {references.key}"}
+        conditions = self.of_network(network) | {"k": k, "images": len(faces), "real": f"{real} {references.key}"}
         precision, recall = improved_precision_recall(theirs, ours, k, progress=True)
         self.add({"precision": precision, "recall": recall}, conditions)
 
     def class_precision_recall(self, references: FaceSet, real: str, network: FaceEncoder | nn.Module) -> None:
         """How much of a person's images lies among the real ones of that person."""
         k = self.settings["neighbours"]
-        faces = self.faces.sample_identities(self.settings["max_images"], self.settings["seed"])
+        people = self.faces.of_identities(_people_of_both(self.faces, references, k))
+        faces = people.sample_identities(self.settings["max_images"], self.settings["seed"])
         references = references.of_identities(faces.identities)
         ours, theirs = self.features(faces, network), self.features(references, network)
-        conditions = {"features": network.name, "k": k, "images of each": _of_each(faces)}
+        conditions = self.of_network(network) | {"k": k, "images of each": _of_each(faces)}
         conditions |= {"real": f"{real} {references.key}", "real images of each": _of_each(references)}
         within = class_precision_recall(theirs, references.names, ours, faces.names, k)
         values = {"class_precision": within.precision, "class_recall": within.recall}

@@ -18,7 +18,7 @@ class People:
         folders: the caches, all of one encoder.
 
     Raises:
-        ValueError: their embeddings are of two encoders.
+        ValueError: their embeddings are of two encoders, or two folders have one name, by which people are told apart.
     """
 
     def __init__(self, folders: Sequence[str | os.PathLike]):
@@ -26,17 +26,25 @@ class People:
         encoders = {str(cache.folder): cache.identity_encoder for cache in self.caches}
         if len(set(encoders.values())) > 1:
             raise ValueError(f"the caches have embeddings of different encoders: {encoders}. Prepare them alike.")
+        folder_names = [cache.folder.resolve().name for cache in self.caches]
+        if len(set(folder_names)) < len(folder_names):
+            raise ValueError(f"two of the caches {', '.join(encoders)} have one name: rename a folder.")
         banks = [cache.embeddings() for cache in self.caches]
-        names = [
-            f"{cache.folder.name}/{name}"
-            for cache, bank in zip(self.caches, banks, strict=True)
-            for name in bank.names
-        ]
+        names = [f"{folder}/{name}" for folder, bank in zip(folder_names, banks, strict=True) for name in bank.names]
         self.bank = IdentityBank(torch.cat([bank.embeddings for bank in banks]), banks[0].identity_encoder, names)
 
     def near(self, known: IdentityBank, min_cosine: float) -> list[str]:
         """Names of those with a face whose cosine to a known embedding of the same encoder is at least `min_cosine`:
-        the same people under other names, mostly."""
+        the same people under other names, mostly.
+
+        Raises:
+            ValueError: the known ones are of another encoder.
+        """
+        if known.identity_encoder != self.bank.identity_encoder:
+            raise ValueError(
+                f"embeddings of `{self.bank.identity_encoder}` cannot be compared with those of"
+                f" `{known.identity_encoder}`."
+            )
         cosines, _ = largest_cosines(F.normalize(self.bank.embeddings), F.normalize(known.embeddings))
         near = (cosines >= min_cosine).nonzero().flatten().tolist()
         return list(dict.fromkeys(self.bank.names[position] for position in near))
