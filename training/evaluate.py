@@ -131,7 +131,8 @@ class Measurement:
         chosen["unseen"] = (unseen, unseen.choose(args.num_identities, without=self.seen))
         self.photographs = {name: people.pictures(positions) for name, (people, positions) in chosen.items()}
         self.conditions = {name: people.bank.take(positions) for name, (people, positions) in chosen.items()}
-        strangers = [i for i, name in enumerate(unseen.bank.names) if name not in set(self.seen)]
+        seen = set(self.seen)
+        strangers = [i for i, name in enumerate(unseen.bank.names) if name not in seen]
         self.unseen_embeddings = unseen.bank.embeddings[strangers]
         self.recognizers = {pack.name: pack.to_torch() for pack in (self.encoder, self.judge)}
         self.perceptual = load_lpips("alex", args.lpips_backbone)

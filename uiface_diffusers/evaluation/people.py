@@ -58,7 +58,8 @@ class People:
         first: dict[str, int] = {}
         for position, name in enumerate(self.bank.names):
             first.setdefault(name, position)
-        positions = [position for name, position in sorted(first.items()) if name not in set(without)]
+        left_out = set(without)
+        positions = [position for name, position in sorted(first.items()) if name not in left_out]
         if number > len(positions):
             folders = ", ".join(str(cache.folder) for cache in self.caches)
             raise ValueError(f"{number} identities are asked for, {folders} has {len(positions)}.")
