@@ -12,6 +12,7 @@ latents and identities. Prints a table, and JSON with the machine.
 
 import argparse
 import json
+import resource
 import statistics
 import sys
 import time
@@ -75,6 +76,11 @@ class Step:
         self.ema.step(self.parameters)
 
 
+def page_faults() -> int:
+    """Of this process so far: memory that glibc gave back to the kernel and took again costs one every 4 KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(default_checkpoint()))
@@ -92,24 +98,27 @@ def main() -> None:
         step()
     with FlopCounterMode(display=False) as counter:
         steps[args.settings[0]]()
-    seconds = {setting: [] for setting in steps}
+    seconds, faults = {setting: [] for setting in steps}, {setting: [] for setting in steps}
     for _ in range(args.rounds):
         for setting, step in steps.items():
-            started = time.perf_counter()
+            before, started = page_faults(), time.perf_counter()
             step()
             seconds[setting].append(time.perf_counter() - started)
+            faults[setting].append(page_faults() - before)
     machine = describe_machine()
     medians = {setting: statistics.median(values) for setting, values in seconds.items()}
     first = medians[args.settings[0]]
     for setting, median in medians.items():
         rate = args.batch_size / median
         print(
-            f"{setting:>14}: {median:6.3f} s a step, {rate:6.1f} images/s, {first / median:5.2f} x {args.settings[0]}"
+            f"{setting:>14}: {median:6.3f} s a step, {rate:6.1f} images/s, {first / median:5.2f} x {args.settings[0]},"
+            f" {statistics.median(faults[setting]):.0f} page faults"
         )
     gflop = counter.get_total_flops() / 1e9
     floor = gflop / machine["matmul GFLOP/s"]["float32"]
     print(f"arithmetic: {gflop:.0f} GFLOP a step, {floor:.3f} s at the rate of a float32 matrix product")
-    result = {"settings": vars(args), "machine": machine, "seconds": seconds, "GFLOP": gflop, "floor": floor}
+    result = {"settings": vars(args), "machine": machine, "seconds": seconds, "faults": faults}
+    result |= {"GFLOP": gflop, "floor": floor}
     print(json.dumps(result))
 
 
