@@ -21,6 +21,7 @@ import torch
 
 from uiface_diffusers import IdentityBank, UIFacePipeline, sample_identities
 from uiface_diffusers.evaluation.people import People
+from uiface_diffusers.files import write_json
 from uiface_diffusers.hub import IDENTITIES
 from uiface_diffusers.identities import keep_distinct, largest_cosines
 
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     for file in args.output.rglob("*.json"):  # where it was trained is nobody's concern
         content = json.loads(file.read_text())
         if content.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")  # as diffusers writes it
+            write_json(file, content)
     progress = Path(args.pipeline) / "progress.json"
     if progress.exists():
         shutil.copy(progress, args.output)
