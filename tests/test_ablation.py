@@ -30,6 +30,8 @@ def root(tmp_path_factory, toy_photographs):
     """A pipeline, a bank, real faces (of one person in the benchmark, too) and a benchmark, all tiny."""
     root = tmp_path_factory.mktemp("ablation")
     write_study_inputs(root, toy_photographs)
+    model = UIFacePipeline.from_pretrained(root / "model")
+    UIFacePipeline(**model.components, guidance_scale=3.0).save_pretrained(root / "model")
     for person in range(PEOPLE):
         (root / "photographs" / f"p{person}").mkdir(parents=True)
         for index in range(IMAGES if person else IMAGES - 2):
@@ -70,6 +72,7 @@ def test_arms_differ_in_what_they_say_only(options, root):
     changed = {
         "uiface": {},
         "single": {"boundary": None},
+        "single_guidance_2": {"boundary": None, "guidance_scale": 2.0},
         "adaptive": {"injection": None},
         "fixed": {"injection": None, "boundary": statistics.median_low(boundaries)},
         "adaptive_self": {"injection": "self"},

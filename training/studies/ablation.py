@@ -44,9 +44,10 @@ from uiface_diffusers.generation import bank_hash
 
 TRAINING = Path(__file__).parents[1]
 # arm -> arguments of `generate_dataset`; `fixed` has the median boundary of `adaptive`, so that only the choice for
-# each sample differs
+# each sample differs; a pipeline's own guidance was chosen for two stages, so one stage has the paper's, too
 ARMS = {
     "single": {"boundary": None},
+    "single_guidance_2": {"boundary": None, "guidance_scale": 2.0},
     "adaptive": {"injection": None},
     "fixed": {"injection": None},
     "adaptive_self": {"injection": "self"},
