@@ -96,7 +96,7 @@ def test_arms_differ_in_what_they_say_only(options, root):
     assert len(others) == 8 and not set(others) & set(names)
 
 
-def test_figures_and_accuracies_are_collected(options, root, capsys):
+def test_figures_and_accuracies_are_collected(options, root, capsys, tmp_path):
     work = root / "work"
     ablation.main([*options, "--arms", "single", "fixed", "real", "--pieces", "generate", "evaluate"])
     ablation.main([*options, "--arms", "fixed", "--pieces", "generate", "train"])
@@ -123,6 +123,14 @@ def test_figures_and_accuracies_are_collected(options, root, capsys):
     assert "recall" in arms["real"] and "context" not in arms["real"]
     printed = capsys.readouterr().out
     assert "fixed - single" in printed and f"{result.accuracy:.4f}" in printed
+
+    # the table is enough: with the faces gone, what is finished is not made again
+    again = ["--work", str(tmp_path / "work"), "--results", str(work / "ablation.json"), "--arms", "fixed"]
+    ablation.main([*options, *again])
+    assert capsys.readouterr().out.endswith(printed[printed.rindex("                 arm") :])
+    assert not (tmp_path / "work" / "fixed").exists() and not (tmp_path / "work" / "adaptive").exists()
+    with pytest.raises(ValueError, match="other settings .images_per_identity: "):
+        ablation.main([*options, *again, "--work", str(tmp_path / "new"), "--images_per_identity", "3"])
 
 
 def test_people_of_the_benchmarks_are_left_out(options, root, capsys, tmp_path):

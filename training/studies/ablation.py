@@ -12,9 +12,10 @@ each of `--seeds`, and verified on `--benchmarks`. `real` is an arm, too: as man
 none of whom looks like one of the benchmarks. Recall and precision are against real faces of other people again. Both
 are written first: what is missing there is named before the long work.
 
-Each piece goes on where it was stopped, and what is finished is not done again: run the same command until the table
-is full. `--arms` and `--pieces` name the ones to work at. After every piece the table of what there is goes to
-`ablation.json`; at the end it is printed.
+One arm after the other; each goes on where it was stopped, and what is finished is not done again: run the same
+command until the table is full. `--arms` and `--pieces` name the ones to work at. After every piece the table of what
+there is goes to `--results`; at the end it is printed. That small file is all that has to last: an arm whose figures
+are in it is not made again when `--work` is gone.
 """
 
 import argparse
@@ -80,13 +81,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--judge", required=True, help="model pack that the pipeline was not trained with")
     parser.add_argument("--encoder_root", default="~/.insightface")
     parser.add_argument("--lpips_backbone", help="AlexNet's convolutions; torchvision downloads them if not given")
-    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="folder of the faces, reports and recognisers")
+    parser.add_argument("--results", type=Path, help="the table, JSON (default: ablation.json in --work)")
     parser.add_argument("--num_identities", type=int, default=200)
     parser.add_argument("--groups", type=int, default=5, help="of identities, for the spread")
     parser.add_argument("--images_per_identity", type=int, default=20)
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the recognisers")
-    parser.add_argument("--recipe", type=Path, default=TRAINING / "configs" / "fr_small.yaml", help="of them")
+    parser.add_argument("--recipe", type=Path, default=TRAINING / "configs" / "fr_study.yaml", help="of them")
     parser.add_argument(
         "--same_person",
         type=float,
@@ -98,6 +100,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.num_identities % args.groups:
         parser.error(f"--num_identities {args.num_identities} cannot be split into {args.groups} equal groups")
+    args.results = args.results or args.work / "ablation.json"
     return args
 
 
@@ -207,7 +210,7 @@ def evaluate(args: argparse.Namespace, arm: str) -> None:
 def train(args: argparse.Namespace, arm: str) -> None:
     for seed in args.seeds:
         folder = args.work / arm / f"recognizer-{seed}"
-        if (folder / "verification.json").exists():
+        if folder.name in saved_results(args).get(arm, {}).get("accuracy", {}):
             continue
         command = [sys.executable, str(TRAINING / "train_face_recognition.py"), "--config", str(args.recipe)]
         command += ["--train_data", *map(str, groups_of(args, arm)), "--output_dir", str(folder), "--seed", str(seed)]
@@ -230,10 +233,11 @@ def figures_of(args: argparse.Namespace, report: dict) -> dict[str, float]:
 
 
 def collect(args: argparse.Namespace, latest_boundary: int) -> dict[str, dict[str, dict[str, float]]]:
-    """What there is: arm -> figure -> its value by group, and the mean accuracy over the benchmarks by seed."""
+    """What `--results` and `--work` have: arm -> figure -> its value by group, and the mean accuracy over the
+    benchmarks by seed."""
     table = {}
     for arm in ARMS:
-        row: dict[str, dict[str, float]] = {}
+        row = saved_results(args).get(arm, {})
         for folder in groups_of(args, arm):
             report, found = folder.with_name(f"evaluation-{folder.name}") / "report.json", {}
             if report.exists():
@@ -250,6 +254,20 @@ def collect(args: argparse.Namespace, latest_boundary: int) -> dict[str, dict[st
         if row:
             table[arm] = row
     return table
+
+
+def saved_results(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
+    return json.loads(args.results.read_text()).get("arms", {})
+
+
+def is_finished(args: argparse.Namespace, arm: str) -> bool:
+    """Whether `--results` has all figures of an arm."""
+    row = saved_results(args).get(arm, {})
+    groups = {folder.name for folder in groups_of(args, arm)}
+    return (
+        groups <= row.get("LPIPS", {}).keys()
+        and {f"recognizer-{n}" for n in args.seeds} <= row.get("accuracy", {}).keys()
+    )
 
 
 def text_of(values: Collection[float]) -> str:
@@ -307,19 +325,22 @@ def main(argv: list[str] | None = None) -> None:
     settings["real"] = {str(cache): file_hash(cache / "report.json") for cache in args.real}
     benchmarks = [args.benchmarks] if args.benchmarks.is_file() else sorted(args.benchmarks.glob("*.bin"))
     settings["benchmarks"] = {file.name: file_hash(file) for file in benchmarks}
-    check_settings(args.work / "settings.json", settings)
+    for file in (args.work / "settings.json", args.results):
+        check_settings(file, settings)
     write_real_faces(args)
     latest = settings["defaults"]["latest_boundary"]
     actions, failed = {"generate": generate, "evaluate": evaluate, "train": train}, []
-    for piece in PIECES:
-        for arm in args.arms:
+    for arm in args.arms:
+        if is_finished(args, arm):
+            continue
+        for piece in PIECES:
             if piece not in args.pieces:
                 continue
             try:
                 actions[piece](args, arm)
             except subprocess.CalledProcessError as error:  # one arm's training; the others go on
                 failed.append(f"{arm}: {error}")
-            write_json(args.work / "ablation.json", {"settings": settings, "arms": collect(args, latest)})
+            write_json(args.results, {"settings": settings, "arms": collect(args, latest)})
     print_table(collect(args, latest))
     if failed:
         sys.exit("failed: " + "; ".join(failed))
