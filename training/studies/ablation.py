@@ -207,10 +207,17 @@ def evaluate(args: argparse.Namespace, arm: str) -> None:
         )
 
 
+def saved_results(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
+    """The table in `--results`, as `collect` makes it."""
+    return json.loads(args.results.read_text()).get("arms", {})
+
+
 def train(args: argparse.Namespace, arm: str) -> None:
+    saved = saved_results(args).get(arm, {}).get("accuracy", {})
     for seed in args.seeds:
         folder = args.work / arm / f"recognizer-{seed}"
-        if folder.name in saved_results(args).get(arm, {}).get("accuracy", {}):
+        # the second: verified in a run that was stopped before the arm's last seed
+        if folder.name in saved or (folder / "verification.json").exists():
             continue
         command = [sys.executable, str(TRAINING / "train_face_recognition.py"), "--config", str(args.recipe)]
         command += ["--train_data", *map(str, groups_of(args, arm)), "--output_dir", str(folder), "--seed", str(seed)]
@@ -235,9 +242,9 @@ def figures_of(args: argparse.Namespace, report: dict) -> dict[str, float]:
 def collect(args: argparse.Namespace, latest_boundary: int) -> dict[str, dict[str, dict[str, float]]]:
     """What `--results` and `--work` have: arm -> figure -> its value by group, and the mean accuracy over the
     benchmarks by seed."""
-    table = {}
+    table, saved = {}, saved_results(args)
     for arm in ARMS:
-        row = saved_results(args).get(arm, {})
+        row = saved.get(arm, {})
         for folder in groups_of(args, arm):
             report, found = folder.with_name(f"evaluation-{folder.name}") / "report.json", {}
             if report.exists():
@@ -256,18 +263,11 @@ def collect(args: argparse.Namespace, latest_boundary: int) -> dict[str, dict[st
     return table
 
 
-def saved_results(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
-    return json.loads(args.results.read_text()).get("arms", {})
-
-
 def is_finished(args: argparse.Namespace, arm: str) -> bool:
     """Whether `--results` has all figures of an arm."""
     row = saved_results(args).get(arm, {})
-    groups = {folder.name for folder in groups_of(args, arm)}
-    return (
-        groups <= row.get("LPIPS", {}).keys()
-        and {f"recognizer-{n}" for n in args.seeds} <= row.get("accuracy", {}).keys()
-    )
+    evaluated = all(folder.name in row.get("LPIPS", {}) for folder in groups_of(args, arm))
+    return evaluated and all(f"recognizer-{seed}" in row.get("accuracy", {}) for seed in args.seeds)
 
 
 def text_of(values: Collection[float]) -> str:
