@@ -86,6 +86,18 @@ def test_arms_differ_in_what_they_say_only(options, root):
             expected["identity_perturbation"] = [0.6, 1.0]
         assert begun[arm] == expected, arm
 
+    # a row an arm, in a column the same noise: one person of each of two groups, four faces
+    with PIL.Image.open(work / "ablation.jpg") as picture:
+        drawn = np.asarray(picture.convert("RGB"), dtype=int)
+    size = drawn.shape[0] // len(changed)
+    assert drawn.shape == (len(changed) * size, 2 * 4 * size, 3)
+    row = [arm for arm in ablation.ARMS if arm in changed].index("fixed")
+    for column, (group, index) in enumerate((group, index) for group in range(2) for index in range(4)):
+        person = min((work / "fixed" / f"group-{group}" / "images").iterdir())
+        face = np.asarray(PIL.Image.open(sorted(person.iterdir())[index]), dtype=int)
+        cell = drawn[row * size : (row + 1) * size, column * size : (column + 1) * size]
+        assert abs(cell - face).mean() < 2  # JPEG; 3 or more to other faces
+
     # real people: as many, with as many faces each; and faces of others
     names = [path.name for group in (0, 1) for path in (work / "real" / f"group-{group}").iterdir()]
     assert len(set(names)) == 4 and "people-p0" not in names  # has fewer faces
@@ -127,7 +139,7 @@ def test_figures_and_accuracies_are_collected(options, root, capsys, tmp_path):
     # the table is enough: with the faces gone, what is finished is not made again
     again = ["--work", str(tmp_path / "work"), "--results", str(work / "ablation.json"), "--arms", "fixed"]
     ablation.main([*options, *again])
-    assert capsys.readouterr().out.endswith(printed[printed.rindex("                 arm") :])
+    assert capsys.readouterr().out.endswith(printed[printed.rindex("\narm ") + 1 :])
     assert not (tmp_path / "work" / "fixed").exists() and not (tmp_path / "work" / "adaptive").exists()
     with pytest.raises(ValueError, match="other settings .images_per_identity: "):
         ablation.main([*options, *again, "--work", str(tmp_path / "new"), "--images_per_identity", "3"])
@@ -164,11 +176,14 @@ def test_the_table_compares_group_by_group(capsys):
         "single": {"LPIPS": {"a": 0.1, "b": 0.3}, "accuracy": {"0": 0.6, "1": 0.7, "2": 0.8}},
         "adaptive": {"LPIPS": {"a": 0.2, "b": 0.4}, "capped": {"a": 1.0, "b": 0.97}},
         "uiface": {"LPIPS": {"a": 0.2, "b": 0.5}, "accuracy": {"1": 0.75, "2": 0.85, "3": 0.1}},
+        "single_guidance_2": {"LPIPS": {"a": 0.0, "b": 0.3}},
     }
     ablation.print_table(table)
-    lines = {line[:20].strip(): line[20:] for line in capsys.readouterr().out.splitlines()}
-    cells = [lines["uiface - single"][start : start + 20].strip() for start in range(0, 180, 20)]
+    lines = {line[:36].strip(): line[36:] for line in capsys.readouterr().out.splitlines()}
+    cells = [lines["uiface - single"][start : start + 22].strip() for start in range(0, 198, 22)]
     assert cells[2] == "0.1500 +- 0.0707" and cells[-1] == "0.0500 +- 0.0000"
+    assert lines["uiface - single_guidance_2"].split() == ["-"] * 2 + "0.2000 +- 0.0000".split() + ["-"] * 6
+    assert "single_guidance_2 - single" in lines
     assert any(line.startswith("Nearly no boundary") for line in lines) and "0.2000 +- 0.1414" in lines["single"]
 
 

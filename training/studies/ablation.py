@@ -14,8 +14,8 @@ are written first: what is missing there is named before the long work.
 
 One arm after the other; each goes on where it was stopped, and what is finished is not done again: run the same
 command until the table is full. `--arms` and `--pieces` name the ones to work at. After every piece the table of what
-there is goes to `--results`; at the end it is printed. That small file is all that has to last: an arm whose figures
-are in it is not made again when `--work` is gone.
+there is goes to `--results`; at the end it is printed, and some faces of all arms are drawn beside it. That small file
+is all that has to last: an arm whose figures are in it is not made again when `--work` is gone.
 """
 
 import argparse
@@ -33,13 +33,14 @@ import numpy as np
 import PIL.Image
 import pyarrow.parquet as pq
 import torch
+from diffusers.utils import make_image_grid
 
 from uiface_diffusers import IdentityBank, UIFacePipeline, default_checkpoint, generate_dataset
 from uiface_diffusers.evaluation import evaluate_dataset, load_lpips, load_recognizer, verify_benchmarks
 from uiface_diffusers.evaluation.people import People
 from uiface_diffusers.evaluation.verification import read_benchmarks
 from uiface_diffusers.faces import ALIGNED_SIZE, FaceEncoder
-from uiface_diffusers.files import check_settings, write_json
+from uiface_diffusers.files import check_settings, complete_file, write_json
 from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.generation import bank_hash
 
@@ -57,6 +58,7 @@ ARMS = {
     "uiface_guided": {"guide_from_boundary": True},
     "real": None,
 }
+ONE_STAGE = ("single", "single_guidance_2")  # what the others are compared with
 PIECES = ("generate", "evaluate", "train")
 # figures of the table -> their names in report.json
 FIGURES = {
@@ -279,27 +281,47 @@ def text_of(values: Collection[float]) -> str:
 
 
 def print_table(table: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Mean and deviation of every figure; then the differences to `single`, group by group and seed by seed."""
+    """Mean and deviation of every figure; then the differences to one stage, group by group and seed by seed."""
     columns = (*BOUNDARIES, *FIGURES, "accuracy")
-    print("".join(f"{title:>20}" for title in ("arm", *columns)))
+
+    def print_row(name: str, cells: Iterable[str]) -> None:
+        print(f"{name:<36}" + "".join(f"{cell:>22}" for cell in cells))
+
+    print_row("arm", columns)
     for arm, row in table.items():
-        cells = [text_of(row.get(title, {}).values()) for title in columns]
-        print("".join(f"{cell:>20}" for cell in (arm, *cells)))
-    base = table.get("single")
-    for arm, row in table.items():
-        if base is None or arm in ("single", "real"):
-            continue
-        cells = []
-        for title in columns:
-            ours, theirs = row.get(title, {}), base.get(title, {})
-            cells.append(text_of([ours[key] - theirs[key] for key in ours if key in theirs]))
-        print("".join(f"{cell:>20}" for cell in (f"{arm} - single", *cells)))
+        print_row(arm, [text_of(row.get(title, {}).values()) for title in columns])
+    for base in ONE_STAGE:
+        for arm, row in table.items():
+            if base not in table or arm in (base, "single", "real"):
+                continue
+            cells = []
+            for title in columns:
+                ours, theirs = row.get(title, {}), table[base].get(title, {})
+                cells.append(text_of([ours[key] - theirs[key] for key in ours if key in theirs]))
+            print_row(f"{arm} - {base}", cells)
     adaptive = table.get("adaptive", {}).get("capped")
     if adaptive and statistics.mean(adaptive.values()) > 0.95:
         print(
             "Nearly no boundary is found before `latest_boundary`: `fixed` is `adaptive`, and `uiface_guided` is"
             " `uiface`. Search another `boundary_threshold` by training/studies/sampling_settings.py."
         )
+
+
+def write_picture(args: argparse.Namespace) -> None:
+    """Faces of one person of two groups each, a row an arm and a column the same noise, as JPEG beside `--results`.
+    Not before all arms are generated."""
+    arms = [arm for arm in ARMS if arm != "real"]
+    groups = {arm: [folder / "images" for folder in groups_of(args, arm)[:2]] for arm in arms}
+    if not all((images.parent / "preview.png").exists() for folders in groups.values() for images in folders):
+        return
+    cells = []
+    for folders in groups.values():
+        for images in folders:
+            first = sorted(images.iterdir())[0]
+            cells += [PIL.Image.open(file).convert("RGB") for file in sorted(first.iterdir())[:5]]
+    grid = make_image_grid(cells, rows=len(arms), cols=len(cells) // len(arms))
+    with complete_file(args.results.with_suffix(".jpg")) as beside:
+        grid.save(beside, "jpeg", quality=90)
 
 
 def file_hash(path: Path) -> str:
@@ -342,6 +364,7 @@ def main(argv: list[str] | None = None) -> None:
                 failed.append(f"{arm}: {error}")
             write_json(args.results, {"settings": settings, "arms": collect(args, latest)})
     print_table(collect(args, latest))
+    write_picture(args)
     if failed:
         sys.exit("failed: " + "; ".join(failed))
 
