@@ -115,6 +115,8 @@ def test_figures_and_accuracies_are_collected(options, root, capsys, tmp_path):
     arms = json.loads((work / "ablation.json").read_text())["arms"]
     result = verify_benchmarks(load_recognizer(work / "fixed" / "recognizer-5"), root / "bins")["toy"]
     assert arms["fixed"]["accuracy"] == {"recognizer-5": pytest.approx(result.accuracy)}
+    learned = json.loads((work / "fixed" / "recognizer-5" / "train_results.json").read_text())["accuracy"]
+    assert arms["fixed"]["learned"] == {"recognizer-5": learned}
     assert "accuracy" not in arms["single"]
     for group in range(2):
         report = json.loads((work / "single" / f"evaluation-group-{group}" / "report.json").read_text())
@@ -180,9 +182,9 @@ def test_the_table_compares_group_by_group(capsys):
     }
     ablation.print_table(table)
     lines = {line[:36].strip(): line[36:] for line in capsys.readouterr().out.splitlines()}
-    cells = [lines["uiface - single"][start : start + 22].strip() for start in range(0, 198, 22)]
+    cells = [lines["uiface - single"][start : start + 22].strip() for start in range(0, 220, 22)]
     assert cells[2] == "0.1500 +- 0.0707" and cells[-1] == "0.0500 +- 0.0000"
-    assert lines["uiface - single_guidance_2"].split() == ["-"] * 2 + "0.2000 +- 0.0000".split() + ["-"] * 6
+    assert lines["uiface - single_guidance_2"].split() == ["-"] * 2 + "0.2000 +- 0.0000".split() + ["-"] * 7
     assert "single_guidance_2 - single" in lines
     assert any(line.startswith("Nearly no boundary") for line in lines) and "0.2000 +- 0.1414" in lines["single"]
 

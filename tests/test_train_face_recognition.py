@@ -111,7 +111,7 @@ def uninterrupted(workspace) -> Path:
 
 def test_saves_a_recogniser_for_the_auto_classes(uninterrupted):
     files = sorted(path.name for path in uninterrupted.iterdir() if path.is_file())
-    assert files == ["config.json", "model.safetensors", "preprocessor_config.json"]
+    assert files == ["config.json", "model.safetensors", "preprocessor_config.json", "train_results.json"]
     model, info = AutoModel.from_pretrained(uninterrupted, output_loading_info=True)
     assert isinstance(model, IResNetModel) and not any(info.values())
     faces = [np.asarray(toy_face(0, index)) for index in range(3)]
@@ -249,6 +249,29 @@ def test_benchmarks_and_log(workspace, tmp_path):
         with pytest.raises(ValueError, match=message):
             train(workspace, "damaged", *options)
     assert not list((workspace / "damaged").glob("checkpoint*"))
+
+
+def test_what_was_learned_is_said(workspace, caplog):
+    """Loss and accuracy of the last epoch's 12 steps, whatever is logged and saved in between; and a recipe by which
+    nothing is learned is no silent result."""
+    options = ("--logging_steps", "1", "--report_to", "tensorboard", "--learning_rate", "0.02", "--margin", "0")
+    folder = train(workspace, "learned", *options)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "logs" / "train_face_recognition"))
+    events.Reload()
+    results = json.loads((folder / "train_results.json").read_text())
+    assert results["step"] == 36
+    for name in ("loss", "accuracy"):
+        steps = [event.value for event in events.Scalars(name)[-12:]]
+        assert results[name] == pytest.approx(sum(steps) / 12, rel=1e-5)
+    assert results["accuracy"] > 0.05 and "hardly any" not in caplog.text
+
+    train(workspace, "unlearned", "--learning_rate", "1e-9")
+    assert "hardly any of its 8 identities apart" in caplog.text and "--max_grad_norm" in caplog.text
+    # a run that is stopped before its end has no result
+    stopped = train(workspace, "early", "--learning_rate", "1e-9", "--max_train_hours", "0")
+    assert not (stopped / "train_results.json").exists()
 
 
 def test_a_loss_that_is_not_finite_is_never_saved(workspace):

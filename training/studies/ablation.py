@@ -242,8 +242,8 @@ def figures_of(args: argparse.Namespace, report: dict) -> dict[str, float]:
 
 
 def collect(args: argparse.Namespace, latest_boundary: int) -> dict[str, dict[str, dict[str, float]]]:
-    """What `--results` and `--work` have: arm -> figure -> its value by group, and the mean accuracy over the
-    benchmarks by seed."""
+    """What `--results` and `--work` have: arm -> figure -> its value by group; by seed, the mean accuracy over the
+    benchmarks and the share of its own faces that the recogniser has learned."""
     table, saved = {}, saved_results(args)
     for arm in ARMS:
         row = saved.get(arm, {})
@@ -260,6 +260,9 @@ def collect(args: argparse.Namespace, latest_boundary: int) -> dict[str, dict[st
         for file in (args.work / arm).glob("recognizer-*/verification.json"):
             accuracy = statistics.mean(json.loads(file.read_text()).values())
             row.setdefault("accuracy", {})[file.parent.name] = accuracy
+            learned = file.with_name("train_results.json")
+            if learned.exists():  # not of a training that was killed behind its last step
+                row.setdefault("learned", {})[file.parent.name] = json.loads(learned.read_text())["accuracy"]
         if row:
             table[arm] = row
     return table
@@ -282,7 +285,7 @@ def text_of(values: Collection[float]) -> str:
 
 def print_table(table: dict[str, dict[str, dict[str, float]]]) -> None:
     """Mean and deviation of every figure; then the differences to one stage, group by group and seed by seed."""
-    columns = (*BOUNDARIES, *FIGURES, "accuracy")
+    columns = (*BOUNDARIES, *FIGURES, "learned", "accuracy")
 
     def print_row(name: str, cells: Iterable[str]) -> None:
         print(f"{name:<36}" + "".join(f"{cell:>22}" for cell in cells))
