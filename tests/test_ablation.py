@@ -74,10 +74,13 @@ def test_arms_differ_in_what_they_say_only(options, root):
         "single": {"boundary": None},
         "single_guidance_2": {"boundary": None, "guidance_scale": 2.0},
         "adaptive": {"injection": None},
+        "early": {"injection": None, "boundary": 840},
         "fixed": {"injection": None, "boundary": statistics.median_low(boundaries)},
         "adaptive_self": {"injection": "self"},
         "uiface_idperturb": {},
         "uiface_guided": {"guide_from_boundary": True},
+        # of 50 steps, in 3
+        "uiface_paper": {"guidance_scale": 2.0, "latest_boundary": 500, "boundary_threshold": pytest.approx(0.1)},
     }
     assert changed.keys() == begun.keys() and len(boundaries) == 16
     for arm, change in changed.items():

@@ -46,18 +46,22 @@ from uiface_diffusers.generation import bank_hash
 
 TRAINING = Path(__file__).parents[1]
 # arm -> arguments of `generate_dataset`; `fixed` has the median boundary of `adaptive`, so that only the choice for
-# each sample differs; a pipeline's own guidance was chosen for two stages, so one stage has the paper's, too
+# each sample differs, `early` is halfway from it to one stage; a pipeline's own guidance was chosen for two stages, so
+# one stage has the paper's, too, beside two stages with all settings of the paper
 ARMS = {
     "single": {"boundary": None},
     "single_guidance_2": {"boundary": None, "guidance_scale": 2.0},
     "adaptive": {"injection": None},
+    "early": {"injection": None, "boundary": 840},
     "fixed": {"injection": None},
     "adaptive_self": {"injection": "self"},
     "uiface": {},
     "uiface_idperturb": {"identity_perturbation": (0.6, 1.0)},
     "uiface_guided": {"guide_from_boundary": True},
+    "uiface_paper": {"guidance_scale": 2.0, "latest_boundary": 500},  # and `PAPER_THRESHOLD`
     "real": None,
 }
+PAPER_THRESHOLD = 0.006  # in 50 steps
 ONE_STAGE = ("single", "single_guidance_2")  # what the others are compared with
 PIECES = ("generate", "evaluate", "train")
 # figures of the table -> their names in report.json
@@ -178,6 +182,8 @@ def generate(args: argparse.Namespace, arm: str) -> None:
     if arm == "fixed":
         generate(args, "adaptive")
         arguments["boundary"] = int(statistics.median_low(boundaries_of(groups_of(args, "adaptive"))))
+    if arm == "uiface_paper":
+        arguments["boundary_threshold"] = PAPER_THRESHOLD * 50 / args.num_inference_steps
     bank = IdentityBank.load(args.identities)
     if len(bank) < args.num_identities:
         raise ValueError(f"{args.identities} has {len(bank)} identities, {args.num_identities} are asked for.")
@@ -241,12 +247,13 @@ def figures_of(args: argparse.Namespace, report: dict) -> dict[str, float]:
     return found
 
 
-def collect(args: argparse.Namespace, latest_boundary: int) -> dict[str, dict[str, dict[str, float]]]:
+def collect(args: argparse.Namespace, default_latest: int) -> dict[str, dict[str, dict[str, float]]]:
     """What `--results` and `--work` have: arm -> figure -> its value by group; by seed, the mean accuracy over the
     benchmarks and the share of its own faces that the recogniser has learned."""
     table, saved = {}, saved_results(args)
     for arm in ARMS:
         row = saved.get(arm, {})
+        latest_boundary = (ARMS[arm] or {}).get("latest_boundary", default_latest)
         for folder in groups_of(args, arm):
             report, found = folder.with_name(f"evaluation-{folder.name}") / "report.json", {}
             if report.exists():
