@@ -162,9 +162,10 @@ def _save_onnx(path: Path, nodes, inputs, outputs, constants) -> None:
     onnx.save(model, path)
 
 
-def write_toy_pack(root: Path, name: str = "toy", batch: int | str = "n") -> None:
+def write_toy_pack(root: Path, name: str = "toy", batch: int | str = "n", needs_blue: bool = False) -> None:
     """An insightface model pack whose faces are red discs: a detector of red in SCRFD's form (scores, box distances,
-    landmark distances at strides 8, 16, 32), and a fixed random projection of the 112x112 face as the recogniser."""
+    landmark distances at strides 8, 16, 32), and a fixed random projection of the 112x112 face as the recogniser; all
+    zero of a face without any blue, if it needs some."""
     folder = root / "models" / name
     folder.mkdir(parents=True)
     # five points about the centre of a disc, in units of the stride
@@ -210,11 +211,20 @@ def write_toy_pack(root: Path, name: str = "toy", batch: int | str = "n") -> Non
     nodes = [
         helper.make_node("AveragePool", ["face"], ["pooled"], kernel_shape=[8, 8], strides=[8, 8]),
         helper.make_node("Flatten", ["pooled"], ["flat"]),
-        helper.make_node("MatMul", ["flat", "projection"], ["embedding"]),
+        helper.make_node("MatMul", ["flat", "projection"], ["projected" if needs_blue else "embedding"]),
     ]
+    constants = [_constant("projection", projection)]
+    if needs_blue:
+        nodes += [
+            helper.make_node("Gather", ["face", "third"], ["blue"], axis=1),
+            helper.make_node("ReduceMax", ["blue"], ["most"], axes=[2, 3], keepdims=0),
+            helper.make_node("Add", ["most", "one"], ["gain"]),
+            helper.make_node("Mul", ["projected", "gain"], ["embedding"]),
+        ]
+        constants += [_constant("third", np.array([2], np.int64)), _constant("one", np.float32(1))]
     face = helper.make_tensor_value_info("face", TensorProto.FLOAT, [batch, 3, 112, 112])
     embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [batch, 16])
-    _save_onnx(folder / "recogniser.onnx", nodes, [face], [embedding], [_constant("projection", projection)])
+    _save_onnx(folder / "recogniser.onnx", nodes, [face], [embedding], constants)
 
 
 @pytest.fixture(scope="session")

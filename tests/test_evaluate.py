@@ -367,6 +367,27 @@ def test_what_cannot_be_evaluated_is_named_first(workspace, encoder, perceptual,
         evaluate_dataset(workspace / "set", tmp_path / "output", encoder, against=IdentityBank(torch.eye(8)))
 
 
+def test_a_face_of_which_a_network_makes_nothing_is_named(workspace, encoder, perceptual, tmp_path):
+    write_toy_pack(tmp_path / "packs", "blind", needs_blue=True)
+    write_set(tmp_path / "set")
+    picture = np.array(PIL.Image.open(tmp_path / "set" / "dora" / "0001.png"))
+    picture[..., 2] = 0
+    PIL.Image.fromarray(picture).save(tmp_path / "set" / "dora" / "0001.png")
+    blind = FaceEncoder("blind", str(tmp_path / "packs"), det_size=160)
+    with pytest.raises(ValueError, match="`blind` gives no embedding of dora/0001.png"):
+        evaluate_dataset(tmp_path / "set", tmp_path / "output", blind, perceptual=perceptual)
+
+    class Overflowing(torch.nn.Module):
+        name = "overflowing"
+
+        def forward(self, pixels):
+            return pixels.mean(dim=(2, 3)) / (pixels[:, 2:].amax(dim=(2, 3)) + 1)
+
+    options = {"real": workspace / "real", "features": Overflowing(), "perceptual": perceptual, "neighbours": 2}
+    with pytest.raises(ValueError, match=r"features of dora/0001.png by overflowing are not finite"):
+        evaluate_dataset(tmp_path / "set", tmp_path / "output", encoder, **options)
+
+
 def test_unusable_pictures_can_be_left_out(workspace, arguments, tmp_path, capsys):
     write_set(tmp_path / "set")
     unusable(tmp_path / "set")

@@ -13,7 +13,7 @@ import torch
 from conftest import draw_person, tiny_autoencoder, write_toy_pack
 
 from uiface_diffusers.data import FaceCache, LatentSet, cache_latents, prepare_faces
-from uiface_diffusers.faces import FaceEncoder, NoFaceError, align_face, load_photograph
+from uiface_diffusers.faces import FaceEncoder, NoEmbeddingError, NoFaceError, align_face, load_photograph
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,21 @@ def test_models_exported_for_one_face_embed_many(encoder, tmp_path):
 def test_embeddings_need_112_pixels(encoder):
     with pytest.raises(ValueError, match="128x128"):
         encoder.embed_aligned([np.zeros((128, 128, 3), np.uint8)])
+
+
+def test_faces_without_embedding_are_named_or_skipped(tmp_path):
+    write_toy_pack(tmp_path, "blind", needs_blue=True)
+    encoder = FaceEncoder("blind", str(tmp_path), det_size=160)
+    faces = [draw_person((0, 0, 200), size=(112, 112)), PIL.Image.new("RGB", (112, 112), (80, 90, 0))]
+    with pytest.raises(NoEmbeddingError, match="`blind` gives no embedding of face 3: zero or not finite"):
+        encoder.embed_pictures([*faces[:1] * 3, *faces[1:]], batch_size=2)
+    for name, face in zip("abcd", [*faces, *faces], strict=True):
+        (tmp_path / "faces" / name).mkdir(parents=True)
+        face.save(tmp_path / "faces" / name / "0.png")
+    report = prepare_faces(tmp_path / "faces", tmp_path / "cache", encoder, image_size=112, aligned=True)
+    assert report["skipped"] == {"b/0.png": "no embedding", "d/0.png": "no embedding"}
+    bank = FaceCache(tmp_path / "cache").embeddings()
+    assert bank.names == ["a", "c"] and torch.equal(bank.embeddings, encoder.embed_pictures(faces[:1] * 2))
 
 
 def test_photographs_are_turned_as_exif_says(tmp_path):

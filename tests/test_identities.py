@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import draw_person
+from safetensors.torch import save_file
 
 from uiface_diffusers import IdentityBank, cli
 from uiface_diffusers.faces import FaceEncoder
@@ -111,3 +112,14 @@ def test_a_mistake_is_named(tmp_path):
     command = [sys.executable, "-m", "uiface_diffusers.cli", "identities", "inspect", str(tmp_path / "nothing")]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
     assert result.returncode == 1 and "nothing" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_an_embedding_without_direction_is_named(tmp_path):
+    for value in (float("nan"), float("inf"), 0.0):
+        embeddings = unit(5)
+        embeddings[3] *= value
+        with pytest.raises(ValueError, match=r"1 of 5 embeddings are zero or not finite, as that of `d` in row 3"):
+            IdentityBank(embeddings, "toy", list("abcde"))
+    save_file({"embeddings": torch.zeros(2, 16)}, tmp_path / "bank.safetensors")
+    with pytest.raises(ValueError, match="2 of 2 embeddings"):
+        IdentityBank.load(tmp_path / "bank.safetensors")

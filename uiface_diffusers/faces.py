@@ -35,6 +35,19 @@ class NoFaceError(UnusableFaceError):
     """A photograph in which the detector finds no face."""
 
 
+class NoEmbeddingError(UnusableFaceError):
+    """An aligned face whose features have no direction: not finite, or all zero.
+
+    Args:
+        position (`int`): of the first such face.
+        encoder (`str`): the model pack.
+    """
+
+    def __init__(self, position: int, encoder: str):
+        super().__init__(f"`{encoder}` gives no embedding of face {position}: zero or not finite")
+        self.position = position
+
+
 @dataclass
 class DetectedFace:
     """
@@ -113,6 +126,12 @@ def resize_aligned(face: np.ndarray, size: int = ALIGNED_SIZE) -> np.ndarray:
     if height == size:
         return face
     return np.asarray(PIL.Image.fromarray(face).resize((size, size), PIL.Image.Resampling.BILINEAR))
+
+
+def has_direction(features: np.ndarray) -> np.ndarray:
+    """Which rows of features `(N, D)` can be brought to unit length, `(N,)`: finite and not zero."""
+    lengths = np.linalg.norm(features, axis=1)
+    return np.isfinite(lengths) & (lengths > 0)
 
 
 class FaceEncoder:
@@ -219,8 +238,15 @@ class FaceEncoder:
         return np.concatenate(features)
 
     def embed_aligned(self, faces: Sequence[np.ndarray]) -> np.ndarray:
-        """Embeds aligned faces: their `features`, of unit length."""
+        """Embeds aligned faces: their `features`, of unit length.
+
+        Raises:
+            NoEmbeddingError: the model makes nothing of a face.
+        """
         features = self.features(faces)
+        usable = has_direction(features)
+        if not usable.all():
+            raise NoEmbeddingError(int(usable.argmin()), self.name)
         return features / np.linalg.norm(features, axis=1, keepdims=True)
 
     def embed_pictures(self, pictures: Sequence[PIL.Image.Image], batch_size: int = 64) -> torch.Tensor:
@@ -229,12 +255,20 @@ class FaceEncoder:
 
         Returns:
             `torch.Tensor` of shape `(N, identity_dim)`, unit length.
+
+        Raises:
+            NoEmbeddingError: the model makes nothing of a picture.
         """
         size = (ALIGNED_SIZE, ALIGNED_SIZE)
         faces = [
             np.asarray(picture.convert("RGB").resize(size, PIL.Image.Resampling.BILINEAR)) for picture in pictures
         ]
-        batches = [self.embed_aligned(faces[start : start + batch_size]) for start in range(0, len(faces), batch_size)]
+        batches = []
+        for start in range(0, len(faces), batch_size):
+            try:
+                batches.append(self.embed_aligned(faces[start : start + batch_size]))
+            except NoEmbeddingError as error:
+                raise NoEmbeddingError(start + error.position, self.name) from error
         return torch.from_numpy(np.concatenate(batches))
 
     def to_torch(self) -> "TorchRecognizer":

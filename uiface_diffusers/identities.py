@@ -38,6 +38,9 @@ class IdentityBank:
         embeddings (`torch.Tensor` of shape `(N, identity_dim)`): float32.
         identity_encoder (`str`, *optional*): the face recognition model that made them.
         names (`list[str]`): N names of the identities; numbers if not given.
+
+    Raises:
+        ValueError: another shape, another number of names, or an embedding without a direction: zero or not finite.
     """
 
     embeddings: torch.Tensor
@@ -53,6 +56,14 @@ class IdentityBank:
         self.names = list(self.names) or [f"{i:06d}" for i in range(len(self.embeddings))]
         if len(self.names) != len(self.embeddings):
             raise ValueError(f"{len(self.names)} names for {len(self.embeddings)} embeddings.")
+        # a cosine to one would be NaN, and every search for the nearest would miss what is near
+        lengths = self.embeddings.norm(dim=1)
+        wrong = (~(lengths.isfinite() & (lengths > 0))).nonzero().flatten().tolist()
+        if wrong:
+            raise ValueError(
+                f"{len(wrong)} of {len(self)} embeddings are zero or not finite, as that of `{self.names[wrong[0]]}`"
+                f" in row {wrong[0]}: leave them out."
+            )
 
     def __len__(self) -> int:
         return len(self.embeddings)

@@ -6,6 +6,7 @@ A cache holds `prepare.json` (the settings), `faces-NNNNN.parquet` (one shard fo
 
 import hashlib
 import io
+import itertools
 import json
 import os
 from collections import Counter
@@ -27,6 +28,7 @@ from ..faces import (
     FaceEncoder,
     UnusableFaceError,
     align_face,
+    has_direction,
     load_photograph,
     resize_aligned,
 )
@@ -195,13 +197,17 @@ def _write_shard(
             row |= {"detection_score": face.detection_score, "faces_found": face.faces_found}
             rows.append({**row, "photograph_sha256": hashlib.sha256(pixels.tobytes()).hexdigest()})
             for_encoder.append(face.for_encoder)
+    embedded = []
     for start in range(0, len(rows), BATCH_SIZE):
-        embeddings = encoder.embed_aligned(for_encoder[start : start + BATCH_SIZE])
-        for row, embedding in zip(rows[start : start + BATCH_SIZE], embeddings, strict=True):
-            row["embedding"] = embedding
+        batch, features = rows[start : start + BATCH_SIZE], encoder.features(for_encoder[start : start + BATCH_SIZE])
+        usable = has_direction(features)
+        skipped |= {row["file"]: "no embedding" for row, fine in zip(batch, usable, strict=True) if not fine}
+        embeddings = features[usable] / np.linalg.norm(features[usable], axis=1, keepdims=True)
+        kept = itertools.compress(batch, usable)
+        embedded += [{**row, "embedding": embedding} for row, embedding in zip(kept, embeddings, strict=True)]
     metadata = {**(schema.metadata or {}), b"skipped": json.dumps(skipped).encode()}
     with complete_file(shard) as beside:
-        pq.write_table(pa.Table.from_pylist(rows, schema.with_metadata(metadata)), beside)
+        pq.write_table(pa.Table.from_pylist(embedded, schema.with_metadata(metadata)), beside)
 
 
 def _shard_rows(shard: Path) -> int:

@@ -381,7 +381,12 @@ class _Evaluation:
         network = network.to(self.device)
 
         def compute(rows: range) -> torch.Tensor:
-            return network(faces.pixels(rows).to(self.device)).float().cpu()
+            found = network(faces.pixels(rows).to(self.device)).float().cpu()
+            wrong = (~found.isfinite().all(dim=1)).nonzero().flatten().tolist()
+            if wrong:
+                file = faces.photographs[rows[wrong[0]]].file
+                raise ValueError(f"the features of {file} by {network.name} are not finite: is the backbone whole?")
+            return found
 
         return computed_once(
             self.cache / f"features-{_digest(network.name, faces.key)}", len(faces), compute, "features"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from ..data.sources import Photograph, PhotographSource
-from ..faces import FaceEncoder, UnusableFaceError, resize_aligned
+from ..faces import FaceEncoder, NoEmbeddingError, UnusableFaceError, resize_aligned
 from ..files import complete_file, write_json
 
 
@@ -97,10 +97,20 @@ class FaceSet:
         return torch.from_numpy(faces).permute(0, 3, 1, 2) / 127.5 - 1
 
     def embed(self, recogniser: FaceEncoder, folder: Path) -> torch.Tensor:
-        """Embeddings `(N, D)` of unit length, in their order; `folder` keeps them."""
+        """Embeddings `(N, D)` of unit length, in their order; `folder` keeps them.
+
+        Raises:
+            ValueError: the recogniser makes nothing of a face; the message names its file.
+        """
 
         def compute(rows: range) -> torch.Tensor:
-            return recogniser.embed_pictures([self.read(row) for row in rows])
+            try:
+                return recogniser.embed_pictures([self.read(row) for row in rows])
+            except NoEmbeddingError as error:
+                file = self.photographs[rows[error.position]].file
+                raise ValueError(
+                    f"`{recogniser.name}` gives no embedding of {file}: zero or not finite. Take the file out."
+                ) from error
 
         folder = folder / f"embeddings-{recogniser.fingerprint}-{self.key}"
         return F.normalize(computed_once(folder, len(self), compute, f"embed by {recogniser.name}"))

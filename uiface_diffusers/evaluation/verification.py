@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..data.benchmarks import Benchmark, read_benchmark
+from ..faces import has_direction
 from ..files import complete_file, write_json
 
 NUM_FOLDS = 10
@@ -186,11 +187,10 @@ def measure_verification(
     embeddings, same = np.asarray(embeddings, np.float64), np.asarray(same, bool)
     if embeddings.ndim != 2 or len(embeddings) != 2 * len(same):
         raise ValueError(f"{embeddings.shape} embeddings for {len(same)} pairs: two are needed for each.")
-    lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
-    wrong = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+    wrong = np.flatnonzero(~has_direction(embeddings))
     if len(wrong):
         raise ValueError(f"{len(wrong)} embeddings are zero or not finite, as that of image {wrong[0]}.")
-    embeddings = embeddings / lengths
+    embeddings = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
     distances = np.square(embeddings[::2] - embeddings[1::2]).sum(axis=1)
     accuracies, thresholds = fold_accuracies(distances, same)
     if any(part.all() or not part.any() for part in np.array_split(same, NUM_FOLDS)):
