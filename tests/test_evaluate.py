@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -294,6 +296,9 @@ def test_every_form_gives_the_same_faces(workspace, tmp_path, encoder):
         with pytest.raises(ValueError, match="is an unfinished data set"):
             open_source(tmp_path / form)
         (tmp_path / form / METADATA).touch()
+        with pytest.raises(ValueError, match="metadata.parquet is damaged"):
+            open_source(tmp_path / form)
+        pq.write_table(pa.table({"index": range(20)}), tmp_path / form / METADATA)
     names["rec"] = ("0000000", "0000001", "0000002", "0000003")
     for form, people in names.items():
         faces = FaceSet(open_source(tmp_path / form))
@@ -325,7 +330,7 @@ def test_what_cannot_be_evaluated_is_named_first(workspace, encoder, perceptual,
     shutil.copytree(workspace / "set", tmp_path / "generated" / "images")
     settings = {"identities": bank_hash(IdentityBank(torch.eye(4, 16), "toy", PEOPLE)), "number_of_identities": 4}
     (tmp_path / "generated" / "generation.json").write_text(json.dumps({"settings": settings}))
-    (tmp_path / "generated" / METADATA).touch()
+    pq.write_table(pa.table({"index": range(20)}), tmp_path / "generated" / METADATA)
     wrong = IdentityBank(-torch.eye(4, 16), "toy", PEOPLE)
     (tmp_path / "prepared").mkdir()
     (tmp_path / "prepared" / "report.json").write_text('{"faces": 3}')

@@ -98,3 +98,5 @@ def test_the_command_shows_the_worst_pairs(toy_root, tmp_path, capsys):
     grid = np.asarray(PIL.Image.open(plot))
     assert grid.shape == (224, 224, 3)
     assert np.array_equal(grid[:112, :112], np.asarray(copy)) and np.array_equal(grid[:112, 112:], np.asarray(copy))
+    with pytest.raises(SystemExit, match="`worst` has to be positive but is 0"):
+        cli.main(["audit", str(tmp_path / "set"), *arguments[:-1], "0", *pack])

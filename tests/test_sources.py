@@ -1,5 +1,6 @@
 import io
 import struct
+import tarfile
 
 import numpy as np
 import PIL.Image
@@ -148,6 +149,12 @@ def test_a_webdataset_sample_without_identity_is_named(tmp_path):
     with webdataset.TarWriter(str(tmp_path / "0.tar")) as writer:
         writer.write({"__key__": "lonely", "png": PIL.Image.new("RGB", (112, 112))})
     with pytest.raises(ValueError, match="sample lonely of .*0.tar has neither"):
+        open_source(tmp_path)
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:  # a folder is no class file
+        folder = tarfile.TarInfo("lonely.cls")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    with pytest.raises(ValueError, match="has no photographs"):
         open_source(tmp_path)
     (tmp_path / "0.tar").write_bytes(b"no tar file" * 100)
     with pytest.raises(ValueError, match="0.tar is no tar file"):

@@ -1,8 +1,10 @@
+import functools
 import io
 import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +21,11 @@ from conftest import REPOSITORY
 from hub_server import HubServer
 from safetensors.torch import load_file
 from test_sources import RecordWriter, image_record
+from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
 from uiface_diffusers import IResNetConfig, IResNetModel
-from uiface_diffusers.data import FaceCache, prepare_faces
+from uiface_diffusers.data import FaceCache, labelled_faces, prepare_faces
 from uiface_diffusers.data.image_folder import ImageRow, pack_shard, write_metadata
 from uiface_diffusers.data.labelled_faces import LabelledFaces, check_faces
 from uiface_diffusers.evaluation import load_recognizer, verify_benchmarks
@@ -429,6 +432,26 @@ def test_several_data_sets_have_different_people(forms):
     assert report == {"faces": 12, "identities": 6, "single": 0, "checked": 12, "uniform": 0}
     with pytest.raises(ValueError, match="folder is given twice"):
         LabelledFaces([forms["folder"], forms["folder"] / "."], SIZE)
+    for form, part in (("generated", "images"), ("generated_shards", "shards")):
+        with pytest.raises(ValueError, match=f"{form} is given twice"):
+            LabelledFaces([forms[form], forms["folder"], forms[form] / part], SIZE)
+
+
+@pytest.mark.parametrize("form", ["generated", "generated_shards"])
+def test_a_generated_set_that_lost_files_is_refused(forms, form, tmp_path):
+    shutil.copytree(forms[form], tmp_path / "set")
+    lost = next((tmp_path / "set").glob("*/*/*.png"), None) or next((tmp_path / "set" / "shards").iterdir())
+    lost.unlink()
+    with pytest.raises(ValueError, match="set has [45] images, its metadata.parquet says 6: it is not whole"):
+        LabelledFaces([tmp_path / "set"], SIZE)
+
+
+def test_the_flawed_file_is_named_without_progress_bars(tmp_path, monkeypatch):
+    data = write_faces(tmp_path / "faces", identities=10, images=10)
+    (data / "person_9" / "0004.png").write_bytes(b"no picture")
+    monkeypatch.setattr(labelled_faces, "tqdm", functools.partial(tqdm, disable=True))  # as by TQDM_DISABLE=1
+    with pytest.raises(ValueError, match="1 of 100 faces.*1 unreadable, as .*person_9/0004.png"):
+        check_faces(LabelledFaces([data], SIZE))
 
 
 def test_hostile_data_is_named(workspace, tmp_path):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..faces import ALIGNED_SIZE, UnusableFaceError, resize_aligned
 from .face_cache import FaceCacheSource
+from .image_folder import GENERATION
 from .sources import open_source
 
 # a picture whose channels each vary by less, of 255, shows nothing
@@ -44,6 +45,13 @@ def decode_face(content: bytes, size: int) -> np.ndarray:
         raise UnusableFaceError("unreadable") from error
 
 
+def _data_set(path: str | os.PathLike) -> Path:
+    """The folder of a data set whose part `path` may be: its images, its shards, its record file."""
+    path = Path(path).resolve()
+    is_part = path.name == "train.rec" or (path.name in ("images", "shards") and (path.parent / GENERATION).exists())
+    return path.parent if is_part else path
+
+
 class LabelledFaces(Dataset):
     """Faces of one or several data sets, decoded when they are fetched, a batch at a time.
 
@@ -66,7 +74,7 @@ class LabelledFaces(Dataset):
         min_images: int = 1,
         transform: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
     ):
-        resolved = [str(Path(path).resolve()) for path in paths]
+        resolved = [_data_set(path) for path in paths]
         twice = [path for path, number in Counter(resolved).items() if number > 1]
         if twice:
             raise ValueError(f"{twice[0]} is given twice: its people would be two of each.")
@@ -172,10 +180,11 @@ def check_faces(faces: LabelledFaces, max_faces: int | None = None, num_workers:
     number = len(faces) if max_faces is None else min(max_faces, len(faces))
     indices = np.linspace(0, len(faces) - 1, number).round().astype(int).tolist()
     loader = DataLoader(_Flaws(faces), batch_size=64, sampler=indices, num_workers=num_workers, collate_fn=list)
-    counts, examples = Counter(), {}
+    counts, examples, remaining = Counter(), {}, iter(indices)
     with tqdm(total=number, desc="check", unit="face") as progress:
         for flaws in loader:
-            for flaw, index in zip(flaws, indices[progress.n : progress.n + len(flaws)], strict=True):
+            for flaw in flaws:
+                index = next(remaining)
                 if flaw is not None:
                     counts[flaw] += 1
                     examples.setdefault(flaw, faces.name(index))

@@ -9,6 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from ..faces import load_photograph
@@ -119,7 +121,7 @@ class WebDatasetSource:
     def _index(self, shard: Path) -> None:
         pictures, classes = {}, {}
         with tarfile.open(shard, "r:") as tar:  # compressed, a picture could not be read at its offset
-            for member in tar:
+            for member in filter(tarfile.TarInfo.isfile, tar):
                 # a sample's key ends at the first dot of the file's name
                 path = PurePosixPath(member.name)
                 stem, _, suffix = path.name.partition(".")
@@ -156,14 +158,26 @@ def _open_generated(path: Path) -> PhotographSource:
             f"{path} is an unfinished data set: go on with `uiface generate`, or give {path / 'images'} to use what"
             " there is."
         )
-    if not (path / "shards").is_dir():
-        return FolderSource(path / "images")
-    source = WebDatasetSource(sorted((path / "shards").glob("*.tar")))
-    # the class file has a number; the key `IDENTITY/NNNN` has the name
-    keys = [PurePosixPath(photograph.file.partition(":")[2]) for photograph in source.photographs]
-    source.photographs = [
-        photograph._replace(identity=key.parent.name) for photograph, key in zip(source.photographs, keys, strict=True)
-    ]
+    if (path / "shards").is_dir():
+        source = WebDatasetSource(sorted((path / "shards").glob("*.tar")))
+        # the class file has a number; the key `IDENTITY/NNNN` has the name
+        keys = [PurePosixPath(photograph.file.partition(":")[2]) for photograph in source.photographs]
+        source.photographs = [
+            photograph._replace(identity=key.parent.name)
+            for photograph, key in zip(source.photographs, keys, strict=True)
+        ]
+    else:
+        source = FolderSource(path / "images")
+    try:
+        expected = pq.read_metadata(path / METADATA).num_rows
+    except pa.ArrowException as error:
+        raise ValueError(f"{path / METADATA} is damaged: restore it. ({error})") from error
+    found = len(source.photographs)
+    if found != expected:
+        raise ValueError(
+            f"{path} has {found} images, its {METADATA} says {expected}: it is not whole. Copy it again, or run the"
+            " same `uiface generate` on it, which makes what is missing."
+        )
     return source
 
 

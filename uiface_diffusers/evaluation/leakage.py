@@ -139,8 +139,10 @@ def audit_dataset(
         log: takes the lines of a summary.
 
     Raises:
-        ValueError: no picture can be used, or the real embeddings are of another encoder.
+        ValueError: no picture can be used, the real embeddings are of another encoder, or `worst` is not positive.
     """
+    if worst < 1:
+        raise ValueError(f"`worst` has to be positive but is {worst}.")
     images, cache = FaceSet(open_source(dataset)), Path(f"{plot}.cache")
     unusable = images.check(cache)
     synthetic = images.without(unusable)
