@@ -555,6 +555,7 @@ def test_two_trainings_do_not_share_a_folder(workspace):
     [
         ((), "go on with --resume_from_checkpoint latest"),
         (("--resume_from_checkpoint", "latest", "--seed", "3"), "seed: 0 then, 3 now"),
+        (("--resume_from_checkpoint", "latest", "--learning_rate", "1"), "learning_rate: 0.001 then, 1.0 now"),
     ],
 )
 def test_an_earlier_training_is_not_overwritten(uninterrupted, workspace, options, message):

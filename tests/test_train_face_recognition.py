@@ -199,6 +199,10 @@ def test_options_train_and_save(workspace):
     assert [path.name for path in stopped.glob("checkpoint*")] == ["checkpoint-1"]
     with pytest.raises(ValueError, match="train_batch_size: 8 then, 16 now"):
         train(workspace, "stopped", "--train_batch_size", "16", "--resume_from_checkpoint", "latest")
+    # what the optimiser's saved state would overrule without a word
+    with pytest.raises(ValueError, match=r"head: cosface then, adaface now; learning_rate: 0.1 then, 0.01 now"):
+        changed = ("--head", "adaface", "--learning_rate", "0.01")
+        train(workspace, "stopped", *changed, "--resume_from_checkpoint", "latest")
 
 
 def write_benchmark(path: Path, pairs: int = 20) -> None:

@@ -411,13 +411,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
             "train", config={k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
         )
 
-    # what the data's order depends on, besides the step
-    order = {"seed": args.seed, "train_batch_size": args.train_batch_size, "num_processes": world_size}
-    order |= {"faces": len(dataset), "balanced_sampling": args.balanced_sampling}
-    order["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+    # what the data's order depends on, besides the step, and what a checkpoint's optimiser would overrule
+    fixed = {"seed": args.seed, "train_batch_size": args.train_batch_size, "num_processes": world_size}
+    fixed |= {"faces": len(dataset), "balanced_sampling": args.balanced_sampling}
+    fixed |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "learning_rate": args.learning_rate}
     step, hours_before = 0, 0.0
     if checkpoint is not None:
-        step, hours_before = load_checkpoint(accelerator, ema, checkpoint, order)
+        step, hours_before = load_checkpoint(accelerator, ema, checkpoint, fixed)
         logger.info(f"resumed from {checkpoint}")
 
     # 4. train
@@ -533,7 +533,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
             progress.set_postfix(loss=f"{logs['loss']:.4f}", samples=samples)
         if saves:
             total = hours_before + hours
-            save_checkpoint(accelerator, ema, args.output_dir, step, order, args.checkpoints_total_limit, total)
+            save_checkpoint(accelerator, ema, args.output_dir, step, fixed, args.checkpoints_total_limit, total)
             if args.push_to_hub and accelerator.is_main_process:
                 with ema_weights(ema, denoiser):
                     push_to_hub(ema_pipeline(), args, f"Step {step}")

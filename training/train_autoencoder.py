@@ -309,12 +309,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if args.report_to != "none":
         settings = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
         accelerator.init_trackers("train_autoencoder", config=settings)
-    # what the data's order depends on, besides the step
-    order = {"seed": args.seed, "train_batch_size": args.train_batch_size, "num_processes": world_size}
-    order["faces"] = len(dataset)
+    # what the data's order depends on, besides the step, and what a checkpoint's optimiser would overrule
+    fixed = {"seed": args.seed, "train_batch_size": args.train_batch_size, "num_processes": world_size}
+    fixed |= {"faces": len(dataset), "learning_rate": args.learning_rate}
     step, hours_before = 0, 0.0
     if checkpoint is not None:
-        step, hours_before = load_checkpoint(accelerator, ema, checkpoint, order)
+        step, hours_before = load_checkpoint(accelerator, ema, checkpoint, fixed)
         logger.info(f"resumed from {checkpoint}")
 
     # 4. train
@@ -380,7 +380,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
             progress.set_postfix({name: f"{value:.4f}" for name, value in logs.items()})
         if saves:
             total = hours_before + hours
-            save_checkpoint(accelerator, ema, args.output_dir, step, order, args.checkpoints_total_limit, total)
+            save_checkpoint(accelerator, ema, args.output_dir, step, fixed, args.checkpoints_total_limit, total)
         if accelerator.is_main_process and validates(step, args, stop):
             validate()
 

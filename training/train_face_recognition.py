@@ -360,13 +360,14 @@ def train(args: argparse.Namespace, accelerator: Accelerator, config: IResNetCon
         settings = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
         accelerator.init_trackers("train_face_recognition", config=settings)
 
-    # what the data's order and labels depend on, besides the step
-    order = {"seed": args.seed, "train_batch_size": args.train_batch_size, "num_processes": world_size}
-    order |= {"faces": len(faces), "identities": faces.num_identities, "files": faces.key}
-    order["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+    # what the data's order and labels depend on, besides the step, and what a checkpoint's optimiser would overrule
+    fixed = {"seed": args.seed, "train_batch_size": args.train_batch_size, "num_processes": world_size}
+    fixed |= {"faces": len(faces), "identities": faces.num_identities, "files": faces.key}
+    fixed |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "head": args.head}
+    fixed |= {name: getattr(args, name) for name in ("learning_rate", "momentum", "weight_decay")}
     step, hours_before = 0, 0.0
     if checkpoint is not None:
-        step, hours_before = load_checkpoint(accelerator, None, checkpoint, order)
+        step, hours_before = load_checkpoint(accelerator, None, checkpoint, fixed)
         logger.info(f"resumed from {checkpoint}")
 
     # 4. train
@@ -440,7 +441,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, config: IResNetCon
             progress.set_postfix(epoch=f"{epoch:.2f}", **figures)
         if saves:
             total = hours_before + hours
-            save_checkpoint(accelerator, None, args.output_dir, step, order, args.checkpoints_total_limit, total)
+            save_checkpoint(accelerator, None, args.output_dir, step, fixed, args.checkpoints_total_limit, total)
             if args.push_to_hub and accelerator.is_main_process:
                 push_to_hub(classifier.recognizer, args, f"Step {step}")
         if measures and validates(step, args, stop):

@@ -317,7 +317,7 @@ def save_checkpoint(
     ema: EMAModel | None,
     output_dir: Path,
     step: int,
-    order: dict,
+    fixed: dict,
     total_limit: int,
     hours: float,
 ) -> None:
@@ -326,7 +326,7 @@ def save_checkpoint(
 
     Args:
         ema: the averaged weights, if there are any.
-        order: what the order of the data depends on besides the step.
+        fixed: settings that a resumed run has to share.
         total_limit: older checkpoints beyond this number are deleted.
         hours: how long has been trained, over all runs.
     """
@@ -337,7 +337,7 @@ def save_checkpoint(
     accelerator.save_state(beside)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        state = {"step": step, "hours": round(hours, 4), "order": order}
+        state = {"step": step, "hours": round(hours, 4), "fixed": fixed}
         if ema is not None:
             shadow = {str(i): parameter.contiguous() for i, parameter in enumerate(ema.shadow_params)}
             save_file(shadow, beside / "ema.safetensors")
@@ -351,7 +351,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    accelerator: Accelerator, ema: EMAModel | None, checkpoint: Path, order: dict
+    accelerator: Accelerator, ema: EMAModel | None, checkpoint: Path, fixed: dict
 ) -> tuple[int, float]:
     """Restores the state of a checkpoint, with the averaged weights if there are any.
 
@@ -359,12 +359,19 @@ def load_checkpoint(
         Its step, and the hours that it took to come there.
 
     Raises:
-        ValueError: the order of the data has changed since: some faces would be seen twice, others never.
+        ValueError: a setting has changed since, by which the order of the data would be another (some faces would be
+            seen twice, others never), or which the checkpoint's state would silently overrule.
     """
     state = json.loads((checkpoint / "training.json").read_text())
-    changed = [f"{k}: {state['order'].get(k)} then, {v} now" for k, v in order.items() if state["order"].get(k) != v]
+    before = state.get("fixed", {})
+    changed = [
+        f"{name}: {before.get(name)} then, {value} now" for name, value in fixed.items() if before.get(name) != value
+    ]
     if changed:
-        raise ValueError(f"{checkpoint} cannot be resumed with another order of the data ({'; '.join(changed)}).")
+        raise ValueError(
+            f"{checkpoint} cannot be resumed with other settings ({'; '.join(changed)}): go on with those of then, or"
+            " begin in another --output_dir."
+        )
     accelerator.load_state(checkpoint)
     if ema is not None:
         shadow = load_file(checkpoint / "ema.safetensors")
