@@ -169,6 +169,19 @@ def test_sigkill_and_resume_gives_the_same_parameters(uninterrupted, workspace):
     assert [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])] == []
 
 
+def test_the_last_epoch_is_known_after_a_resume(uninterrupted, workspace):
+    """From its end, when a run was killed before it wrote what was learned, and from within."""
+    expected = json.loads((uninterrupted / "train_results.json").read_text())
+    folder = workspace / "ended"
+    shutil.copytree(uninterrupted, folder)
+    for step in (36, 35):
+        (folder / "train_results.json").unlink()
+        train(workspace, "ended", "--resume_from_checkpoint", str(folder / f"checkpoint-{step}"))
+        results = json.loads((folder / "train_results.json").read_text())
+        assert results == pytest.approx(expected, rel=1e-5), step
+        shutil.rmtree(folder / "checkpoint-36")
+
+
 def test_two_processes_train_as_two_batches(workspace):
     """The same faces, augmented the same way, in two processes or one after the other: equal steps up to rounding.
     Batch norm's running statistics differ: the main process has seen half of the faces."""
@@ -186,6 +199,12 @@ def test_two_processes_train_as_two_batches(workspace):
         moved = (a - parameter.detach()).norm()
         assert (a - b).norm() < 1e-2 * moved + 1e-6, name
     assert torch.allclose(one["head.weight"], two["head.weight"], atol=1e-4)
+    results = [json.loads((workspace / name / "train_results.json").read_text()) for name in ("one", "two")]
+    assert results[0] == pytest.approx(results[1], rel=1e-3)
+    # the sums of both are in the checkpoint, and counted once
+    (workspace / "two" / "train_results.json").unlink()
+    train_elsewhere(workspace, "two", *options, "--resume_from_checkpoint", "latest", launch=launch)
+    assert json.loads((workspace / "two" / "train_results.json").read_text()) == pytest.approx(results[1], rel=1e-5)
 
 
 def test_options_train_and_save(workspace):

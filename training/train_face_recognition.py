@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -244,13 +245,38 @@ class TrainingLog:
         self.sums += torch.stack([part.float() for part in parts]).sum(dim=1)
 
     def take(self, accelerator: Accelerator) -> tuple[dict[str, float], float]:
-        """The means over all processes with the images per second, and the share of finite losses."""
+        """The means over all processes with the images per second, and the share of finite losses (0 of none)."""
         total, right, finite, number = accelerator.reduce(self.sums, "sum").tolist()
         now = time.monotonic()
         logs = {"loss": total / max(finite, 1), "accuracy": right / max(finite, 1)}
         logs["images/s"] = number / (now - self.since)
         self.sums, self.since = torch.zeros_like(self.sums), now
-        return logs, finite / number
+        return logs, finite / max(number, 1)
+
+
+class LastEpochLog(TrainingLog):
+    """The log of the steps from `first` on, which a checkpoint keeps."""
+
+    def __init__(self, device: torch.device, first: int):
+        super().__init__(device)
+        self.first = first
+
+    def gather(self, accelerator: Accelerator) -> None:
+        """Brings the sums of all processes to the main one, whose state is what a checkpoint has."""
+        self.sums = accelerator.reduce(self.sums, "sum")
+        self.keep_on_main(accelerator)
+
+    def keep_on_main(self, accelerator: Accelerator) -> None:
+        """To be called after loading, too: every process loads the main one's."""
+        if not accelerator.is_main_process:
+            self.sums.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.sums, "first": self.first}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["first"] == self.first:  # otherwise the training was to end at another step
+            self.sums.copy_(state["sums"])
 
 
 def verification_accuracies(recognizer: IResNetModel, benchmarks: Path) -> dict[str, float]:
@@ -360,6 +386,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator, config: IResNetCon
         settings = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
         accelerator.init_trackers("train_face_recognition", config=settings)
 
+    steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
+    last_epoch = LastEpochLog(device, max(0, args.max_train_steps - steps_per_epoch))
+    accelerator.register_for_checkpointing(last_epoch)
     # what the data's order and labels depend on, besides the step, and what a checkpoint's optimiser would overrule
     fixed = {"seed": args.seed, "train_batch_size": args.train_batch_size, "num_processes": world_size}
     fixed |= {"faces": len(faces), "identities": faces.num_identities, "files": faces.key}
@@ -368,6 +397,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, config: IResNetCon
     step, hours_before = 0, 0.0
     if checkpoint is not None:
         step, hours_before = load_checkpoint(accelerator, None, checkpoint, fixed)
+        last_epoch.keep_on_main(accelerator)
         logger.info(f"resumed from {checkpoint}")
 
     # 4. train
@@ -397,9 +427,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, config: IResNetCon
     progress = tqdm(
         initial=step, total=args.max_train_steps, desc="train", unit="step", disable=not accelerator.is_main_process
     )
-    log, last_epoch = TrainingLog(device), TrainingLog(device)
-    steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
-    first = max(step, args.max_train_steps - steps_per_epoch)  # of the last epoch, or of this run
+    log = TrainingLog(device)
     classifier.train()
     stop = False
     while step < args.max_train_steps and not stop:
@@ -419,7 +447,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, config: IResNetCon
                 optimizer.step()
                 optimizer.zero_grad()
             log.add(losses, logits, labels)
-            if step >= first:
+            if step >= last_epoch.first:
                 last_epoch.add(losses, logits, labels)
         lr_scheduler.step()
         step += 1
@@ -441,6 +469,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, config: IResNetCon
             progress.set_postfix(epoch=f"{epoch:.2f}", **figures)
         if saves:
             total = hours_before + hours
+            last_epoch.gather(accelerator)
             save_checkpoint(accelerator, None, args.output_dir, step, fixed, args.checkpoints_total_limit, total)
             if args.push_to_hub and accelerator.is_main_process:
                 push_to_hub(classifier.recognizer, args, f"Step {step}")
@@ -450,11 +479,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator, config: IResNetCon
 
     # 5. the recogniser; the head has done its work
     accelerator.wait_for_everyone()
-    if step == args.max_train_steps > first:
-        logs, _ = last_epoch.take(accelerator)
-        if accelerator.is_main_process:
+    if step == args.max_train_steps:
+        logs, finite = last_epoch.take(accelerator)
+        if accelerator.is_main_process and finite:
             write_json(args.output_dir / RESULTS, {"step": step, "loss": logs["loss"], "accuracy": logs["accuracy"]})
-        if logs["accuracy"] < LEAST_ACCURACY:
+        if finite and logs["accuracy"] < LEAST_ACCURACY:
             logger.warning(
                 f"the recogniser tells hardly any of its {faces.num_identities} identities apart: in the last epoch"
                 f" {logs['accuracy']:.1%} of the faces were classified right with the margin. Try --max_grad_norm 5, a"

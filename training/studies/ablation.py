@@ -268,7 +268,7 @@ def collect(args: argparse.Namespace, default_latest: int) -> dict[str, dict[str
             accuracy = statistics.mean(json.loads(file.read_text()).values())
             row.setdefault("accuracy", {})[file.parent.name] = accuracy
             learned = file.with_name("train_results.json")
-            if learned.exists():  # not of a training that was killed behind its last step
+            if learned.exists():  # not if the recipe ends a training by the clock
                 row.setdefault("learned", {})[file.parent.name] = json.loads(learned.read_text())["accuracy"]
         if row:
             table[arm] = row
