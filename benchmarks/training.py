@@ -29,7 +29,7 @@ from uiface_diffusers import UIFacePipeline, default_checkpoint
 from uiface_diffusers.faces import FaceEncoder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-from train import ConditionalDenoiser, denoising_loss, identity_cosines  # noqa: E402
+from train import ConditionalDenoiser, denoising_loss, face_losses  # noqa: E402
 
 SETTINGS = ("float32", "first stage", "channels_last", "bf16", "compile")
 
@@ -67,8 +67,8 @@ class Step:
             loss = denoising_loss(self.model, self.scheduler, self.latents, self.embeds, 0.2, None)
         objective = loss.losses.mean()
         if self.recognizer is not None:
-            cosines = identity_cosines(self.vae, self.recognizer, loss, self.embeds, self.args.identity_samples)
-            objective = objective + 0.3 * (1 - cosines).mean()
+            faces = face_losses(self.vae, self.recognizer, None, loss, self.embeds, self.args.decoded_samples)
+            objective = objective + 0.3 * (1 - faces.cosines).mean()
         objective.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["float32", "first stage"])
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--encoder-root", help="folder with models/PACK of the checkpoint's encoder: identity loss")
-    parser.add_argument("--identity-samples", type=int, default=8)
+    parser.add_argument("--decoded-samples", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

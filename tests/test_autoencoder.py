@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from conftest import ALEXNET, REPOSITORY, Outcome, run_script
-from diffusers import AutoencoderKL, AutoModel
+from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel
 from safetensors.torch import load_file, save_file
 
 from uiface_diffusers.data import FaceCache, prepare_faces
@@ -166,11 +166,11 @@ def test_the_terms_of_the_loss(workspace, backbone, toy_root):
     pixels = pictures(workspace)[:4].float() / 127.5 - 1
     perceptual = load_lpips("alex", backbone)
     recognizer = FaceEncoder("toy", str(toy_root), det_size=160).to_torch()
-    weights = ("--lpips_weight", "2", "--identity_weight", "3", "--regularisation_weight", "5")
+    weights = ("--lpips_weight", "2", "--identity_weight", "3")
     args = script.parse_args(["--config", str(workspace / "recipe.yaml"), "--output_dir", "x", *weights])
     for halve in (False, True):
         torch.manual_seed(1)
-        terms = script.autoencoder_loss(script.Reconstruction(vae), pixels, perceptual, recognizer, args, halve)
+        reconstruction, regularization = script.Reconstruction(vae)(pixels, halve)
         torch.manual_seed(1)
         posterior = vae.encode(pixels).latent_dist
         z = posterior.mean + posterior.std * torch.randn(4, 4, 32, 32)
@@ -178,7 +178,10 @@ def test_the_terms_of_the_loss(workspace, backbone, toy_root):
         target = F.interpolate(pixels, (32, 32), mode="area") if halve else pixels
         z = F.interpolate(z, (16, 16), mode="area") if halve else z
         y = vae.decode(z).sample
-        expected = {"l1": (y - target).abs().mean(), "regularisation": 5 * kl}
+        judge = None if halve else recognizer
+        terms = script.reconstruction_terms(reconstruction, target, perceptual, judge, args)
+        assert torch.allclose(regularization, kl, rtol=1e-4)
+        expected = {"l1": (y - target).abs().mean()}
         expected["lpips"] = 2 * lpips_by_hand(perceptual, backbone, target, y).mean()
         if not halve:
             cosine = (recognizer(y) * recognizer(pixels)).sum(dim=1)
@@ -186,6 +189,75 @@ def test_the_terms_of_the_loss(workspace, backbone, toy_root):
         assert terms.keys() == expected.keys()
         for name, value in expected.items():
             assert torch.allclose(terms[name], value, rtol=1e-4, atol=1e-5), name
+
+
+def test_facial_features_weigh_more(workspace, backbone):
+    """The same error costs more on an eye than in a corner, in L1 and in LPIPS; their weights have mean 1."""
+    args = script.parse_args(options_of(workspace, "x", "--facial_features", "--identity_weight", "0"))
+    perceptual = load_lpips("alex", backbone)
+    perceptual.spatial = True
+    target, cost = torch.zeros(1, 3, 112, 112), {}
+    for place, (x, y) in {"eye": (38, 51), "corner": (8, 8)}.items():
+        wrong = target.clone()
+        wrong[:, :, y - 3 : y + 3, x - 3 : x + 3] = 1
+        cost[place] = script.reconstruction_terms(wrong, target, perceptual, None, args)
+    for name in ("l1", "lpips"):
+        assert cost["eye"][name] > 2 * cost["corner"][name], name
+    everywhere = script.reconstruction_terms(target + 0.5, target, None, None, args)["l1"]
+    assert everywhere.item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_latent_noise_reaches_the_decoder_only():
+    torch.manual_seed(0)
+    vae = AutoencoderTiny.from_config(MODELS["AutoencoderTiny"]).eval()
+    pixels, outcome = torch.rand(2, 3, 16, 16) * 2 - 1, {}
+    for noise in (0.0, 0.1):
+        torch.manual_seed(1)
+        outcome[noise] = script.Reconstruction(vae, latent_noise=noise)(pixels)
+    torch.manual_seed(1)
+    latents = vae.encode(pixels).latents
+    expected = vae.decode(latents + 0.1 * torch.randn_like(latents)).sample
+    assert torch.equal(outcome[0.1][0], expected) and not torch.equal(outcome[0.0][0], expected)
+    assert torch.equal(outcome[0.0][1], outcome[0.1][1])
+
+
+def test_the_discriminator_tells_photographs_from_blurred_ones():
+    """A few steps of its own loss; the hinge loss is 1 for a discriminator that knows nothing."""
+    torch.manual_seed(0)
+    discriminator = script.PatchDiscriminator((16, 32))
+    assert script.hinge_loss(lambda x: x.new_zeros(len(x), 1, 2, 2), *torch.zeros(2, 4, 3, 8, 8)) == 1
+    optimizer = torch.optim.Adam(discriminator.parameters(), 1e-2)
+    for _ in range(30):
+        real = torch.rand(8, 3, 32, 32) * 2 - 1
+        loss = script.hinge_loss(discriminator, real, F.avg_pool2d(real, 5, 1, 2))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    real = torch.rand(8, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        assert discriminator(real).mean() > discriminator(F.avg_pool2d(real, 5, 1, 2)).mean() + 0.5
+
+
+def test_adversarial_training_resumes(workspace):
+    """With a discriminator from step 3 on; the second half in a process of its own gives the same parameters."""
+    options = ("--adversarial_weight", "0.1", "--adversarial_start", "3", "--identity_weight", "0")
+    options += ("--latent_noise", "0.05", "--facial_features", "--report_to", "tensorboard", "--logging_steps", "2")
+    for steps in ("6", "12"):
+        resume = ("--max_train_steps", steps, "--resume_from_checkpoint", "latest", "--lr_scheduler", "constant")
+        result = train(workspace, "adversarial_halves", *options, *resume)
+        assert result.returncode == 0, result.stderr
+    result = train(workspace, "adversarial", *options, "--max_train_steps", "12", "--lr_scheduler", "constant")
+    assert result.returncode == 0, result.stderr
+    file = "diffusion_pytorch_model.safetensors"
+    first, second = (load_file(workspace / name / file) for name in ("adversarial_halves", "adversarial"))
+    assert all(torch.equal(first[name], second[name]) for name in first.keys() | second.keys())
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(workspace / "adversarial" / "logs" / "train_autoencoder"))
+    events.Reload()
+    assert events.Scalars("discriminator")[0].step > 3
+    assert {"l1", "lpips", "adversarial"} <= set(events.Tags()["scalars"])
 
 
 def lpips_by_hand(perceptual, backbone, first, second) -> torch.Tensor:

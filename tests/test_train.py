@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,7 +20,9 @@ from safetensors.torch import load_file
 
 from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline, UIFaceUNet2DModel
 from uiface_diffusers.data import FaceCache, LatentSet, cache_latents, prepare_faces
+from uiface_diffusers.evaluation import load_lpips
 from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.training_utils import facial_feature_weights
 
 TRAIN = REPOSITORY / "training" / "train.py"
 sys.path.insert(0, str(TRAIN.parent))
@@ -331,7 +334,7 @@ def test_the_log_tells_quarters_and_contexts_apart():
     losses[0, 5] = float("nan")
     timesteps[0, 5], is_empty[0, 5] = 999, True
     for row in zip(losses, timesteps, is_empty, strict=True):
-        log.add(train_script.DenoisingLoss(*row, denoised=None))
+        log.add(train_script.DenoisingLoss(*row, denoised=None, latents=None))
     means, finite = log.take(accelerator)
     ok = losses.isfinite()
     expected = {"loss": ok, "loss/empty": ok & is_empty, "loss/identity": ok & ~is_empty}
@@ -339,34 +342,109 @@ def test_the_log_tells_quarters_and_contexts_apart():
     assert means.keys() == expected.keys() and finite == pytest.approx(79 / 80)
     for name, chosen in expected.items():
         assert means[name] == pytest.approx(losses[chosen].mean().item(), abs=1e-6), name
-    for cosines in ([0.5], [], [0.0, 0.1]):
-        loss = train_script.DenoisingLoss(torch.ones(3), torch.zeros(3, dtype=int), torch.ones(3, dtype=bool), None)
-        log.add(loss, torch.tensor(cosines))
+    for cosines, lpips in (([0.5, 0.9], [0.2, 0.4]), ([0.0, 0.1], [0.0, 0.2])):
+        loss = train_script.DenoisingLoss(
+            torch.ones(3), torch.zeros(3, dtype=int), torch.ones(3, dtype=bool), None, None
+        )
+        counts = torch.tensor([True, cosines[0] == 0.0])
+        log.add(loss, train_script.FaceLosses(torch.tensor(cosines), counts, torch.tensor(lpips)))
     means = {"loss": 1.0, "loss/quarter_1": 1.0, "loss/empty": 1.0, "identity_cosine": pytest.approx(0.2)}
+    means["lpips"] = pytest.approx(0.2)
     assert log.take(accelerator) == (means, 1.0)
 
 
-def test_the_denoised_face_is_compared_with_the_identity_it_was_told(toy_root):
-    """Against the pictures of the decoder, embedded by onnxruntime; the gradient leads to a larger cosine."""
+def six_denoised_faces(side: int = 8) -> tuple:
     torch.manual_seed(0)
-    vae, encoder = tiny_autoencoder().requires_grad_(False), FaceEncoder("toy", str(toy_root), det_size=160)
-    denoised, identities = torch.randn(6, 4, 8, 8, requires_grad=True), F.normalize(torch.randn(6, 16))
+    vae = tiny_autoencoder().requires_grad_(False)
+    denoised, identities = torch.randn(6, 4, side, side, requires_grad=True), F.normalize(torch.randn(6, 16))
     is_empty = torch.tensor([True, False, False, True, False, False])
-    loss = train_script.DenoisingLoss(torch.zeros(6), torch.zeros(6, dtype=int), is_empty, denoised)
-    recognizer = encoder.to_torch()
-    cosines = train_script.identity_cosines(vae, recognizer, loss, identities, 3)
-    faces = vae.decode(denoised.detach()[[1, 2, 4]] / vae.config.scaling_factor).sample
-    pixels = F.interpolate(faces, (112, 112), mode="bilinear", antialias=True)
+    clean = torch.randn(6, 4, side, side)
+    loss = train_script.DenoisingLoss(torch.zeros(6), torch.zeros(6, dtype=int), is_empty, denoised, clean)
+    return vae, loss, identities
+
+
+def test_the_denoised_face_is_compared_with_the_identity_it_was_given(toy_root):
+    """Against the jittered pictures of the decoder, embedded by onnxruntime; the gradient leads to a larger cosine."""
+    vae, loss, identities = six_denoised_faces()
+    encoder = FaceEncoder("toy", str(toy_root), det_size=160)
+
+    def seeded(loss):
+        torch.manual_seed(1)
+        return train_script.face_losses(vae, encoder.to_torch(), None, loss, identities, 3)
+
+    found = seeded(loss)
+    assert found.has_identity.all() and found.lpips.abs().max() == 0
+    torch.manual_seed(1)
+    rows = train_script.draw_rows((~loss.is_empty).float(), 3)
+    assert set(rows.tolist()) < {1, 2, 4, 5}
+    faces = vae.decode(loss.denoised.detach()[rows] / vae.config.scaling_factor).sample
+    pixels = F.interpolate(train_script.jitter(faces), (112, 112), mode="bilinear", antialias=True)
     session = encoder.recognizer.session
     features = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})[0]
-    expected = (F.normalize(torch.from_numpy(features)) * identities[[1, 2, 4]]).sum(dim=1)
-    assert torch.allclose(cosines, expected, atol=1e-3)
-    (gradient,) = torch.autograd.grad(cosines.sum(), denoised)
-    assert gradient[[0, 3, 5]].abs().max() == 0
-    step = loss._replace(denoised=denoised + 0.1 * gradient / gradient.norm())
-    assert train_script.identity_cosines(vae, recognizer, step, identities, 3).sum() > cosines.sum()
-    none_told = loss._replace(is_empty=torch.ones(6, dtype=torch.bool))
-    assert train_script.identity_cosines(vae, recognizer, none_told, identities, 3).shape == (0,)
+    expected = (F.normalize(torch.from_numpy(features)) * identities[rows]).sum(dim=1)
+    assert torch.allclose(found.cosines, expected, atol=1e-3)
+    (gradient,) = torch.autograd.grad(found.cosines.sum(), loss.denoised)
+    assert gradient[[0, 3]].abs().max() == 0
+    step = loss._replace(denoised=loss.denoised + 0.1 * gradient / gradient.norm())
+    assert seeded(step).cosines.sum() > found.cosines.sum()
+    none_given = loss._replace(is_empty=torch.ones(6, dtype=torch.bool))
+    assert not seeded(none_given).has_identity.any()
+
+
+def test_lpips_of_the_denoised_face(backbone):
+    """It is the mean of the distance's map with the weights of the facial features; none at the clean latents."""
+    vae, loss, identities = six_denoised_faces(side=32)
+    perceptual = load_lpips("alex", backbone)
+    perceptual.spatial = True
+    found = train_script.face_losses(vae, None, perceptual, loss, identities, 6).lpips
+    faces, clean = (vae.decode(each / vae.config.scaling_factor).sample for each in (loss.denoised, loss.latents))
+    weights = facial_feature_weights(faces.shape[-1])
+    expected = (perceptual(clean, faces) * weights).mean(dim=(1, 2, 3))
+    assert torch.allclose(found.sort().values, expected.sort().values, atol=1e-5)
+    same = loss._replace(denoised=loss.latents)
+    assert train_script.face_losses(vae, None, perceptual, same, identities, 6).lpips.abs().max() < 1e-6
+
+
+def test_weights_lie_on_eyes_and_mouth():
+    weights = facial_feature_weights(112)
+    assert weights.shape == (112, 112) and weights.mean() == pytest.approx(1)
+    eye, mouth, cheek, corner = weights[51, 38], weights[92, 56], weights[75, 30], weights[2, 2]
+    assert min(eye, mouth) > 2.5 * corner and cheek < 1.5 * corner
+    assert torch.allclose(weights, weights.flip(1), atol=0.2)
+
+
+def test_rows_are_drawn_in_proportion_to_their_weights():
+    torch.manual_seed(0)
+    weights = torch.tensor([0.0, 1.0, 3.0, 0.0])
+    first = torch.stack([train_script.draw_rows(weights, 1) for _ in range(2000)])
+    assert torch.bincount(first.flatten(), minlength=4)[[0, 3]].sum() == 0
+    assert (first == 2).float().mean() == pytest.approx(0.75, abs=0.03)
+    # a fixed number: rows of weight 0 come last
+    assert train_script.draw_rows(weights, 3)[:2].sort().values.tolist() == [1, 2]
+    assert len(train_script.draw_rows(weights, 9)) == 4
+
+
+def test_jittered_faces_stay_where_they_are():
+    """Mirrored ones aside, by a few pixels; borders are not black."""
+    face = torch.ones(64, 3, 64, 64)
+    face[:, :, :, :32] = 0.5
+    torch.manual_seed(0)
+    moved = train_script.jitter(face)
+    assert moved.shape == face.shape and moved.min() >= 0.5 - 1e-6
+    left, right = moved[..., :26].mean(dim=(1, 2, 3)), moved[..., 38:].mean(dim=(1, 2, 3))
+    mirrored = left > right
+    assert 0.3 < mirrored.float().mean() < 0.7
+    assert torch.allclose(torch.where(mirrored, right, left), torch.tensor(0.5), atol=1e-3)
+
+
+def test_timesteps_of_logit_normal():
+    """The share of timesteps below each decile is that of the distribution (Esser et al. 2024, eq. 19)."""
+    torch.manual_seed(0)
+    drawn = train_script.TIMESTEP_SAMPLING["logit_normal"](20_000, 1000, torch.device("cpu"))
+    assert drawn.min() >= 0 and drawn.max() <= 999 and drawn.dtype == torch.int64
+    for t in range(100, 1000, 100):
+        z = (math.log(t / (1000 - t)) + 0.5) / 1.2
+        assert (drawn < t).float().mean() == pytest.approx(0.5 * (1 + math.erf(z / 2**0.5)), abs=0.015)
 
 
 def test_the_identity_loss_trains(workspace, toy_root):
@@ -389,12 +467,13 @@ def test_the_identity_loss_trains(workspace, toy_root):
 
 def test_balanced_sampling_gives_every_identity_its_share():
     identities = torch.tensor([0] * 90 + [1] * 9 + [2])
-    sampler = train_script.EndlessBatchSampler(100, 50, seed=0, identities=identities)
+    weights = 1 / torch.bincount(identities)[identities].double()
+    sampler = train_script.EndlessBatchSampler(100, 50, seed=0, weights=weights)
     batches = iter(sampler)
     counts = sum(torch.bincount(identities[next(batches)], minlength=3) for _ in range(60))
     assert counts.sum() == 3000 and (counts - 1000).abs().max() < 100
     # a resumed run draws the same
-    resumed = iter(train_script.EndlessBatchSampler(100, 50, seed=0, start=60, identities=identities))
+    resumed = iter(train_script.EndlessBatchSampler(100, 50, seed=0, start=60, weights=weights))
     assert next(resumed) == next(batches)
 
 

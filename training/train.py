@@ -35,6 +35,7 @@ from tqdm import tqdm
 from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline, UIFaceUNet2DModel
 from uiface_diffusers.convert_original import NOISE_SCHEDULE, SAMPLER
 from uiface_diffusers.data import FaceCache, LatentSet, cache_latents
+from uiface_diffusers.evaluation import load_lpips
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.files import write_json
 from uiface_diffusers.latents import decode_latents
@@ -49,6 +50,7 @@ from uiface_diffusers.training_utils import (
     add_optimizer_arguments,
     describe_recipe,
     ema_weights,
+    facial_feature_weights,
     find_checkpoint,
     is_due,
     is_out_of_time,
@@ -88,6 +90,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=False,
         help="every identity as often, however many faces it has",
     )
+    group.add_argument(
+        "--train_data_shares",
+        nargs="+",
+        type=float,
+        help="how much of the training each cache gets, one number per cache; by default, in proportion to its faces",
+    )
     group.add_argument("--output_dir", type=Path, help="pipeline, checkpoints, logs and validation grids")
 
     group = parser.add_argument_group("objective and optimiser")
@@ -100,7 +108,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of 1 - cosine between the denoised face and the identity it was told (DCFace, Kim et al. 2023); needs"
         " --encoder_root and v_prediction",
     )
-    group.add_argument("--identity_samples", type=int, default=8, help="faces a batch that are decoded for it")
+    group.add_argument(
+        "--lpips_weight",
+        type=float,
+        default=0.0,
+        help="of LPIPS between the denoised and the clean face, both decoded, with weight on eyes and mouth; needs"
+        " v_prediction",
+    )
+    group.add_argument(
+        "--lpips_backbone", help="AlexNet's convolutions for it; torchvision downloads them if not given"
+    )
+    group.add_argument(
+        "--decoded_samples", type=positive, default=8, help="faces per batch that are decoded for these two losses"
+    )
+    group.add_argument(
+        "--decoded_noise",
+        choices=("any", "low"),
+        default="any",
+        help="which faces are decoded: all noise levels alike, or drawn in proportion to alpha_bar",
+    )
+    group.add_argument(
+        "--timestep_sampling",
+        choices=tuple(TIMESTEP_SAMPLING),
+        default="uniform",
+        help="logit_normal: sigmoid of a normal with mean -0.5 and deviation 1.2 (Esser et al. 2024), which spends"
+        " fewer samples on nearly pure noise",
+    )
     group.add_argument("--train_batch_size", type=positive, default=64, help="samples a step and process")
     group.add_argument("--max_train_steps", type=positive, default=250_000)
     group.add_argument("--max_train_hours", type=float, help="save and stop after this time in this run")
@@ -124,12 +157,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parse_recipe(parser, argv, required=("train_data", "output_dir"))
     if args.init_from is None and args.vae is None:
         parser.error("--vae or --init_from is required")
+    # of predicted noise the clean latents are no stable function: the noisier, the less
     if args.identity_weight and (args.encoder_root is None or args.prediction_type != "v_prediction"):
-        # of predicted noise the clean latents are no stable function: the noisier, the less
         parser.error("--identity_weight needs --encoder_root and --prediction_type v_prediction")
+    if args.lpips_weight and args.prediction_type != "v_prediction":
+        parser.error("--lpips_weight needs --prediction_type v_prediction")
+    if args.train_data_shares is not None and len(args.train_data_shares) != len(args.train_data):
+        parser.error(
+            f"--train_data_shares has {len(args.train_data_shares)} numbers for {len(args.train_data)} caches"
+        )
     if args.init_from is not None and args.unet:
         parser.error("--unet cannot change the network of --init_from")
     return args
+
+
+def _uniform_timesteps(number: int, num_train_timesteps: int, device: torch.device) -> torch.Tensor:
+    return torch.randint(num_train_timesteps, (number,), device=device)
+
+
+def _logit_normal_timesteps(number: int, num_train_timesteps: int, device: torch.device) -> torch.Tensor:
+    share = torch.sigmoid(1.2 * torch.randn(number, device=device) - 0.5)
+    return (share * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
+
+
+TIMESTEP_SAMPLING = {"uniform": _uniform_timesteps, "logit_normal": _logit_normal_timesteps}
 
 
 class LatentFaces(Dataset):
@@ -166,12 +217,13 @@ class ConditionalDenoiser(nn.Module):
 
 class DenoisingLoss(NamedTuple):
     """Of every sample: loss `(batch,)`, timestep `(batch,)`, whether the context was empty `(batch,)`, and the clean
-    latents as predicted `(batch, C, h, w)`."""
+    latents as predicted and as they are `(batch, C, h, w)`."""
 
     losses: torch.Tensor
     timesteps: torch.Tensor
     is_empty: torch.Tensor
     denoised: torch.Tensor
+    latents: torch.Tensor
 
 
 def denoising_loss(
@@ -181,8 +233,9 @@ def denoising_loss(
     identity_embeds: torch.Tensor,
     empty_probability: float,
     snr_gamma: float | None,
+    timestep_sampling: str = "uniform",
 ) -> DenoisingLoss:
-    """Loss of every sample: MSE of the predicted noise (or v) at a uniform timestep, under the identity
+    """Loss of every sample: MSE of the predicted noise (or v) at a random timestep, under the identity
     or, with `empty_probability` and always in row 0, under the empty context (UIFace, sec. 3.2; the published code).
 
     Args:
@@ -193,7 +246,7 @@ def denoising_loss(
     flip = torch.randint(2, (batch_size,), device=device)
     latents = latents[torch.arange(batch_size, device=device), flip].float()
     noise = torch.randn_like(latents)
-    timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch_size,), device=device)
+    timesteps = TIMESTEP_SAMPLING[timestep_sampling](batch_size, scheduler.config.num_train_timesteps, device)
     is_empty = torch.rand(batch_size, device=device) < empty_probability
     # the empty context gets a gradient in every step
     is_empty[0] = True
@@ -212,27 +265,70 @@ def denoising_loss(
         denoised = alphas.sqrt() * noisy - (1 - alphas).sqrt() * prediction
     else:
         denoised = (noisy - (1 - alphas).sqrt() * prediction) / alphas.sqrt()
-    return DenoisingLoss(loss, timesteps, is_empty, denoised)
+    return DenoisingLoss(loss, timesteps, is_empty, denoised, latents)
 
 
-def identity_cosines(
-    vae: nn.Module, recognizer: nn.Module, loss: DenoisingLoss, identity_embeds: torch.Tensor, num_samples: int
-) -> torch.Tensor:
-    """Cosine of the first samples that were told an identity, denoised in one step and decoded, to that identity.
+class FaceLosses(NamedTuple):
+    """Of the decoded faces: cosine to the identity they were given, whether it counts (not under the empty context),
+    and LPIPS to the clean face (zeros where it is not asked for), `(decoded_samples,)` each."""
 
-    Returns:
-        `torch.Tensor` of shape `(at most num_samples,)`: differentiable in the prediction.
+    cosines: torch.Tensor
+    has_identity: torch.Tensor
+    lpips: torch.Tensor
+
+
+def draw_rows(weights: torch.Tensor, number: int) -> torch.Tensor:
+    """`number` different rows, drawn in proportion to `weights` `(rows,)` (Gumbel top-k). A fixed number, and so the
+    device need not be waited for; rows of weight 0 come last."""
+    return (weights.log() - torch.empty_like(weights).exponential_().log()).topk(min(number, len(weights))).indices
+
+
+def jitter(faces: torch.Tensor) -> torch.Tensor:
+    """Faces `(N, 3, height, width)`, each mirrored or not, scaled by up to 5 % and moved by up to 3 % of its side: a
+    recognizer is harder to satisfy by patterns of pixels."""
+    number, device = len(faces), faces.device
+    scale = 1 + 0.05 * (2 * torch.rand(number, device=device) - 1)
+    theta = torch.zeros(number, 2, 3, device=device)
+    theta[:, 0, 0] = scale * (1 - 2 * torch.randint(2, (number,), device=device))
+    theta[:, 1, 1] = scale
+    theta[:, :, 2] = 0.06 * (2 * torch.rand(number, 2, device=device) - 1)
+    grid = F.affine_grid(theta, list(faces.shape), align_corners=False)
+    return F.grid_sample(faces, grid, padding_mode="border", align_corners=False)
+
+
+def face_losses(
+    vae: nn.Module,
+    recognizer: nn.Module | None,
+    perceptual: nn.Module | None,
+    loss: DenoisingLoss,
+    identity_embeds: torch.Tensor,
+    num_samples: int,
+    weights: torch.Tensor | None = None,
+) -> FaceLosses:
+    """Decodes some of the faces as denoised in one step, and compares them with what they should be. Differentiable
+    in the prediction.
+
+    Args:
+        recognizer: embeds `(N, 3, height, width)` in [-1, 1].
+        perceptual: LPIPS with `spatial=True`.
+        weights (`torch.Tensor` of shape `(batch,)`, *optional*): the faces are drawn in proportion to it.
     """
-    told = (~loss.is_empty).nonzero()[:num_samples, 0]
-    if not len(told):
-        return loss.losses[:0]
-    faces = decode_latents(vae, loss.denoised[told].to(vae.dtype))
-    return F.cosine_similarity(recognizer(faces.float()), identity_embeds[told])
+    weights = torch.ones_like(loss.losses) if weights is None else weights
+    rows = draw_rows(weights if perceptual is not None else weights * ~loss.is_empty, num_samples)
+    faces = decode_latents(vae, loss.denoised[rows].to(vae.dtype)).float()
+    cosines = lpips = torch.zeros(len(rows), device=faces.device)
+    if recognizer is not None:
+        cosines = F.cosine_similarity(recognizer(jitter(faces)), identity_embeds[rows])
+    if perceptual is not None:
+        with torch.no_grad():
+            clean = decode_latents(vae, loss.latents[rows].to(vae.dtype)).float()
+        lpips = (perceptual(clean, faces) * facial_feature_weights(faces.shape[-1], faces.device)).mean(dim=(1, 2, 3))
+    return FaceLosses(cosines, ~loss.is_empty[rows], lpips)
 
 
 class LossLog:
-    """Running means of the loss: over all, by quarter of the timesteps, by context; and of the identity cosine, where
-    one is measured. Sums stay on the device."""
+    """Running means of the loss: over all, by quarter of the timesteps, by context; and of the decoded faces' identity
+    cosine and LPIPS, where they are measured. Sums stay on the device."""
 
     QUARTERS = 4
 
@@ -240,17 +336,19 @@ class LossLog:
         self.num_train_timesteps = num_train_timesteps
         # quarter x context (identity, empty) x (sum of the finite losses, their number, the number of all)
         self.sums = torch.zeros(self.QUARTERS, 2, 3, device=device)
-        self.cosines = torch.zeros(2, device=device)  # sum and number
+        self.faces = torch.zeros(3, device=device)  # sums of cosines and of their number, of LPIPS
+        self.decoded = 0
 
-    def add(self, loss: DenoisingLoss, cosines: torch.Tensor | None = None) -> None:
+    def add(self, loss: DenoisingLoss, faces: FaceLosses | None = None) -> None:
         losses = loss.losses.detach().float()
         finite = losses.isfinite()
         quarter = loss.timesteps * self.QUARTERS // self.num_train_timesteps
         values = torch.stack([losses.nan_to_num(0, 0, 0) * finite, finite.float(), torch.ones_like(losses)], dim=1)
         self.sums.index_put_((quarter, loss.is_empty.long()), values, accumulate=True)
-        if cosines is not None:
-            self.cosines[0] += cosines.detach().float().sum()
-            self.cosines[1] += len(cosines)
+        if faces is not None:
+            counted = faces.has_identity.float()
+            self.faces += torch.stack([(faces.cosines * counted).sum(), counted.sum(), faces.lpips.sum()]).detach()
+            self.decoded += len(counted)
 
     def take(self, accelerator: Accelerator) -> tuple[dict[str, float], float]:
         """The means of all processes since the last call, what had no sample left out, and the share of samples whose
@@ -261,15 +359,19 @@ class LossLog:
         parts |= {f"loss/quarter_{quarter + 1}": sums[quarter].sum(dim=0) for quarter in range(self.QUARTERS)}
         parts |= {f"loss/{context}": sums[:, i].sum(dim=0) for i, context in enumerate(("identity", "empty"))}
         means = {name: (total / number).item() for name, (total, number, _) in parts.items() if number}
-        total, number = accelerator.reduce(self.cosines, "sum").cpu()
-        self.cosines = torch.zeros_like(self.cosines)
-        if number:
-            means["identity_cosine"] = (total / number).item()
+        if self.decoded:
+            cosines, number, lpips = accelerator.reduce(self.faces, "sum").tolist()
+            if cosines:
+                means["identity_cosine"] = cosines / number
+            if lpips:
+                means["lpips"] = lpips / (self.decoded * accelerator.num_processes)
+            self.faces, self.decoded = torch.zeros_like(self.faces), 0
         return means, (parts["loss"][1] / parts["loss"][2]).item()
 
 
-def load_training_data(args, accelerator: Accelerator, vae) -> tuple[LatentFaces, list[str], str]:
-    """Data set, identity of each face, encoder. Checks that the caches belong together before anything is encoded."""
+def load_training_data(args, accelerator: Accelerator, vae) -> tuple[LatentFaces, list[str], torch.Tensor | None, str]:
+    """Data set, identity of each face, how often each face is drawn (None: all alike), and the encoder's name. Checks
+    that the caches belong together before anything is encoded."""
     caches = [FaceCache(folder) for folder in args.train_data]
     for name in ("identity_encoder", "image_size"):
         values = {str(cache.folder): getattr(cache, name) for cache in caches}
@@ -287,8 +389,17 @@ def load_training_data(args, accelerator: Accelerator, vae) -> tuple[LatentFaces
             f"{len(latents)} cached latents for {len(embeddings)} faces in {args.train_data}: delete the latents-*"
             " files to encode them again."
         )
-    dataset = LatentFaces(latents, embeddings)
-    return dataset, names, caches[0].identity_encoder
+    weights = None
+    if args.balanced_sampling:
+        _, numbers, counts = np.unique(names, return_inverse=True, return_counts=True)
+        weights = torch.from_numpy(1 / counts[numbers])
+    if args.train_data_shares is not None:
+        parts = (
+            (torch.ones(len(latents)) if weights is None else weights).double().split([len(bank) for bank in banks])
+        )
+        shares = zip(parts, args.train_data_shares, strict=True)
+        weights = torch.cat([part * share / part.sum() for part, share in shares])
+    return LatentFaces(latents, embeddings), names, weights, caches[0].identity_encoder
 
 
 def build_denoiser(
@@ -378,13 +489,19 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     vae_path, vae_subfolder = (args.vae, args.vae_subfolder) if args.vae else (args.init_from, "vae")
     vae = AutoModel.from_pretrained(vae_path, subfolder=vae_subfolder).eval().requires_grad_(False)
     vae.to(accelerator.device)
-    dataset, names, identity_encoder = load_training_data(args, accelerator, vae)
+    dataset, names, sample_weights, identity_encoder = load_training_data(args, accelerator, vae)
     face_encoder = recognizer = None
     if args.encoder_root is not None:
         face_encoder = FaceEncoder(identity_encoder, args.encoder_root, det_size=160)
         if args.identity_weight:
             recognizer = face_encoder.to_torch().to(accelerator.device)
-            vae.to(memory_format=torch.channels_last)  # decodes and differentiates a quarter faster
+    perceptual = None
+    if args.lpips_weight:
+        perceptual = load_lpips("alex", args.lpips_backbone).to(accelerator.device)
+        perceptual.spatial = True
+    decodes = recognizer is not None or perceptual is not None
+    if decodes:
+        vae.to(memory_format=torch.channels_last)  # decodes and differentiates a quarter faster
 
     # 2. models
     torch.manual_seed(args.seed)
@@ -415,6 +532,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     fixed = {"seed": args.seed, "train_batch_size": args.train_batch_size, "num_processes": world_size}
     fixed |= {"faces": len(dataset), "balanced_sampling": args.balanced_sampling}
     fixed |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "learning_rate": args.learning_rate}
+    fixed |= {"train_data_shares": args.train_data_shares}
     step, hours_before = 0, 0.0
     if checkpoint is not None:
         step, hours_before = load_checkpoint(accelerator, ema, checkpoint, fixed)
@@ -422,7 +540,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
     # 4. train
     first_of_identity = {name: position for position, name in reversed(list(enumerate(names)))}
-    numbers = {name: number for number, name in enumerate(first_of_identity)}
     sampler = EndlessBatchSampler(
         len(dataset),
         args.train_batch_size,
@@ -430,7 +547,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         rank,
         world_size,
         start=step * args.gradient_accumulation_steps,
-        identities=torch.tensor([numbers[name] for name in names]) if args.balanced_sampling else None,
+        weights=sample_weights,
     )
     loader = DataLoader(
         dataset,
@@ -492,6 +609,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         initial=step, total=args.max_train_steps, desc="train", unit="step", disable=not accelerator.is_main_process
     )
     log = LossLog(noise_scheduler.config.num_train_timesteps, accelerator.device)
+    alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)
     denoiser.train()
     stop = False
     while step < args.max_train_steps and not stop:
@@ -501,18 +619,29 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
             with accelerator.accumulate(model):
                 with accelerator.autocast():
                     loss = denoising_loss(
-                        model, noise_scheduler, latents, identity_embeds, args.empty_probability, args.snr_gamma
+                        model,
+                        noise_scheduler,
+                        latents,
+                        identity_embeds,
+                        args.empty_probability,
+                        args.snr_gamma,
+                        args.timestep_sampling,
                     )
-                objective, cosines = loss.losses.mean(), None
-                if recognizer is not None:
-                    cosines = identity_cosines(vae, recognizer, loss, identity_embeds, args.identity_samples)
-                    objective = objective + args.identity_weight * (1 - cosines).sum() / max(len(cosines), 1)
+                objective, faces = loss.losses.mean(), None
+                if decodes:
+                    weights = alphas_cumprod[loss.timesteps] if args.decoded_noise == "low" else None
+                    faces = face_losses(
+                        vae, recognizer, perceptual, loss, identity_embeds, args.decoded_samples, weights
+                    )
+                    objective = objective + args.lpips_weight * faces.lpips.mean()
+                    distances = ((1 - faces.cosines) * faces.has_identity).sum()
+                    objective = objective + args.identity_weight * distances / faces.has_identity.sum().clamp(min=1)
                 accelerator.backward(objective)
                 if args.max_grad_norm is not None and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            log.add(loss, cosines)
+            log.add(loss, faces)
         lr_scheduler.step()
         ema.step(denoiser.parameters())
         step += 1

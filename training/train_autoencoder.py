@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Trains a first stage on prepared faces: L1 + LPIPS (Zhang et al. 2018) + identity loss.
+"""Trains a first stage on prepared faces: L1 + LPIPS (Zhang et al. 2018) + identity loss, and a patch discriminator
+(Isola et al. 2017) towards the end.
 
     uiface prepare photos --output cache/photos --encoder buffalo_l
     accelerate launch training/train_autoencoder.py --config training/configs/autoencoder_lfw.yaml \
@@ -25,6 +26,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel, VQModel
 from diffusers.training_utils import EMAModel
 from insightface.model_zoo.arcface_onnx import ArcFaceONNX
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -36,11 +38,13 @@ from uiface_diffusers.faces import FaceEncoder, TorchRecognizer
 from uiface_diffusers.latents import FirstStage
 from uiface_diffusers.seeds import mix_seed
 from uiface_diffusers.training_utils import (
+    SWITCH,
     EndlessBatchSampler,
     add_checkpoint_arguments,
     add_machine_arguments,
     add_optimizer_arguments,
     ema_weights,
+    facial_feature_weights,
     find_checkpoint,
     is_due,
     is_out_of_time,
@@ -70,8 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--init_from", help="start from this model: folder or Hub repository")
     group.add_argument(
         "--freeze_encoder",
-        action=argparse.BooleanOptionalAction,
-        default=False,
+        **SWITCH,
         help="the decoder only: latents stay what they are",
     )
     group.add_argument("--output_dir", type=Path, help="model, checkpoints, logs and validation grids")
@@ -88,7 +91,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--encoder_root", default="~/.insightface", help="folder with models/PACK")
     group.add_argument(
-        "--regularisation_weight",
+        "--regularization_weight",
         type=float,
         default=1e-3,
         help="AutoencoderKL: KL divergence, AutoencoderTiny: half the latents' square, mean over their components;"
@@ -101,6 +104,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="steps that reconstruct the half-size face from half-size latents, for latents that are easier to"
         " denoise (EQ-VAE, Kouzelis et al. 2025)",
     )
+    group.add_argument(
+        "--latent_noise",
+        type=float,
+        default=0.0,
+        help="standard deviation of noise on the latents that are decoded, so that the decoder forgives a denoiser's"
+        " errors; in the units of the unscaled latents",
+    )
+    group.add_argument("--facial_features", **SWITCH, help="more weight of L1 and LPIPS on eyes and mouth")
+    group.add_argument("--adversarial_weight", type=float, default=0.0, help="of the patch discriminator's hinge loss")
+    group.add_argument("--adversarial_start", type=int, default=0, help="first step with the discriminator")
     group.add_argument("--train_batch_size", type=positive, default=16, help="faces a step and process")
     group.add_argument("--max_train_steps", type=positive, default=100_000)
     group.add_argument("--max_train_hours", type=float, help="save and stop after this time in this run")
@@ -161,57 +174,74 @@ def load_differentiable(name: str, root: str) -> TorchRecognizer:
 class Reconstruction(nn.Module):
     """A first stage as one module, pixels to pixels, so that all gradients are reduced together."""
 
-    def __init__(self, vae: FirstStage, freeze_encoder: bool = False):
+    def __init__(self, vae: FirstStage, freeze_encoder: bool = False, latent_noise: float = 0.0):
         super().__init__()
-        self.vae = vae
+        self.vae, self.latent_noise = vae, latent_noise
         if freeze_encoder:
             vae.encoder.requires_grad_(False)
             if getattr(vae, "quant_conv", None) is not None:
                 vae.quant_conv.requires_grad_(False)
 
     def forward(self, pixels: torch.Tensor, halve: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reconstruction, of half the size if `halve`, and the regularisation of the latents."""
+        """Reconstruction, of half the size if `halve`, and the regularization of the latents."""
         encoded = self.vae.encode(pixels)
         if isinstance(self.vae, AutoencoderKL):
             posterior = encoded.latent_dist
             latents = posterior.sample()
-            regularisation = posterior.kl().mean() / latents[0].numel()
+            regularization = posterior.kl().mean() / latents[0].numel()
         else:
             latents = encoded.latents
-            regularisation = latents.square().mean() / 2
-        decoded = self.vae.decode(halved(latents) if halve else latents)
+            regularization = latents.square().mean() / 2
+        latents = halved(latents) if halve else latents
+        if self.latent_noise:
+            latents = latents + self.latent_noise * torch.randn_like(latents)
+        decoded = self.vae.decode(latents)
         if isinstance(self.vae, VQModel):
-            regularisation = decoded.commit_loss.mean()
-        return decoded.sample, regularisation
+            regularization = decoded.commit_loss.mean()
+        return decoded.sample, regularization
+
+
+class PatchDiscriminator(nn.Sequential):
+    """Tells photographs from reconstructions, patch by patch: `(N, 3, height, width)` in [-1, 1] -> logits
+    `(N, 1, height / 8, width / 8)`. Spectral norm bounds its slope."""
+
+    def __init__(self, widths: tuple[int, ...] = (64, 128, 256)):
+        layers, channels = [], 3
+        for width in widths:
+            layers += [spectral_norm(nn.Conv2d(channels, width, 4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
+            channels = width
+        super().__init__(*layers, spectral_norm(nn.Conv2d(channels, 1, 3, padding=1)))
+
+
+def hinge_loss(discriminator: nn.Module, real: torch.Tensor, reconstructed: torch.Tensor) -> torch.Tensor:
+    """The discriminator's loss on both kinds of faces (Lim & Ye 2017)."""
+    of_real, of_reconstructed = discriminator(torch.cat([real, reconstructed])).chunk(2)
+    return (F.relu(1 - of_real).mean() + F.relu(1 + of_reconstructed).mean()) / 2
 
 
 def halved(tensor: torch.Tensor) -> torch.Tensor:
     return F.avg_pool2d(tensor, 2)
 
 
-def autoencoder_loss(
-    model: nn.Module,
-    pixels: torch.Tensor,
+def reconstruction_terms(
+    reconstruction: torch.Tensor,
+    target: torch.Tensor,
     perceptual: nn.Module | None,
     recognizer: nn.Module | None,
     args: argparse.Namespace,
-    halve: bool,
 ) -> dict[str, torch.Tensor]:
-    """The terms of the loss, each with its weight; identity is not asked of half-size faces.
+    """The terms of the loss that compare a reconstruction with its face, each with its weight, in float32.
 
     Args:
-        pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): in [-1, 1].
+        reconstruction, target (`torch.Tensor` of shape `(batch, 3, height, width)`): in [-1, 1].
+        perceptual: LPIPS, with `spatial=True` where facial features get more weight.
+        recognizer: embeds both; `None` for no identity term.
     """
-    reconstruction, regularisation = model(pixels, halve)
-    reconstruction = reconstruction.float()
-    target = halved(pixels) if halve else pixels
-    terms = {
-        "l1": F.l1_loss(reconstruction, target),
-        "regularisation": args.regularisation_weight * regularisation,
-    }
+    weights = facial_feature_weights(target.shape[-1], target.device) if args.facial_features else 1.0
+    terms = {"l1": ((reconstruction - target).abs() * weights).mean()}
     if perceptual is not None:
-        terms["lpips"] = args.lpips_weight * perceptual(target, reconstruction).mean()
-    if recognizer is not None and not halve:
+        terms["lpips"] = args.lpips_weight * (perceptual(target, reconstruction) * weights).mean()
+    if recognizer is not None:
         with torch.no_grad():
             embeddings = recognizer(target)
         cosine = F.cosine_similarity(recognizer(reconstruction), embeddings)
@@ -289,10 +319,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
             raise ValueError(f"{args.init_from} is a {type(vae).__name__}, not one of {', '.join(AUTOENCODERS)}.")
     else:
         vae = AUTOENCODERS[args.autoencoder["_class_name"]].from_config(args.autoencoder)
-    trained = Reconstruction(vae, args.freeze_encoder)
+    trained = Reconstruction(vae, args.freeze_encoder, args.latent_noise)
     if args.channels_last:
         trained.to(memory_format=torch.channels_last)
-    perceptual = load_lpips(args.lpips_network, args.lpips_backbone).to(device) if args.lpips_weight else None
+    perceptual = None
+    if args.lpips_weight:
+        perceptual = load_lpips(args.lpips_network, args.lpips_backbone).to(device)
+        perceptual.spatial = args.facial_features
     recognizer = None
     if args.identity_weight:
         recognizer = load_differentiable(args.identity_encoder, args.encoder_root).to(device)
@@ -304,6 +337,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     trained.to(device)
     ema = EMAModel(trained.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
     model, optimizer = accelerator.prepare(trained, optimizer)
+    discriminator = discriminator_optimizer = None
+    if args.adversarial_weight:
+        judge = PatchDiscriminator().to(device)
+        discriminator_optimizer = torch.optim.AdamW(
+            judge.parameters(), lr=args.learning_rate / 2, betas=(0.5, 0.9), weight_decay=0.0, fused=True
+        )
+        discriminator, discriminator_optimizer = accelerator.prepare(judge, discriminator_optimizer)
     # not given to `prepare`: that would step the schedule once a process
     accelerator.register_for_checkpointing(lr_scheduler)
     if args.report_to != "none":
@@ -319,7 +359,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
     # 4. train
     sampler = EndlessBatchSampler(len(dataset), args.train_batch_size, args.seed, rank, world_size, start=step)
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.dataloader_num_workers, collate_fn=keep_batch)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=args.dataloader_num_workers,
+        collate_fn=keep_batch,
+        pin_memory=device.type == "cuda",
+    )
     batches = iter(loader)
     grids = args.output_dir / "validation"
 
@@ -354,13 +400,28 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         if args.channels_last:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
-            terms = autoencoder_loss(model, pixels, perceptual, recognizer, args, halve)
+            reconstruction, regularization = model(pixels, halve)
+        # the losses in float32: differences of neighboring values drown in bf16
+        reconstruction, target = reconstruction.float(), halved(pixels) if halve else pixels
+        # identity is not asked of half-size faces
+        terms = reconstruction_terms(reconstruction, target, perceptual, None if halve else recognizer, args)
+        terms["regularization"] = args.regularization_weight * regularization.float()
+        judged = discriminator is not None and step >= args.adversarial_start and not halve
+        if judged:
+            discriminator.requires_grad_(False)
+            terms["adversarial"] = -args.adversarial_weight * discriminator(reconstruction).mean()
         loss = sum(terms.values())
         accelerator.backward(loss)
         if args.max_grad_norm is not None:
             accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+        if judged:
+            discriminator.requires_grad_(True)
+            terms["discriminator"] = hinge_loss(discriminator, target, reconstruction.detach())
+            accelerator.backward(terms["discriminator"])
+            discriminator_optimizer.step()
+            discriminator_optimizer.zero_grad()
         lr_scheduler.step()
         ema.step(trained.parameters())
         step += 1

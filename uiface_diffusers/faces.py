@@ -338,6 +338,11 @@ class TorchRecognizer(nn.Module):
         for module in self.network.modules():
             if isinstance(module, nn.LayerNorm):  # onnx2torch reads the shape from a value info that may be missing
                 module.normalized_shape = tuple(module.weight.shape)
+            # shapes and axes are read in every call: on a GPU each would have to be waited for
+            for name, constant in list(module.named_buffers(recurse=False)):
+                if not constant.is_floating_point():
+                    delattr(module, name)
+                    setattr(module, name, constant)
 
         probe = torch.rand(1, 3, ALIGNED_SIZE, ALIGNED_SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
         expected = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: probe.numpy()})[0])

@@ -1,6 +1,7 @@
 """What the scripts in `training/` share: recipes, the order of the data, checkpoints."""
 
 import argparse
+import functools
 import json
 import logging
 import shutil
@@ -91,8 +92,8 @@ class EndlessBatchSampler(Sampler):
         rank (`int`): this process.
         world_size (`int`): number of processes.
         start (`int`): batches that this process has seen already.
-        identities (`torch.Tensor` of shape `(length,)`, *optional*): identity of each sample, as integers. If given,
-            an epoch's samples are drawn so that every identity is as likely as every other one.
+        weights (`torch.Tensor` of shape `(length,)`, *optional*): how often each sample is drawn, relative to the
+            others. By default, every sample once per epoch.
 
     Raises:
         ValueError: the samples do not fill one batch of every process.
@@ -106,11 +107,11 @@ class EndlessBatchSampler(Sampler):
         rank: int = 0,
         world_size: int = 1,
         start: int = 0,
-        identities: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
     ):
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world_size, self.start = rank, world_size, start
-        self.weights = None if identities is None else 1 / torch.bincount(identities)[identities].double()
+        self.weights = weights
         self.batches_per_epoch = length // (batch_size * world_size)
         if self.batches_per_epoch == 0:
             raise ValueError(
@@ -239,10 +240,22 @@ def validates(step: int, args: argparse.Namespace, stop: bool = False) -> bool:
 
 def is_out_of_time(accelerator: Accelerator, hours: float, max_hours: float | None) -> bool:
     """Whether a run of `hours` is to stop; the main process decides for all."""
-    if max_hours is None:
-        return False
+    if max_hours is None or accelerator.num_processes == 1:
+        return max_hours is not None and hours > max_hours
     late = torch.tensor(float(hours > max_hours and accelerator.is_main_process), device=accelerator.device)
     return bool(accelerator.reduce(late, "sum"))
+
+
+@functools.lru_cache(maxsize=8)
+def facial_feature_weights(size: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Where an aligned face's error matters most: eyes and mouth by the five-point template of ArcFace, `(size, size)`
+    with mean 1."""
+    # two eyes, the mouth's corners and middle, in pixels of 112x112 (Deng et al. 2019)
+    points = torch.tensor([[38.3, 51.7], [73.5, 51.5], [41.5, 92.4], [56.1, 92.3], [70.7, 92.2]], device=device)
+    side = (torch.arange(size, device=device) + 0.5) * 112 / size
+    across, down = (side[None, :, None] - points[:, 0]), (side[:, None, None] - points[:, 1])
+    weights = 1 + 3 * torch.exp(-(across**2 + down**2) / (2 * 8.0**2)).amax(dim=-1)
+    return weights / weights.mean()
 
 
 def make_lr_scheduler(args, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:

@@ -46,7 +46,7 @@ def reconstruction_quality(
         result = reconstruct(vae, batch)
         figures = {"l1": (result - batch).abs().mean(dim=(1, 2, 3))}
         if perceptual is not None:
-            figures["lpips"] = perceptual(batch, result)
+            figures["lpips"] = perceptual(batch, result).mean(dim=(1, 2, 3))
         for name, recognizer in (recognizers or {}).items():
             figures[f"identity/{name}"] = F.cosine_similarity(recognizer(batch), recognizer(result))
         for name, values in figures.items():
