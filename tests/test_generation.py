@@ -30,7 +30,7 @@ from uiface_diffusers import (
 from uiface_diffusers.data.sources import open_source
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.identities import DistinctIdentities, perturb_embeddings
-from uiface_diffusers.seeds import image_generator
+from uiface_diffusers.seeds import image_generator, noise_generator
 
 FAST = {"num_inference_steps": 3}
 
@@ -97,9 +97,7 @@ def test_an_image_can_be_made_again_from_its_row(tiny_pipeline, tmp_path):
         generator = image_generator(0, row["identity"], row["index"], stream=1)
         embedding, cosine = perturb_embeddings(bank().embeddings[[position // 2]], (0.6, 0.9), [generator])
         assert row["perturbation"] == pytest.approx(cosine.item()) and 0.6 <= cosine <= 0.9
-        out = tiny_pipeline(
-            embedding, generator=torch.Generator().manual_seed(row["seed"]), guidance_scale=3.0, **FAST
-        )
+        out = tiny_pipeline(embedding, generator=noise_generator(row["seed"]), guidance_scale=3.0, **FAST)
         assert out.boundary_timesteps.item() == row["boundary_timestep"]
         expected = out.images[0].resize((12, 12), PIL.Image.Resampling.BILINEAR)
         saved = PIL.Image.open(tmp_path / row["file_name"])

@@ -50,7 +50,7 @@ from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.generation import bank_hash
 from uiface_diffusers.hub import IDENTITIES
 from uiface_diffusers.identities import largest_cosines
-from uiface_diffusers.seeds import image_generator
+from uiface_diffusers.seeds import NOISE_VERSION, image_generator
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -241,7 +241,8 @@ def what_decides(pipeline: str, args: argparse.Namespace) -> dict[str, Any]:
     pipe, bank = UIFacePipeline.from_pretrained(pipeline), Path(pipeline) / IDENTITIES
     identities = bank_hash(IdentityBank.load(bank)) if bank.exists() else None
     defaults = pipe.default_sampling(args.num_inference_steps)
-    return options | {"model": pipeline_fingerprint(pipe), "defaults": defaults, "identities": identities}
+    options |= {"noise": NOISE_VERSION, "model": pipeline_fingerprint(pipe)}
+    return options | {"defaults": defaults, "identities": identities}
 
 
 def training_progress(pipeline: str) -> dict[str, float] | None:

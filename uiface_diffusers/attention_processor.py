@@ -1,17 +1,25 @@
 """Attention processors that record what the adaptive boundary needs and inject the empty branch's attention.
 
-They read the step's `RowPlan` from the UNet's `cross_attention_kwargs` and work on any UNet made of diffusers'
+They hold nothing of a call. The step's `RowPlan` and the call's `AttentionState`s come through the UNet's
+`cross_attention_kwargs`, so that calls which share a UNet do not meet. They work on any UNet made of diffusers'
 `Attention` modules.
 """
 
 import math
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import AttentionMixin
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
+from .fingerprint import unwrapped
 from .models.unet_uiface import UIFaceUNet2DModel
 from .two_stage import (
     ATTENTION_MAP_SIZE,
@@ -21,6 +29,21 @@ from .two_stage import (
     key_covariance,
     logit_std,
 )
+
+
+@dataclass
+class AttentionState:
+    """What one call keeps for one attention module.
+
+    Args:
+        contexts (`tuple`, *optional*): of a cross-attention: keys and values of all contexts of the call, and the
+            keys' covariances where they are needed, by `encode_contexts`. The rows take theirs by `RowPlan.contexts`,
+            and the UNet is given no context. By default, it is given the context of every row.
+        kept (*optional*): what the empty rows gave to the identity rows, for steps that reuse it.
+    """
+
+    contexts: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
+    kept: Any = None
 
 
 class AttentionMapRecorder:
@@ -57,12 +80,19 @@ class AttentionMapRecorder:
             self.block_maps.append(block_attention_map(logits, height, width, self.map_size))
 
 
-class UIFaceAttnProcessor(AttnProcessor2_0):
+class UIFaceAttnProcessor:
     """Shared course of the two processors: norms, projections, fused scaled-dot-product attention, output.
 
     Works for self-attention and cross-attention as `AttnProcessor2_0` does; what the plan changes is in
-    `_query_key_value`.
+    `_query_key_value`. Without a plan, it is the processor that it replaces.
+
+    Args:
+        name (`str`): of the attention module within the UNet.
+        replaced (*optional*): the module's own processor, `AttnProcessor2_0` by default.
     """
+
+    def __init__(self, name: str = "", replaced: AttnProcessor | AttnProcessor2_0 | None = None):
+        self.name, self.replaced = name, replaced or AttnProcessor2_0()
 
     def __call__(
         self,
@@ -74,16 +104,20 @@ class UIFaceAttnProcessor(AttnProcessor2_0):
         row_plan: RowPlan | None = None,
         injection_strength: float = 0.5,
         recorder: AttentionMapRecorder | None = None,
+        states: Mapping[str, AttentionState] | None = None,
     ) -> torch.Tensor:
         if row_plan is None:
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+            return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        state = AttentionState() if states is None else states[self.name]
         residual = hidden_states
         if hidden_states.ndim == 4:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = self._query_key_value(attn, hidden_states, context, row_plan, injection_strength, recorder)
+        query, key, value = self._query_key_value(
+            attn, hidden_states, context, row_plan, injection_strength, recorder, state
+        )
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[2], len(hidden_states))
             attention_mask = attention_mask.view(len(hidden_states), attn.heads, -1, attention_mask.shape[-1])
@@ -119,37 +153,22 @@ class SelfInjectionAttnProcessor(UIFaceAttnProcessor):
     Their own queries and keys are not computed, no attention map is materialised.
     """
 
-    def __init__(self):
-        super().__init__()
-        self.kept = None
-
-    def _query_key_value(self, attn, hidden_states, context, row_plan, injection_strength, recorder):
+    def _query_key_value(self, attn, hidden_states, context, row_plan, injection_strength, recorder, state):
         value = _heads(attn, attn.to_v(context))
         if not row_plan.self_injection:
             return _query(attn, hidden_states), _key(attn, context), value
         num_empty = len(row_plan.empty)
         if row_plan.reuses_empty:
-            query, key = self.kept
+            query, key = state.kept
         else:
             query, key = _query(attn, hidden_states[:num_empty]), _key(attn, context[:num_empty])
-            self.kept = (query, key) if row_plan.keeps_empty else None
+            state.kept = (query, key) if row_plan.keeps_empty else None
         return query[row_plan.source], key[row_plan.source], value
 
 
 class CrossInjectionAttnProcessor(UIFaceAttnProcessor):
     """Cross-attention that records the rows which seek their boundary, and renormalises the identity rows' logits
-    towards those of their empty rows, as the temperature that this is (`two_stage.cross_temperature`).
-
-    Args:
-        contexts (`tuple`, *optional*): keys and values of all contexts of a call, and the keys' covariances where they
-            are needed, by `encode_contexts`. The rows then take theirs by `RowPlan.contexts`, and the states that the
-            UNet is given are ignored. By default, the UNet is given the context of every row.
-    """
-
-    def __init__(self, contexts: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None):
-        super().__init__()
-        self.contexts = contexts
-        self.kept = None
+    towards those of their empty rows, as the temperature that this is (`two_stage.cross_temperature`)."""
 
     @staticmethod
     def encode_contexts(
@@ -162,22 +181,22 @@ class CrossInjectionAttnProcessor(UIFaceAttnProcessor):
         with torch.autocast(key.device.type, enabled=False):
             return key, value, key_covariance(key) if with_covariance else None
 
-    def _query_key_value(self, attn, hidden_states, context, row_plan, injection_strength, recorder):
+    def _query_key_value(self, attn, hidden_states, context, row_plan, injection_strength, recorder, state):
         query, injects = _query(attn, hidden_states), row_plan.cross_injection
-        if self.contexts is None:
+        if state.contexts is None:
             key, value, covariance = self.encode_contexts(attn, context, injects)
         else:
-            key, value = (each[row_plan.contexts] for each in self.contexts[:2])
-            covariance = self.contexts[2][row_plan.contexts] if injects else None
+            key, value = (each[row_plan.contexts] for each in state.contexts[:2])
+            covariance = state.contexts[2][row_plan.contexts] if injects else None
         if recorder is not None and row_plan.recorded is not None:
             recorder.record(query[row_plan.recorded], key[row_plan.recorded], attn.scale)
         if injects:
             with torch.autocast(query.device.type, enabled=False):
                 std = logit_std(query, covariance)
-                empty_std = self.kept if row_plan.reuses_empty else std[: len(row_plan.empty)]
+                empty_std = state.kept if row_plan.reuses_empty else std[: len(row_plan.empty)]
                 # 1 in the empty rows, which are their own source
                 temperature = cross_temperature(std, empty_std[row_plan.source], injection_strength)
-            self.kept = empty_std if row_plan.keeps_empty else None
+            state.kept = empty_std if row_plan.keeps_empty else None
             query = query * temperature.to(query.dtype)
         return query, key, value
 
@@ -185,9 +204,9 @@ class CrossInjectionAttnProcessor(UIFaceAttnProcessor):
 def attends_to_contexts_only(unet: torch.nn.Module) -> bool:
     """Whether the UNet uses its contexts in cross-attention alone, and as they are given: then their keys and values
     can be computed beforehand. UNets of other people's classes may do anything with them."""
-    unet = getattr(unet, "_orig_mod", unet)
+    unet = unwrapped(unet)
     others = ("encoder_hid_dim_type", "addition_embed_type", "dual_cross_attention")
-    is_known = isinstance(unet, UIFaceUNet2DModel | UNet2DConditionModel)
+    is_known = type(unet) in (UIFaceUNet2DModel, UNet2DConditionModel)
     return is_known and not any(unet.config.get(name) for name in others)
 
 
@@ -198,10 +217,39 @@ def cross_attention_names(unet: torch.nn.Module) -> list[str]:
     ]
 
 
-def two_stage_processors(
-    unet: AttentionMixin, contexts: torch.Tensor | None = None, cross_injection: bool = True
-) -> dict[str, UIFaceAttnProcessor]:
+def two_stage_processors(unet: AttentionMixin) -> dict[str, UIFaceAttnProcessor]:
     """The processors of a UNet for two-stage sampling, to be given to `unet.set_attn_processor`.
+
+    Raises:
+        ValueError: an attention module has a processor other than diffusers' `AttnProcessor` or `AttnProcessor2_0`,
+            which may compute something else; or it has projections of its own for the context (`added_kv_proj_dim`) or
+            a spatial norm, which the method does not define.
+    """
+    processors = {}
+    # names inside a compiled module, as `set_attn_processor` sees them
+    for name, module in unwrapped(unet).named_modules():
+        if not hasattr(module, "get_processor"):
+            continue
+        present = module.get_processor()
+        # of another call that is under way
+        present = present.replaced if isinstance(present, UIFaceAttnProcessor) else present
+        if not isinstance(module, Attention) or type(present) not in (AttnProcessor, AttnProcessor2_0):
+            raise ValueError(
+                f"attention `{name}` of {type(unwrapped(unet)).__name__} is computed by {type(present).__name__}."
+                " Two-stage sampling replaces diffusers' AttnProcessor and AttnProcessor2_0 only: another one may not"
+                " be softmax attention. If it is, set one of those by `unet.set_attn_processor`."
+            )
+        if module.added_kv_proj_dim is not None or module.spatial_norm is not None:
+            raise ValueError(f"attention `{name}` has added key/value projections or a spatial norm: not supported.")
+        kind = CrossInjectionAttnProcessor if module.is_cross_attention else SelfInjectionAttnProcessor
+        processors[f"{name}.processor"] = kind(name, present)
+    return processors
+
+
+def attention_states(
+    unet: AttentionMixin, contexts: torch.Tensor | None = None, cross_injection: bool = True
+) -> dict[str, AttentionState]:
+    """The states of a call, one for each attention module by its name.
 
     Args:
         unet: the UNet.
@@ -209,27 +257,51 @@ def two_stage_processors(
             own, of a UNet that `attends_to_contexts_only`. Their keys and values are then computed here, once for all
             steps.
         cross_injection (`bool`, defaults to `True`): whether the keys' covariances will be needed.
-
-    Raises:
-        ValueError: an attention module has projections of its own for the context (`added_kv_proj_dim`) or a spatial
-            norm, which the method does not define.
     """
-    processors = {}
-    # names inside a compiled module, as `set_attn_processor` sees them
-    unet = getattr(unet, "_orig_mod", unet)
+    states = {}
+    unet = unwrapped(unet)
     for name, module in unet.named_modules():
         if not isinstance(module, Attention):
             continue
-        if module.added_kv_proj_dim is not None or module.spatial_norm is not None:
-            raise ValueError(f"attention `{name}` has added key/value projections or a spatial norm: not supported.")
-        if not module.is_cross_attention:
-            processor = SelfInjectionAttnProcessor()
-        elif contexts is None:
-            processor = CrossInjectionAttnProcessor()
-        else:
+        states[name] = AttentionState()
+        if module.is_cross_attention and contexts is not None:
             block = unet.get_submodule(name.rpartition(".")[0])
             tokens = block.context_tokens(contexts) if hasattr(block, "context_tokens") else contexts
-            encoded = CrossInjectionAttnProcessor.encode_contexts(module, tokens, cross_injection)
-            processor = CrossInjectionAttnProcessor(encoded)
-        processors[f"{name}.processor"] = processor
-    return processors
+            states[name].contexts = CrossInjectionAttnProcessor.encode_contexts(module, tokens, cross_injection)
+    return states
+
+
+_lock = threading.Lock()
+# of every UNet that is being sampled from: the number of calls under way, and the processors installed for them
+_installed: WeakKeyDictionary[torch.nn.Module, tuple[int, dict[str, UIFaceAttnProcessor]]] = WeakKeyDictionary()
+
+
+@contextmanager
+def installed_processors(unet: AttentionMixin) -> Iterator[None]:
+    """The UNet has `two_stage_processors` within. The first of several calls at a time installs them, and the last one
+    restores what was there; calls of the UNet without a plan get what was there at any time.
+
+    Raises:
+        ValueError: see `two_stage_processors`.
+    """
+    unet = unwrapped(unet)
+    with _lock:
+        calls, installed = _installed.get(unet, (0, {}))
+        for name, processor in two_stage_processors(unet).items():
+            module = unet.get_submodule(name.removesuffix(".processor"))
+            if not isinstance(module.get_processor(), UIFaceAttnProcessor):
+                module.set_processor(processor)
+                installed[name] = processor
+        _installed[unet] = (calls + 1, installed)
+    try:
+        yield
+    finally:
+        with _lock:
+            calls, installed = _installed.pop(unet)
+            if calls > 1:
+                _installed[unet] = (calls - 1, installed)
+            else:
+                for name, processor in installed.items():
+                    module = unet.get_submodule(name.removesuffix(".processor"))
+                    if module.get_processor() is processor:
+                        module.set_processor(processor.replaced)

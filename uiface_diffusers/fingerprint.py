@@ -8,16 +8,30 @@ import torch
 from diffusers import DiffusionPipeline
 
 
+def unwrapped(component: Any) -> Any:
+    """The model inside `torch.compile`'s and PyTorch's data-parallel wrappers; anything else as it is."""
+    parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    while isinstance(component, torch.nn.Module):
+        inner = component.module if isinstance(component, parallel) else getattr(component, "_orig_mod", None)
+        if inner is None:
+            break
+        component = inner
+    return component
+
+
 def public_config(component: Any) -> dict[str, Any]:
     """A component's configuration without what is not about the model, as the folder it was loaded from."""
     return {name: value for name, value in component.config.items() if not name.startswith("_")}
 
 
 def model_fingerprint(component: Any) -> str:
-    """Twelve hexadecimal digits of a component's class, configuration and weights."""
+    """Twelve hexadecimal digits of a component's class, configuration and weights, compiled or not."""
+    component = unwrapped(component)
     content = json.dumps([type(component).__name__, public_config(component)], sort_keys=True, default=str)
     digest = hashlib.sha256(content.encode())
     weights = component.state_dict() if isinstance(component, torch.nn.Module) else {}
+    # a part that was compiled alone
+    weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in weights.items()}
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy())
@@ -27,7 +41,7 @@ def model_fingerprint(component: Any) -> str:
 def weights_fingerprint(module: torch.nn.Module) -> str:
     """Twelve hexadecimal digits of the weights of a module that has no configuration."""
     digest = hashlib.sha256()
-    for tensor in module.state_dict().values():
+    for tensor in unwrapped(module).state_dict().values():
         digest.update(tensor.detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()[:12]
 

@@ -19,6 +19,7 @@ import os
 import platform
 import shutil
 import tarfile
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import chain
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,7 @@ from .hub import IDENTITIES
 from .identities import IdentityBank, perturb_embeddings
 from .latents import decode_latents
 from .pipeline_uiface import UIFacePipeline
-from .seeds import PERTURBATION, image_generator, image_seed
+from .seeds import NOISE_VERSION, PERTURBATION, image_generator, noise_seed
 
 OUTPUT_FORMATS = ("imagefolder", "webdataset")
 # arguments of the pipeline's call that a data set gives itself
@@ -164,7 +166,10 @@ def generate_dataset(
         ValueError: an argument is out of range, or `output` was begun with other settings.
         RuntimeError: another process is at work on the same part of `output`.
     """
+    sampling = {name: _plain(value) for name, value in sampling.items()}
     _check_arguments(pipeline, identities, locals())
+    images_per_identity, seed, size, max_attempts = map(int, (images_per_identity, seed, size, max_attempts))
+    batch_size, shard = int(batch_size), (int(shard[0]), int(shard[1]))
     state = PartialState()
     part = (shard[0] * state.num_processes + state.process_index, shard[1] * state.num_processes)
     output = Path(output)
@@ -172,6 +177,7 @@ def generate_dataset(
         "model": pipeline_fingerprint(pipeline),
         "scheduler": type(pipeline.scheduler).__name__,
         "dtype": str(pipeline.unet.dtype),
+        "noise": NOISE_VERSION,
         "identities": bank_hash(identities),
         "number_of_identities": len(identities),
         "identity_encoder": identities.identity_encoder,
@@ -180,8 +186,8 @@ def generate_dataset(
         "size": size,
         "image_format": image_format,
         "output_format": output_format,
-        "identity_perturbation": None if identity_perturbation is None else list(identity_perturbation),
-        "min_similarity": min_similarity,
+        "identity_perturbation": None if identity_perturbation is None else [float(c) for c in identity_perturbation],
+        "min_similarity": None if min_similarity is None else float(min_similarity),
         "encoder": None if encoder is None else encoder.name,
         "max_attempts": max_attempts if min_similarity is not None else 1,
         "sampling": _sampling(pipeline, sampling),
@@ -190,6 +196,7 @@ def generate_dataset(
     with _locked(output, part):
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions |= {"diffusers": diffusers.__version__, "uiface_diffusers": version("uiface-diffusers")}
+        _check_noise(output / GENERATION)
         check_settings(output / GENERATION, settings, versions=versions)
         made, seconds = run.make(part)
     # the last one to come here completes the data set
@@ -218,6 +225,27 @@ def _sampling(pipeline: UIFacePipeline, given: Mapping[str, Any]) -> dict[str, A
     return sampling | {name: value for name, value in defaults.items() if sampling[name] is None}
 
 
+def _plain(value: Any) -> Any:
+    """Numpy's numbers as Python's, which JSON knows."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _check_noise(file: Path) -> None:
+    """Refuses a folder whose images have noise of another version: those still missing would have other noise."""
+    try:
+        begun = json.loads(file.read_text())["settings"].get("noise", 1) if file.exists() else NOISE_VERSION
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return  # damaged, as `check_settings` will say
+    if begun != NOISE_VERSION:
+        raise ValueError(
+            f"{file.parent} was begun with noise of version {begun}, this uiface-diffusers draws version"
+            f" {NOISE_VERSION}: the same seed gives other images (version 1 used 32 bits of a seed, so that images"
+            " shared their noise). Choose another folder, or complete this one with the version that began it."
+        )
+
+
 def _check_arguments(pipeline: UIFacePipeline, identities: IdentityBank, arguments: Mapping[str, Any]) -> None:
     if not len(identities):
         raise ValueError("the bank of identities is empty.")
@@ -227,8 +255,11 @@ def _check_arguments(pipeline: UIFacePipeline, identities: IdentityBank, argumen
     if len(set(identities.names)) < len(identities):
         raise ValueError("two identities of the bank have one name: their images would fall together.")
     for name in ("images_per_identity", "batch_size", "size", "max_attempts"):
-        if arguments[name] < 1:
-            raise ValueError(f"`{name}` has to be positive but is {arguments[name]}.")
+        value = arguments[name]
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"`{name}` has to be positive, an integer, but is {value!r}.")
+    if not isinstance(arguments["seed"], Integral) or isinstance(arguments["seed"], bool):
+        raise ValueError(f"`seed` has to be an integer but is {arguments['seed']!r}.")
     for name, values in (("image_format", tuple(IMAGE_FORMATS)), ("output_format", OUTPUT_FORMATS)):
         if arguments[name] not in values:
             raise ValueError(f"`{name}` has to be one of {values} but is {arguments[name]!r}.")
@@ -238,7 +269,10 @@ def _check_arguments(pipeline: UIFacePipeline, identities: IdentityBank, argumen
     encoder, wanted = arguments["encoder"], identities.identity_encoder
     if encoder is not None and wanted not in (None, encoder.name):
         raise ValueError(f"the bank is of `{wanted}`: its identities cannot be measured by `{encoder.name}`.")
-    if arguments["min_similarity"] is not None and encoder is None:
+    similarity = arguments["min_similarity"]
+    if similarity is not None and not (isinstance(similarity, Real) and -1 <= similarity <= 1):
+        raise ValueError(f"`min_similarity` has to be a cosine, from -1 to 1, but is {similarity!r}.")
+    if similarity is not None and encoder is None:
         raise ValueError("`min_similarity` needs an `encoder` to measure by.")
     if any(hasattr(module, "_hf_hook") for module in pipeline.components.values()):
         raise ValueError("the pipeline is offloaded; images are decoded beside sampling: put it on one device.")
@@ -248,8 +282,16 @@ def _check_arguments(pipeline: UIFacePipeline, identities: IdentityBank, argumen
         raise ValueError(
             f"the pipeline's call has no argument {unknown[0]!r} that could be given here: {sorted(taken)}."
         )
-    # wrong embeddings are named before anything is loaded or written
-    pipeline.prepare_identity_embeds(identities)
+    # wrong embeddings and settings are named before anything is loaded or written
+    pipeline.check_inputs(
+        identity_embeds=pipeline.prepare_identity_embeds(identities),
+        num_images_per_prompt=1,
+        generator=None,
+        latents=None,
+        output_type="latent",
+        callback_on_step_end_tensor_inputs=None,
+        **_sampling_defaults(pipeline) | arguments["sampling"],
+    )
     if arguments["identity_perturbation"] is not None:
         perturb_embeddings(identities.embeddings[:1], arguments["identity_perturbation"], [torch.Generator()])
 
@@ -288,6 +330,7 @@ class _Run:
         journal = Journal(self.output, part)
         started, made = time.monotonic(), 0
         self.pipeline.set_progress_bar_config(disable=True)
+        self.thread = threading.get_ident()
         hook = self.pipeline.unet.register_forward_pre_hook(self._count_rows, with_kwargs=True)
         total = sum(map(len, units))
         try:
@@ -315,7 +358,9 @@ class _Run:
         return is_complete_image(self.images / self.name(number), row.size, self.settings["image_format"])
 
     def _count_rows(self, module, args, kwargs) -> None:
-        self.unet_rows += len(args[0] if args else kwargs["sample"])
+        # the UNet may be sampled from in other threads, too
+        if threading.get_ident() == self.thread:
+            self.unet_rows += len(args[0] if args else kwargs["sample"])
 
     def _make_images(self, numbers: list[tuple[int, int]], journal: Journal, progress: tqdm) -> int:
         """Samples in this thread; another one decodes, measures, resizes, encodes and writes. On a CPU this thread
@@ -373,7 +418,7 @@ class _Run:
         rows, again = [], []
         for attempt, picture, *figures in zip(batch, pictures, boundaries, perturbations, similarities, strict=True):
             name = self.identities.names[attempt.identity]
-            seed = image_seed(settings["seed"], name, attempt.index, attempt.number)
+            seed = noise_seed(settings["seed"], name, attempt.index, attempt.number)
             row = ImageRow(name, attempt.index, seed, attempt.number, *figures, size=0)
             number = (attempt.identity, attempt.index)
             if settings["min_similarity"] is not None:

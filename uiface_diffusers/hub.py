@@ -33,6 +33,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .fingerprint import unwrapped
+
 PACKAGE = "uiface_diffusers"
 MODEL_INDEX = "model_index.json"
 IDENTITIES = "identities.safetensors"
@@ -175,7 +177,7 @@ def _digest(text: str) -> str:
 
 
 def _card_section(pipeline, repo_id: str, metadata: ModelCardData, recipe: str | None) -> str:
-    projector, unet, vae = pipeline.identity_projector, pipeline.unet, pipeline.vae
+    projector, unet, vae = (unwrapped(part) for part in (pipeline.identity_projector, pipeline.unet, pipeline.vae))
     size = unet.config.sample_size
     latents = (
         f"{unet.config.in_channels}x{size}x{size}" if isinstance(size, int) else f"{unet.config.in_channels}x{size}"

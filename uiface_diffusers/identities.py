@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .files import check_settings, complete_file
 from .fingerprint import pipeline_fingerprint
-from .seeds import mix_seed
+from .seeds import CANDIDATE, NOISE_VERSION, image_generator
 
 if TYPE_CHECKING:
     from .faces import FaceEncoder
@@ -270,15 +270,16 @@ def make_identities(
     max_candidates = 20 * number if max_candidates is None else max_candidates
     folder = Path(f"{output}.candidates")
     settings = {"seed": seed, "batch_size": batch_size, "identity_encoder": encoder.name, "sampling": sampling}
-    check_settings(folder / "settings.json", {"model": pipeline_fingerprint(pipeline), **settings})
+    settings |= {"model": pipeline_fingerprint(pipeline), "noise": NOISE_VERSION}
+    check_settings(folder / "settings.json", settings)
     pipeline.set_progress_bar_config(disable=True)
     faceless = 0
     with tqdm(total=number, desc="identities", unit="identity") as progress:
         for start in range(0, max_candidates, batch_size):
             file = folder / f"{start // batch_size:06d}.safetensors"
             if not file.exists():
-                seeds = [mix_seed(seed, start + k) for k in range(batch_size)]
-                generators = [torch.Generator().manual_seed(each) for each in seeds]
+                numbers = range(start, start + batch_size)
+                generators = [image_generator(seed, "", number, stream=CANDIDATE) for number in numbers]
                 pictures = pipeline(None, batch_size, generator=generators, **sampling).images
                 found = [bool(encoder.detect(np.asarray(picture))) for picture in pictures]
                 with complete_file(file) as beside:

@@ -4,6 +4,9 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 
 FirstStage = AutoencoderKL | AutoencoderTiny | VQModel
+# decoded at once: 64 pictures of 128x128. A `VQModel` of 8192 codes, one for 16 pixels, then holds 2 GiB of distances,
+# and a decoder with 128 channels about as much
+PIXELS_AT_ONCE = 64 * 128 * 128
 
 
 def encode_images(vae: FirstStage, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -24,8 +27,14 @@ def encode_images(vae: FirstStage, images: torch.Tensor, generator: torch.Genera
 
 def decode_latents(vae: FirstStage, latents: torch.Tensor) -> torch.Tensor:
     """The way back: `(batch, latent_channels, h, w)` -> `(batch, 3, height, width)`, about [-1, 1]. A `VQModel`
-    quantises the latents first."""
-    return vae.decode(latents / vae.config.scaling_factor + _shift_factor(vae), return_dict=False)[0]
+    quantises the latents first. Large batches are decoded in parts, so that the memory does not grow with them."""
+    latents = latents / vae.config.scaling_factor + _shift_factor(vae)
+    blocks = vae.config.get("block_out_channels") or vae.config.decoder_block_out_channels
+    pixels = latents.shape[-2] * latents.shape[-1] * 4 ** (len(blocks) - 1)
+    parts = latents.split(max(1, PIXELS_AT_ONCE // pixels))
+    if len(parts) == 1:
+        return vae.decode(latents, return_dict=False)[0]
+    return torch.cat([vae.decode(part, return_dict=False)[0] for part in parts])
 
 
 def _shift_factor(vae: FirstStage) -> float:

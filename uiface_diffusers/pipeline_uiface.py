@@ -1,18 +1,22 @@
 import copy
 import inspect
+import math
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import diffusers
 import numpy as np
 import PIL.Image
 import torch
 from diffusers import AutoModel, DiffusionPipeline, DPMSolverSinglestepScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
@@ -23,20 +27,32 @@ from huggingface_hub import create_repo
 from .attention_processor import (
     AttentionMapRecorder,
     attends_to_contexts_only,
+    attention_states,
     cross_attention_names,
+    installed_processors,
     two_stage_processors,
 )
+from .fingerprint import unwrapped
 from .hub import download_pipeline, fill_card, load_card, own_class_names, write_remote_code
 from .identities import IdentityBank
 from .latents import FirstStage, decode_latents
 from .models.empty_context import EmptyContext
 from .models.identity_projector import IdentityProjector
 from .models.unet_uiface import UIFaceUNet2DModel
+from .schedulers import check_scheduler, check_timesteps
 from .two_stage import attention_map, combine_rows, guidance_difference, map_distance, plan_rows, update_flags
 
 INJECTIONS = (None, "self", "cross", "both")
 # arguments of the call whose defaults are the model's own: entries of the pipeline's configuration
-MODEL_DEFAULTS = ("guidance_scale", "boundary_threshold", "latest_boundary", "injection_strength")
+PAPER_DEFAULTS = {
+    "guidance_scale": 2.0,
+    "boundary_threshold": 0.006,
+    "latest_boundary": 500,
+    "injection_strength": 0.5,
+}
+MODEL_DEFAULTS = tuple(PAPER_DEFAULTS)
+# those of the pipelines that denoisers have been part of
+_known_defaults: WeakKeyDictionary[torch.nn.Module, dict[str, float]] = WeakKeyDictionary()
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -67,6 +83,35 @@ class UIFacePipelineOutput(BaseOutput):
     boundary_timesteps: torch.Tensor
 
 
+def _random_generators(
+    generator: torch.Generator | list[torch.Generator] | None, device: torch.device
+) -> list[torch.Generator]:
+    """Those that diffusers' `randn_tensor` draws from: without a generator, the default one of the samples' device."""
+    if generator is not None:
+        return generator if isinstance(generator, list) else [generator]
+    if device.type == "cpu":
+        return [torch.default_generator]
+    of_devices = getattr(getattr(torch, device.type, None), "default_generators", ())
+    return [of_devices[device.index or 0]] if of_devices else []
+
+
+def _plain(value: Any) -> Any:
+    """A numpy number as Python's."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{name}` has to be a positive integer but is {value!r}.")
+
+
+def _check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not low <= value <= high:
+        limits = "" if math.isinf(low) else f" from {low:g}" + ("" if math.isinf(high) else f" to {high:g}")
+        raise ValueError(f"`{name}` has to be a finite number{limits} but is {value!r}.")
+
+
 def step_after_switch(
     scheduler,
     switched: torch.Tensor,
@@ -87,11 +132,10 @@ def step_after_switch(
     Returns:
         `torch.Tensor` of shape `(B, C, H, W)`: the previous sample.
     """
-    generator = step_kwargs.get("generator")
+    generators = _random_generators(step_kwargs.get("generator"), sample.device)
 
     def step_copy(copied) -> torch.Tensor:
         # the copy draws the noise that the scheduler itself will draw after it
-        generators = generator if isinstance(generator, list) else [generator or torch.default_generator]
         states = [each.get_state() for each in generators]
         previous = copied.step(model_output, timestep, sample, **step_kwargs, return_dict=False)[0]
         for each, state in zip(generators, states, strict=True):
@@ -122,6 +166,16 @@ def step_after_switch(
     return previous
 
 
+def _is_called_as_unet(model: torch.nn.Module) -> bool:
+    try:
+        inspect.signature(type(model).forward).bind(
+            model, "sample", "timestep", encoder_hidden_states=None, cross_attention_kwargs=None, return_dict=False
+        )
+    except TypeError:
+        return False
+    return True
+
+
 class UIFacePipeline(DiffusionPipeline):
     r"""Synthetic faces by two-stage, identity-conditioned latent diffusion (UIFace, arXiv 2502.19803).
 
@@ -132,11 +186,16 @@ class UIFacePipeline(DiffusionPipeline):
     Args:
         vae ([`AutoencoderKL`], [`AutoencoderTiny`] or [`VQModel`]): the first stage.
         unet ([`UIFaceUNet2DModel`] or [`UNet2DConditionModel`]): the denoiser; it must have cross-attention.
-        scheduler ([`SchedulerMixin`]): any diffusers scheduler with an epsilon or v prediction.
+        scheduler ([`SchedulerMixin`]): one of `uiface_diffusers.schedulers.SUPPORTED`, with epsilon or v prediction.
         identity_projector ([`IdentityProjector`]): identity embedding -> identity context.
         empty_context ([`EmptyContext`]): the learned context of nobody.
         guidance_scale, boundary_threshold, latest_boundary, injection_strength (*optional*): what the call takes where
-            it is not told otherwise, as it suits this model; the defaults are the paper's. Saved with the pipeline.
+            it is not told otherwise, as it suits this model; the defaults are the paper's. Saved with the pipeline,
+            and taken over by `from_pipe`. `components` does not have them: `UIFacePipeline(**pipe.components)` warns
+            if the model's own are others than the paper's.
+
+    Raises:
+        ValueError: components that do not belong together or cannot be sampled from, or defaults out of range.
     """
 
     model_cpu_offload_seq = "identity_projector->empty_context->unet->vae"
@@ -149,14 +208,18 @@ class UIFacePipeline(DiffusionPipeline):
         scheduler: KarrasDiffusionSchedulers,
         identity_projector: IdentityProjector,
         empty_context: EmptyContext,
-        guidance_scale: float = 2.0,
-        boundary_threshold: float = 0.006,
-        latest_boundary: int = 500,
-        injection_strength: float = 0.5,
+        guidance_scale: float | None = None,
+        boundary_threshold: float | None = None,
+        latest_boundary: int | None = None,
+        injection_strength: float | None = None,
     ):
         super().__init__()
         self._check_components(vae, unet, identity_projector, empty_context)
-        self._check_defaults(latest_boundary, injection_strength)
+        given = dict(
+            zip(MODEL_DEFAULTS, (guidance_scale, boundary_threshold, latest_boundary, injection_strength), strict=True)
+        )
+        self._check_defaults(**given)
+        given = {name: _plain(value) for name, value in given.items() if value is not None}
         self.register_modules(
             vae=vae,
             unet=unet,
@@ -164,12 +227,7 @@ class UIFacePipeline(DiffusionPipeline):
             identity_projector=identity_projector,
             empty_context=empty_context,
         )
-        self.register_to_config(
-            guidance_scale=guidance_scale,
-            boundary_threshold=boundary_threshold,
-            latest_boundary=latest_boundary,
-            injection_strength=injection_strength,
-        )
+        self.register_to_config(**self._with_defaults(unwrapped(unet), given))
         self.image_processor = VaeImageProcessor()
 
     @classmethod
@@ -278,11 +336,39 @@ class UIFacePipeline(DiffusionPipeline):
             return self._upload_folder(folder, repo_id, token=token, commit_message=message, create_pr=create_pr)
 
     @staticmethod
+    def _with_defaults(unet: torch.nn.Module | None, given: dict[str, float]) -> dict[str, float]:
+        """The paper's defaults where none are given. Warns where those of the model are others."""
+        defaults = PAPER_DEFAULTS | given
+        if unet is None:
+            return defaults
+        known = _known_defaults.get(unet, {})
+        lost = {name: value for name, value in known.items() if name not in given and value != defaults[name]}
+        _known_defaults[unet] = defaults | lost
+        if lost:
+            own = ", ".join(f"{name}={value}" for name, value in lost.items())
+            taken = ", ".join(f"{name}={defaults[name]}" for name in lost)
+            warnings.warn(
+                f"`unet` comes from a pipeline with {own}, which components do not carry: the paper's {taken} will be"
+                " taken. Use `UIFacePipeline.from_pipe(pipe)`, which keeps the model's own, or give them.",
+                stacklevel=3,
+            )
+        return defaults
+
+    @staticmethod
     def _check_components(vae, unet, identity_projector, empty_context) -> None:
         if unet is not None:
-            name = type(unet).__name__
-            if not cross_attention_names(unet):
+            model = unwrapped(unet)
+            name = type(model).__name__
+            if not cross_attention_names(model):
                 raise ValueError(f"`unet` ({name}) has no cross-attention: it cannot follow a context.")
+            two_stage_processors(model)
+            is_known = isinstance(model, UIFaceUNet2DModel | UNet2DConditionModel)
+            # other people's classes are taken if they can be called in the same way
+            if not is_known and (type(model).__module__.startswith("diffusers.") or not _is_called_as_unet(model)):
+                raise ValueError(
+                    f"`unet` is {name}, which is called in another way: UIFaceUNet2DModel and UNet2DConditionModel can"
+                    " be sampled from."
+                )
             if unet.config.out_channels != unet.config.in_channels:
                 raise ValueError(
                     f"`unet` ({name}) predicts {unet.config.out_channels} channels for {unet.config.in_channels}"
@@ -307,24 +393,27 @@ class UIFacePipeline(DiffusionPipeline):
                 raise ValueError(f"`identity_projector` gives {tokens[0]} tokens, `empty_context` {tokens[1]}.")
 
     @staticmethod
-    def _check_count(name: str, value: Any) -> None:
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` has to be a positive integer but is {value!r}.")
-
-    @staticmethod
-    def _check_defaults(latest_boundary: int | None, injection_strength: float | None) -> None:
-        if injection_strength is not None and not 0 <= injection_strength <= 1:
-            raise ValueError(f"`injection_strength` has to be in [0, 1] but is {injection_strength!r}.")
-        if latest_boundary is not None and latest_boundary < 0:
-            raise ValueError(f"`latest_boundary` has to be a timestep from 0 but is {latest_boundary!r}.")
+    def _check_defaults(guidance_scale, boundary_threshold, latest_boundary, injection_strength) -> None:
+        """`None` is what was not given."""
+        for name, value, limits in (
+            ("guidance_scale", guidance_scale, ()),
+            ("boundary_threshold", boundary_threshold, ()),
+            ("latest_boundary", latest_boundary, (0,)),
+            ("injection_strength", injection_strength, (0, 1)),
+        ):
+            if value is not None:
+                _check_number(name, value, *limits)
 
     def check_inputs(
         self,
         identity_embeds,
         num_images_per_prompt,
         num_inference_steps,
+        guidance_scale,
         boundary,
+        boundary_threshold,
         latest_boundary,
+        guide_from_boundary,
         injection,
         injection_strength,
         guidance_interval,
@@ -334,34 +423,35 @@ class UIFacePipeline(DiffusionPipeline):
         output_type,
         callback_on_step_end_tensor_inputs,
     ) -> None:
+        # components may have been exchanged
+        self._check_components(self.vae, self.unet, self.identity_projector, self.empty_context)
+        check_scheduler(self.scheduler)
         for name, value in {
             "num_images_per_prompt": num_images_per_prompt,
             "num_inference_steps": num_inference_steps,
             "reuse_empty_branch": reuse_empty_branch,
         }.items():
-            self._check_count(name, value)
+            _check_count(name, value)
         is_timestep = isinstance(boundary, Integral) and not isinstance(boundary, bool) and boundary >= 0
-        if boundary is not None and boundary != "adaptive" and not is_timestep:
+        is_adaptive = isinstance(boundary, str) and boundary == "adaptive"
+        if boundary is not None and not is_adaptive and not is_timestep:
             raise ValueError(
                 f'`boundary` has to be "adaptive", a timestep (an integer from 0) or None but is {boundary!r}.'
             )
-        if injection not in INJECTIONS:
+        if not isinstance(guide_from_boundary, bool | np.bool_):
+            raise ValueError(f"`guide_from_boundary` has to be True or False but is {guide_from_boundary!r}.")
+        if not (injection is None or isinstance(injection, str)) or injection not in INJECTIONS:
             raise ValueError(f"`injection` has to be one of {INJECTIONS} but is {injection!r}.")
-        self._check_defaults(latest_boundary, injection_strength)
+        self._check_defaults(guidance_scale, boundary_threshold, latest_boundary, injection_strength)
         if guidance_interval is not None:
             is_pair = isinstance(guidance_interval, list | tuple) and len(guidance_interval) == 2
+            is_pair = is_pair and all(isinstance(t, Real) and not isinstance(t, bool) for t in guidance_interval)
             if not is_pair or not 0 <= guidance_interval[0] <= guidance_interval[1]:
                 raise ValueError(
                     f"`guidance_interval` has to be two timesteps, the lower one first, but is {guidance_interval!r}."
                 )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'`output_type` has to be "pil", "np", "pt" or "latent" but is {output_type!r}.')
-        prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
-        if prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(
-                f"{type(self.scheduler).__name__} has prediction_type={prediction_type!r}: the contexts are combined"
-                " as epsilon or v_prediction."
-            )
         if callback_on_step_end_tensor_inputs is not None:
             unknown = [k for k in callback_on_step_end_tensor_inputs if k not in self._callback_tensor_inputs]
             if unknown:
@@ -370,6 +460,9 @@ class UIFacePipeline(DiffusionPipeline):
                 )
 
         batch_size = (1 if identity_embeds is None else len(identity_embeds)) * num_images_per_prompt
+        generators = generator if isinstance(generator, list) else [generator]
+        if not all(each is None or isinstance(each, torch.Generator) for each in generators):
+            raise ValueError(f"`generator` has to be a torch.Generator or a list of them but is {generator!r}.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"`generator` is a list of {len(generator)} for a batch of {batch_size}: give one generator a sample,"
@@ -377,6 +470,8 @@ class UIFacePipeline(DiffusionPipeline):
             )
         if latents is not None:
             channels = self.unet.config.in_channels
+            if not isinstance(latents, torch.Tensor):
+                raise ValueError(f"`latents` has to be a tensor but is {type(latents).__name__}.")
             if latents.ndim != 4 or latents.shape[0] != batch_size or latents.shape[1] != channels:
                 raise ValueError(
                     f"`latents` has shape {tuple(latents.shape)}, expected is ({batch_size}, {channels},"
@@ -384,6 +479,9 @@ class UIFacePipeline(DiffusionPipeline):
                 )
         elif self.unet.config.sample_size is None:
             raise ValueError("`unet.config.sample_size` is not set: give `latents`.")
+        # last, so that a scheduler's own complaints are about its steps
+        self.scheduler.set_timesteps(int(num_inference_steps))
+        check_timesteps(self.scheduler)
 
     def prepare_identity_embeds(self, identity_embeds: Any) -> torch.Tensor | None:
         """Brings identity embeddings into one form: `(batch, identity_dim)`, float32, of unit length.
@@ -439,9 +537,9 @@ class UIFacePipeline(DiffusionPipeline):
         Raises:
             ValueError: `num_inference_steps` is not a positive integer.
         """
-        self._check_count("num_inference_steps", num_inference_steps)
+        _check_count("num_inference_steps", num_inference_steps)
         defaults = {name: self.config[name] for name in MODEL_DEFAULTS}
-        defaults["boundary_threshold"] *= 50 / num_inference_steps
+        defaults["boundary_threshold"] *= 50 / int(num_inference_steps)
         return defaults
 
     def encode_identity(
@@ -470,7 +568,8 @@ class UIFacePipeline(DiffusionPipeline):
             size = self.unet.config.sample_size
             height, width = (size, size) if isinstance(size, int) else size
             shape = (batch_size, self.unet.config.in_channels, height, width)
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+            # in float32 always: one seed gives the same noise under every dtype
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
 
     @property
@@ -546,13 +645,13 @@ class UIFacePipeline(DiffusionPipeline):
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): one, or one a sample. With one a
                 sample, a sample does not depend on the others in its batch.
             latents (`torch.Tensor` of shape `(B, channels, height, width)`, *optional*): the start noise, drawn from
-                `generator` if not given.
+                `generator` in float32 if not given.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (`(B, height, width, 3)` in [0, 1]), `"pt"`
-                (`(B, 3, height, width)` in [0, 1]) or `"latent"`.
+                (`(B, 3, height, width)` in [0, 1]) or `"latent"` (float32, whatever the UNet's dtype).
             return_dict (`bool`, defaults to `True`): a tuple `(images, boundary_timesteps)` when `False`.
             callback_on_step_end (`Callable`, *optional*): called as `callback(pipe, step, timestep, callback_kwargs)`
                 after every step, with the scheduler's timestep, a tensor on the CPU; what it returns under
-                `"latents"` is taken over.
+                `"latents"` is taken over. One of diffusers' `PipelineCallback`s says itself which tensors it takes.
             callback_on_step_end_tensor_inputs (`list[str]`): of `latents` and `stage_two`, the `(B,)` booleans of the
                 samples that followed their identity in this step.
 
@@ -565,13 +664,18 @@ class UIFacePipeline(DiffusionPipeline):
             ValueError: before the first step, with the name of the argument that does not fit.
         """
         # 1. inputs
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         identity_embeds = self.prepare_identity_embeds(identity_embeds)
         self.check_inputs(
             identity_embeds,
             num_images_per_prompt,
             num_inference_steps,
+            guidance_scale,
             boundary,
+            boundary_threshold,
             latest_boundary,
+            guide_from_boundary,
             injection,
             injection_strength,
             guidance_interval,
@@ -581,14 +685,19 @@ class UIFacePipeline(DiffusionPipeline):
             output_type,
             callback_on_step_end_tensor_inputs,
         )
+        num_images_per_prompt, num_inference_steps = int(num_images_per_prompt), int(num_inference_steps)
+        boundary, reuse_empty_branch = _plain(boundary), int(reuse_empty_branch)
+        given = (guidance_scale, boundary_threshold, latest_boundary, injection_strength)
         defaults = self.default_sampling(num_inference_steps)
-        guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
-        boundary_threshold = defaults["boundary_threshold"] if boundary_threshold is None else boundary_threshold
-        latest_boundary = defaults["latest_boundary"] if latest_boundary is None else latest_boundary
-        injection_strength = defaults["injection_strength"] if injection_strength is None else injection_strength
+        guidance_scale, boundary_threshold, latest_boundary, injection_strength = (
+            defaults[name] if value is None else float(value)
+            for name, value in zip(MODEL_DEFAULTS, given, strict=True)
+        )
         self._guidance_scale = guidance_scale
         self._interrupt = False
         device, dtype = self._execution_device, self.unet.dtype
+        # the UNet alone works in its own dtype: rounded between the steps, latents would lead to another image
+        latents_dtype = torch.promote_types(torch.float32, dtype)
         batch_size = (1 if identity_embeds is None else len(identity_embeds)) * num_images_per_prompt
 
         # 2. contexts: the empty one, then every sample's own
@@ -600,7 +709,7 @@ class UIFacePipeline(DiffusionPipeline):
         # what is offloaded encodes them in every step, where its weights are at hand
         is_offloaded = self.unet.device != device or _is_group_offload_enabled(self.unet)
         encodes_once = not is_offloaded and attends_to_contexts_only(self.unet)
-        processors = two_stage_processors(self.unet, contexts if encodes_once else None, injects_cross)
+        states = attention_states(self.unet, contexts if encodes_once else None, injects_cross)
 
         # 3. timesteps, start noise; schedulers look the timesteps up on the CPU, the UNet gets them where it is
         self.scheduler.set_timesteps(num_inference_steps)
@@ -609,7 +718,7 @@ class UIFacePipeline(DiffusionPipeline):
         unet_timesteps = unet_timesteps.to(device)
         schedule = [float(t) for t in timesteps]
         self._num_timesteps = len(timesteps)
-        latents = self.prepare_latents(batch_size, dtype, device, generator, latents)
+        latents = self.prepare_latents(batch_size, latents_dtype, device, generator, latents)
         step_kwargs = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_kwargs["generator"] = generator
@@ -622,97 +731,96 @@ class UIFacePipeline(DiffusionPipeline):
         boundary_timesteps = torch.full((batch_size,), -1)
         previous_map = distance = difference = None
         steps_since_empty = 0
-        low, high = guidance_interval or (0, float("inf"))
-        unet_processors = self.unet.attn_processors
-        try:
-            self.unet.set_attn_processor(processors)
-            with self.progress_bar(total=len(timesteps)) as progress_bar:
-                for i, t in enumerate(timesteps):
-                    if self.interrupt:
-                        continue
+        low, high = (0.0, math.inf) if guidance_interval is None else map(float, guidance_interval)
+        plan = planned = None
+        with installed_processors(self.unet), self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
 
-                    # what is decided at the start of a step holds for its inner evaluations, too
-                    starts_step = self._starts_step()
-                    if distance is not None:
-                        # the one wait for the device, with the last step's work queued behind it
-                        flags = update_flags(flags, distance.cpu(), boundary_threshold)
-                        distance = None
-                    previous_stage_two = stage_two
-                    if starts_step and identity_embeds is not None:
-                        stage_two = self._stage_two(schedule[i], boundary, latest_boundary, flags)
-                        boundary_timesteps[stage_two & ~previous_stage_two] = int(schedule[i])
-                    if starts_step:
-                        in_interval = low <= schedule[i] <= high
-                        below_cap = boundary is None or guide_from_boundary or schedule[i] < latest_boundary
-                        # of every sample of any batch
-                        all_below_cap = below_cap and (boundary != "adaptive" or schedule[i] < latest_boundary)
-                        can_reuse = reuse_empty_branch > 1 and all_below_cap and in_interval and bool(stage_two.all())
-                        reuse = can_reuse and 0 < steps_since_empty < reuse_empty_branch
-                        steps_since_empty = steps_since_empty + 1 if reuse else int(can_reuse)
-                    guided = below_cap and in_interval and self.guidance_scale != 1
-                    # the flags that a map can still set take effect in the next step, if that is not below the cap
-                    seeks = identity_embeds is not None and boundary == "adaptive" and starts_step
-                    seeks = seeks and any(latest_boundary <= later < schedule[i] for later in schedule[i + 1 :])
+                # what is decided at the start of a step holds for its inner evaluations, too
+                starts_step = self._starts_step()
+                if distance is not None:
+                    # the one wait for the device, with the last step's work queued behind it
+                    flags = update_flags(flags, distance.cpu(), boundary_threshold)
+                    distance = None
+                previous_stage_two = stage_two
+                if starts_step and identity_embeds is not None:
+                    stage_two = self._stage_two(schedule[i], boundary, latest_boundary, flags)
+                    boundary_timesteps[stage_two & ~previous_stage_two] = int(schedule[i])
+                if starts_step:
+                    in_interval = low <= schedule[i] <= high
+                    below_cap = boundary is None or guide_from_boundary or schedule[i] < latest_boundary
+                    # of every sample of any batch
+                    all_below_cap = below_cap and (boundary != "adaptive" or schedule[i] < latest_boundary)
+                    can_reuse = reuse_empty_branch > 1 and all_below_cap and in_interval and bool(stage_two.all())
+                    reuse = can_reuse and 0 < steps_since_empty < reuse_empty_branch
+                    steps_since_empty = steps_since_empty + 1 if reuse else int(can_reuse)
+                guided = below_cap and in_interval and self.guidance_scale != 1
+                # the flags that a map can still set take effect in the next step, if that is not below the cap
+                seeks = identity_embeds is not None and boundary == "adaptive" and starts_step
+                seeks = seeks and any(latest_boundary <= later < schedule[i] for later in schedule[i + 1 :])
 
-                    plan = plan_rows(
-                        stage_two,
-                        guided=guided,
-                        self_injection=injected in ("self", "both") and in_interval,
-                        cross_injection=injected in ("cross", "both") and below_cap and in_interval,
-                        record=seeks,
-                        keep_empty=can_reuse,
-                        reuse_empty=reuse,
-                    ).to(device, non_blocking=True)
-                    recorder = AttentionMapRecorder(*latents.shape[-2:]) if plan.recorded is not None else None
-                    model_input = self.scheduler.scale_model_input(latents, t)
-                    rows = self.unet(
-                        model_input[plan.samples],
-                        unet_timesteps[i],
-                        encoder_hidden_states=contexts if encodes_once else contexts[plan.contexts],
-                        cross_attention_kwargs={
-                            "row_plan": plan,
-                            "injection_strength": injection_strength,
-                            "recorder": recorder,
-                        },
-                        return_dict=False,
-                    )[0]
-                    noise_pred = combine_rows(rows, plan, self.guidance_scale if guided else None, difference)
-                    if can_reuse and not reuse and plan.source is not None:
-                        difference = guidance_difference(rows, plan)
-                    elif not reuse:
-                        steps_since_empty = 0  # nothing was kept
+                options = {
+                    "guided": guided,
+                    "self_injection": injected in ("self", "both") and in_interval,
+                    "cross_injection": injected in ("cross", "both") and below_cap and in_interval,
+                    "record": seeks,
+                    "keep_empty": can_reuse,
+                    "reuse_empty": reuse,
+                }
+                # most steps take the rows of the step before, whose indices are on the device
+                if planned != (stage_two.tolist(), options):
+                    planned = (stage_two.tolist(), options)
+                    plan = plan_rows(stage_two, **options).to(device, non_blocking=True)
+                recorder = AttentionMapRecorder(*latents.shape[-2:]) if plan.recorded is not None else None
+                model_input = self.scheduler.scale_model_input(latents, t)
+                rows = self.unet(
+                    model_input[plan.samples].to(dtype),
+                    unet_timesteps[i],
+                    encoder_hidden_states=None if encodes_once else contexts[plan.contexts],
+                    cross_attention_kwargs={
+                        "row_plan": plan,
+                        "injection_strength": injection_strength,
+                        "recorder": recorder,
+                        "states": states,
+                    },
+                    return_dict=False,
+                )[0].to(latents_dtype)
+                noise_pred = combine_rows(rows, plan, self.guidance_scale if guided else None, difference)
+                if can_reuse and not reuse and plan.source is not None:
+                    difference = guidance_difference(rows, plan)
+                elif not reuse:
+                    steps_since_empty = 0  # nothing was kept
 
-                    if recorder is not None:
-                        # the seeking samples' rows only; a sample's first map has no predecessor
-                        seeking = plan.empty[plan.recorded]
-                        current = torch.full((batch_size, *recorder.map_shape), torch.nan, device=device)
-                        current[seeking] = attention_map(recorder.block_maps)
-                        if previous_map is not None:
-                            distance = map_distance(current, previous_map)
-                        previous_map = current
+                if recorder is not None:
+                    # the seeking samples' rows only; a sample's first map has no predecessor
+                    seeking = plan.empty[plan.recorded]
+                    current = torch.full((batch_size, *recorder.map_shape), torch.nan, device=device)
+                    current[seeking] = attention_map(recorder.block_maps)
+                    if previous_map is not None:
+                        distance = map_distance(current, previous_map)
+                    previous_map = current
 
-                    switched = (stage_two & ~previous_stage_two).nonzero().flatten()
-                    if i > 0 and len(switched):
-                        latents = step_after_switch(
-                            self.scheduler,
-                            switched.to(device, non_blocking=True),
-                            noise_pred,
-                            t,
-                            latents,
-                            **step_kwargs,
-                        )
-                    else:
-                        latents = self.scheduler.step(noise_pred, t, latents, **step_kwargs, return_dict=False)[0]
-                    latents = latents.to(dtype)
+                switched = (stage_two & ~previous_stage_two).nonzero().flatten()
+                if i > 0 and len(switched):
+                    latents = step_after_switch(
+                        self.scheduler,
+                        switched.to(device, non_blocking=True),
+                        noise_pred,
+                        t,
+                        latents,
+                        **step_kwargs,
+                    )
+                else:
+                    latents = self.scheduler.step(noise_pred, t, latents, **step_kwargs, return_dict=False)[0]
 
-                    if callback_on_step_end is not None:
-                        tensors = {"latents": latents, "stage_two": stage_two}
-                        callback_kwargs = {k: tensors[k] for k in callback_on_step_end_tensor_inputs}
-                        callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
-                        latents = callback_outputs.pop("latents", latents)
-                    progress_bar.update()
-        finally:
-            self.unet.set_attn_processor(unet_processors)
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents, "stage_two": stage_two}
+                    callback_kwargs = {k: tensors[k] for k in callback_on_step_end_tensor_inputs}
+                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
+                    latents = callback_outputs.pop("latents", latents)
+                progress_bar.update()
 
         # 5. pictures
         images = latents

@@ -43,6 +43,7 @@ from uiface_diffusers.faces import ALIGNED_SIZE, FaceEncoder
 from uiface_diffusers.files import check_settings, complete_file, write_json
 from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.generation import bank_hash
+from uiface_diffusers.seeds import NOISE_VERSION
 
 TRAINING = Path(__file__).parents[1]
 # arm -> arguments of `generate_dataset`; `fixed` has the median boundary of `adaptive`, so that only the choice for
@@ -352,7 +353,7 @@ def main(argv: list[str] | None = None) -> None:
     pipe = UIFacePipeline.from_pretrained(args.pipeline)
     settings = {name: getattr(args, name) for name in fixed}
     # what the figures come from: another checkpoint at the same place is another study
-    settings |= {"pipeline": pipeline_fingerprint(pipe), "defaults": pipe.default_sampling()}
+    settings |= {"pipeline": pipeline_fingerprint(pipe), "defaults": pipe.default_sampling(), "noise": NOISE_VERSION}
     settings |= {"identities": bank_hash(IdentityBank.load(args.identities)), "recipe": args.recipe.read_text()}
     settings["real"] = {str(cache): file_hash(cache / "report.json") for cache in args.real}
     benchmarks = [args.benchmarks] if args.benchmarks.is_file() else sorted(args.benchmarks.glob("*.bin"))

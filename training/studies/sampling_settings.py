@@ -46,7 +46,7 @@ from uiface_diffusers.evaluation.separability import genuine_pairs, impostor_pai
 from uiface_diffusers.faces import FaceEncoder, resize_aligned
 from uiface_diffusers.files import check_settings, write_json
 from uiface_diffusers.fingerprint import pipeline_fingerprint
-from uiface_diffusers.seeds import image_generator
+from uiface_diffusers.seeds import NOISE_VERSION, image_generator
 
 FIGURES = ("rows", "seconds", "boundary", "capped", "judge", "others", "EER", "LPIPS", "precision", "recall")
 
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     fixed = ("people", "judge", "lpips_backbone", "num_people", "images_per_person", "batch_size", "seed")
     pipe = UIFacePipeline.from_pretrained(args.pipeline)
-    model = {"model": pipeline_fingerprint(pipe), "defaults": pipe.default_sampling()}
+    model = {"model": pipeline_fingerprint(pipe), "defaults": pipe.default_sampling(), "noise": NOISE_VERSION}
     check_settings(args.output / "study.json", {name: str(getattr(args, name)) for name in fixed} | model)
     file = args.output / "settings.json"
     known = json.loads(file.read_text()) if file.exists() else {}

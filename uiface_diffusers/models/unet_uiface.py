@@ -52,12 +52,11 @@ class UIFaceAttentionBlock(nn.Module):
         return tokens.transpose(2, 3).flatten(1, 2)
 
     def forward(
-        self, hidden_states: torch.Tensor, context: torch.Tensor, cross_attention_kwargs: dict[str, Any]
+        self, hidden_states: torch.Tensor, context: torch.Tensor | None, cross_attention_kwargs: dict[str, Any]
     ) -> torch.Tensor:
         residual = hidden_states
-        # a processor for two-stage sampling may hold the keys and values of the call's contexts
-        holds_contexts = getattr(self.attn2.processor, "contexts", None) is not None
-        if not holds_contexts or cross_attention_kwargs.get("row_plan") is None:
+        # a processor may be given the keys and values of its contexts instead
+        if context is not None:
             context = self.context_tokens(context)
 
         hidden_states = self.proj_in(hidden_states)
@@ -91,7 +90,7 @@ class UIFaceBlock(nn.Module):
         self,
         hidden_states: torch.Tensor,
         temb: torch.Tensor,
-        context: torch.Tensor,
+        context: torch.Tensor | None,
         cross_attention_kwargs: dict[str, Any],
     ) -> torch.Tensor:
         arguments = (hidden_states, temb, context, cross_attention_kwargs)
@@ -286,7 +285,7 @@ class UIFaceUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         self,
         sample: torch.Tensor,
         timestep: torch.Tensor | float | int,
-        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
         cross_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
@@ -295,7 +294,8 @@ class UIFaceUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): noisy latents; height and width
                 are multiples of `2 ** (levels - 1)`.
             timestep (`torch.Tensor`, `float` or `int`): one timestep for all rows, or one a row of shape `(batch,)`.
-            encoder_hidden_states (`torch.Tensor` of shape `(batch, tokens, cross_attention_dim)`): the context.
+            encoder_hidden_states (`torch.Tensor` of shape `(batch, tokens, cross_attention_dim)`): the context. `None`
+                only with attention processors that have the contexts' keys and values from `cross_attention_kwargs`.
             cross_attention_kwargs (`dict`, *optional*): passed to every attention processor.
             return_dict (`bool`, defaults to `True`): a plain tuple when `False`.
 
