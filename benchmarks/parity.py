@@ -12,9 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from conftest import Reference
-from test_pipeline import Trace, max_difference, reference_call
-from test_two_stage import Predictor, all_samples
+from conftest import Predictor, Reference, Trace, all_samples, max_difference, reference_call
 
 from uiface_diffusers import UIFacePipeline
 from uiface_diffusers.attention_processor import AttentionMapRecorder

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,8 +30,10 @@ from uiface_diffusers import (
     UIFaceUNet2DModel,
     convert_original_state_dict,
 )
+from uiface_diffusers.attention_processor import two_stage_processors
 from uiface_diffusers.data import prepare_faces
 from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.two_stage import combine_rows
 
 # the tests run in two processes, on two cores
 torch.set_num_threads(1)
@@ -45,6 +47,36 @@ DDIM = {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": Tr
 BETAS = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 
 
+if torch.cuda.is_available():
+    torch.cuda.init()  # here, so that hiding the GPU from a test's child processes does not hide it from this one
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Tests run on the CPU also where there is a GPU, with all their fixtures and child processes; only those marked
+    `cuda` use it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("cuda") is None:
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            patch.setenv("ACCELERATE_USE_CPU", "true")
+        return (yield)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What tests measured (`record_property`), also as JSON in the file that UIFACE_CUDA_REPORT names."""
+    reports = [report for each in terminalreporter.stats.values() for report in each if hasattr(report, "when")]
+    measured = {report.nodeid.split("::")[-1]: dict(report.user_properties) for report in reports
+                if report.when == "call" and report.user_properties}  # fmt: skip
+    if not measured:
+        return
+    terminalreporter.section("measured")
+    for name, figures in measured.items():
+        terminalreporter.write_line(f"{name}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
+    if "UIFACE_CUDA_REPORT" in os.environ:
+        Path(os.environ["UIFACE_CUDA_REPORT"]).write_text(json.dumps(measured, indent=1) + "\n")
+
+
 class Outcome(NamedTuple):
     """Of a script: as of a process, exit code and what it wrote to stderr."""
 
@@ -53,8 +85,8 @@ class Outcome(NamedTuple):
 
 
 def run_script(main: Callable[[list[str]], None], argv: list[str], **environment: str) -> Outcome:
-    """Runs a training script's `main` on the CPU in this process: starting another one takes longer than the trainings
-    of the tests."""
+    """Runs a training script's `main` in this process: starting another one takes longer than the trainings of the
+    tests."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     written, returncode, root = io.StringIO(), 0, logging.getLogger()
@@ -62,7 +94,7 @@ def run_script(main: Callable[[list[str]], None], argv: list[str], **environment
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(written):
-        for name, value in {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", **environment}.items():
+        for name, value in environment.items():
             patch.setenv(name, value)
         try:
             main(argv)
@@ -112,6 +144,63 @@ class Reference:
 @pytest.fixture(scope="session")
 def reference() -> Reference:
     return Reference()
+
+
+def all_samples(value: bool) -> torch.Tensor:
+    return torch.full((4,), value)
+
+
+class Predictor:
+    """Single predictions of the reference's model through the row plan."""
+
+    def __init__(self, reference: Reference):
+        self.reference = reference
+        self.unet, projector, empty_context = reference.components
+        self.processors = two_stage_processors(self.unet)
+        with torch.no_grad():
+            self.empty = empty_context(4).context
+            self.identity = projector(reference["context"]).context
+
+    @torch.no_grad()
+    def __call__(self, plan, empty=None, recorder=None):
+        x, t = self.reference["x"], self.reference["t"]
+        context = torch.cat([(self.empty if empty is None else empty)[plan.empty], self.identity[plan.identity]])
+        kwargs = {"row_plan": plan, "injection_strength": 0.5, "recorder": recorder}
+        processors = self.unet.attn_processors
+        self.unet.set_attn_processor(dict(self.processors))  # it empties the dict
+        try:
+            rows = self.unet(x[plan.samples], t[plan.samples], context, kwargs).sample
+        finally:
+            self.unet.set_attn_processor(processors)
+        return combine_rows(rows, plan, None)
+
+
+class Trace:
+    """Callback that keeps the latents and flags of every step."""
+
+    tensor_inputs = ["latents", "stage_two"]
+
+    def __init__(self):
+        self.latents, self.stage_two, self.timesteps = [], [], []
+
+    def __call__(self, pipe, step, timestep, tensors):
+        self.latents.append(tensors["latents"].clone())
+        self.stage_two.append(tensors["stage_two"].clone())
+        self.timesteps.append(float(timestep))
+        return {}
+
+    def options(self) -> dict:
+        return {"callback_on_step_end": self, "callback_on_step_end_tensor_inputs": self.tensor_inputs}
+
+
+def reference_call(reference: Reference, pipe: UIFacePipeline, samples=slice(None), **options):
+    arguments = {"num_inference_steps": 20, "boundary_threshold": 0.012, "latest_boundary": 500}
+    arguments |= {"latents": reference["x_T"][samples], "output_type": "latent", **options}
+    return pipe(reference["context"][samples], **arguments)
+
+
+def max_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).abs().max().item()
 
 
 TINY_UNET = {

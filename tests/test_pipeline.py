@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BETAS, DDIM, tiny_components
+from conftest import BETAS, DDIM, Trace, max_difference, reference_call, tiny_components
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -30,34 +30,6 @@ from diffusers import (
 from uiface_diffusers import EmptyContext, IdentityBank, IdentityProjector, UIFacePipeline
 from uiface_diffusers.attention_processor import AttentionMapRecorder, cross_attention_names, two_stage_processors
 from uiface_diffusers.two_stage import combine_rows, plan_rows
-
-
-class Trace:
-    """Callback that keeps the latents and flags of every step."""
-
-    tensor_inputs = ["latents", "stage_two"]
-
-    def __init__(self):
-        self.latents, self.stage_two, self.timesteps = [], [], []
-
-    def __call__(self, pipe, step, timestep, tensors):
-        self.latents.append(tensors["latents"].clone())
-        self.stage_two.append(tensors["stage_two"].clone())
-        self.timesteps.append(float(timestep))
-        return {}
-
-    def options(self) -> dict:
-        return {"callback_on_step_end": self, "callback_on_step_end_tensor_inputs": self.tensor_inputs}
-
-
-def reference_call(reference, pipe, samples=slice(None), **options):
-    arguments = {"num_inference_steps": 20, "boundary_threshold": 0.012, "latest_boundary": 500}
-    arguments |= {"latents": reference["x_T"][samples], "output_type": "latent", **options}
-    return pipe(reference["context"][samples], **arguments)
-
-
-def max_difference(a, b):
-    return (a - b).abs().max().item()
 
 
 def test_parity_of_two_stage_sampling(reference):

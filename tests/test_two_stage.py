@@ -1,7 +1,8 @@
 import pytest
 import torch
+from conftest import Predictor, all_samples, max_difference
 
-from uiface_diffusers.attention_processor import AttentionMapRecorder, two_stage_processors
+from uiface_diffusers.attention_processor import AttentionMapRecorder
 from uiface_diffusers.two_stage import (
     attention_map,
     block_attention_map,
@@ -15,42 +16,9 @@ from uiface_diffusers.two_stage import (
 )
 
 
-def all_samples(value: bool) -> torch.Tensor:
-    return torch.full((4,), value)
-
-
-class Predictor:
-    """Single predictions of the reference's model through the row plan."""
-
-    def __init__(self, reference):
-        self.reference = reference
-        self.unet, projector, empty_context = reference.components
-        self.processors = two_stage_processors(self.unet)
-        with torch.no_grad():
-            self.empty = empty_context(4).context
-            self.identity = projector(reference["context"]).context
-
-    @torch.no_grad()
-    def __call__(self, plan, empty=None, recorder=None):
-        x, t = self.reference["x"], self.reference["t"]
-        context = torch.cat([(self.empty if empty is None else empty)[plan.empty], self.identity[plan.identity]])
-        kwargs = {"row_plan": plan, "injection_strength": 0.5, "recorder": recorder}
-        processors = self.unet.attn_processors
-        self.unet.set_attn_processor(dict(self.processors))  # it empties the dict
-        try:
-            rows = self.unet(x[plan.samples], t[plan.samples], context, kwargs).sample
-        finally:
-            self.unet.set_attn_processor(processors)
-        return combine_rows(rows, plan, None)
-
-
 @pytest.fixture(scope="module")
 def predict(reference):
     return Predictor(reference)
-
-
-def max_difference(a, b):
-    return (a - b).abs().max().item()
 
 
 def test_parity_of_the_empty_branch(reference, predict):
