@@ -394,11 +394,9 @@ def load_training_data(args, accelerator: Accelerator, vae) -> tuple[LatentFaces
         _, numbers, counts = np.unique(names, return_inverse=True, return_counts=True)
         weights = torch.from_numpy(1 / counts[numbers])
     if args.train_data_shares is not None:
-        parts = (
-            (torch.ones(len(latents)) if weights is None else weights).double().split([len(bank) for bank in banks])
-        )
-        shares = zip(parts, args.train_data_shares, strict=True)
-        weights = torch.cat([part * share / part.sum() for part, share in shares])
+        weights = torch.ones(len(latents), dtype=torch.float64) if weights is None else weights
+        parts = zip(weights.split([len(bank) for bank in banks]), args.train_data_shares, strict=True)
+        weights = torch.cat([part * share / part.sum() for part, share in parts])
     return LatentFaces(latents, embeddings), names, weights, caches[0].identity_encoder
 
 

@@ -198,6 +198,9 @@ def make_accelerator(args: argparse.Namespace, **options) -> Accelerator:
         ),
         **options,
     )
+    if accelerator.device.type == "cuda" and accelerator.mixed_precision != "no":
+        # what is left in float32 then takes TF32 products, too
+        torch.set_float32_matmul_precision("high")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     return accelerator
 
