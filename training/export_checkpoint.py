@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from uiface_diffusers import IdentityBank, UIFacePipeline, sample_identities
+from uiface_diffusers.encoders import check_same_encoder, projector_mark
 from uiface_diffusers.evaluation.people import People
 from uiface_diffusers.files import write_json
 from uiface_diffusers.hub import IDENTITIES
@@ -43,9 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     known = People(args.faces).bank
     pipeline = UIFacePipeline.from_pretrained(args.pipeline)
-    encoder = pipeline.identity_projector.config.identity_encoder
-    if known.identity_encoder != encoder:
-        raise ValueError(f"{args.pipeline} follows `{encoder}`, {args.faces} are of `{known.identity_encoder}`.")
+    faces = " ".join(args.faces)
+    check_same_encoder(faces, known.encoder_mark, args.pipeline, projector_mark(pipeline.identity_projector))
     pipeline = UIFacePipeline(**pipeline.components, **(pipeline.default_sampling() | args.defaults))
     if args.identities is None:
         identities = sample_identities(known, args.num_identities, args.max_similarity, args.seed)

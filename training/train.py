@@ -35,6 +35,7 @@ from tqdm import tqdm
 from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline, UIFaceUNet2DModel
 from uiface_diffusers.convert_original import NOISE_SCHEDULE, SAMPLER
 from uiface_diffusers.data import FaceCache, LatentSet, cache_latents
+from uiface_diffusers.encoders import EncoderMark, check_same_encoder, common_encoder, projector_mark
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.files import write_json
 from uiface_diffusers.latents import decode_latents
@@ -268,13 +269,13 @@ class LossLog:
         return means, (parts["loss"][1] / parts["loss"][2]).item()
 
 
-def load_training_data(args, accelerator: Accelerator, vae) -> tuple[LatentFaces, list[str], str]:
+def load_training_data(args, accelerator: Accelerator, vae) -> tuple[LatentFaces, list[str], EncoderMark]:
     """Data set, identity of each face, encoder. Checks that the caches belong together before anything is encoded."""
     caches = [FaceCache(folder) for folder in args.train_data]
-    for name in ("identity_encoder", "image_size"):
-        values = {str(cache.folder): getattr(cache, name) for cache in caches}
-        if len(set(values.values())) > 1:
-            raise ValueError(f"the caches differ in `{name}`: {values}. Prepare them alike.")
+    sizes = {str(cache.folder): cache.image_size for cache in caches}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"the caches differ in `image_size`: {sizes}. Prepare them alike.")
+    encoder = common_encoder({str(cache.folder): cache.encoder_mark for cache in caches})
     # too few faces are named before they are encoded
     EndlessBatchSampler(sum(map(len, caches)), args.train_batch_size, args.seed, 0, accelerator.num_processes)
     with accelerator.main_process_first():
@@ -288,11 +289,11 @@ def load_training_data(args, accelerator: Accelerator, vae) -> tuple[LatentFaces
             " files to encode them again."
         )
     dataset = LatentFaces(latents, embeddings)
-    return dataset, names, caches[0].identity_encoder
+    return dataset, names, encoder
 
 
 def build_denoiser(
-    args, latent_shape: torch.Size, identity_dim: int, identity_encoder: str
+    args, latent_shape: torch.Size, identity_dim: int, encoder: EncoderMark
 ) -> tuple[ConditionalDenoiser, SchedulerMixin, dict[str, float]]:
     """The three trained components, the sampler, and the defaults of its call that are not the paper's: new ones, or
     those of `--init_from`.
@@ -308,20 +309,23 @@ def build_denoiser(
         unet.zero_init_residual_branches()
         context_dim = unet.config.cross_attention_dim
         projector = IdentityProjector(
-            identity_dim, context_dim, dropout=args.context_dropout, identity_encoder=identity_encoder
+            identity_dim,
+            context_dim,
+            dropout=args.context_dropout,
+            identity_encoder=encoder.name,
+            identity_encoder_fingerprint=encoder.fingerprint,
         )
         scheduler = DDIMScheduler(**NOISE_SCHEDULE, **SAMPLER, prediction_type=args.prediction_type)
         return ConditionalDenoiser(unet, projector, EmptyContext(context_dim)), scheduler, {}
     pipeline = UIFacePipeline.from_pretrained(args.init_from)
     projector = pipeline.identity_projector
-    wanted = {"identity_encoder": identity_encoder, "identity_dim": identity_dim}
-    wanted |= {"latent channels": channels, "prediction_type": args.prediction_type}
-    given = {name: projector.config[name] for name in ("identity_encoder", "identity_dim")}
-    given["latent channels"] = pipeline.unet.config.in_channels
+    check_same_encoder(args.init_from, projector_mark(projector), "the training data", encoder)
+    wanted = {"identity_dim": identity_dim, "latent channels": channels, "prediction_type": args.prediction_type}
+    given = {"identity_dim": projector.config.identity_dim, "latent channels": pipeline.unet.config.in_channels}
     given["prediction_type"] = pipeline.scheduler.config.prediction_type
-    if given["identity_encoder"] is None:  # a fresh projector
-        given["identity_encoder"] = identity_encoder
-        projector.register_to_config(identity_encoder=identity_encoder)
+    projector.register_to_config(identity_encoder=encoder.name)  # a fresh projector has none
+    if encoder.fingerprint is not None:
+        projector.register_to_config(identity_encoder_fingerprint=encoder.fingerprint)
     if given != wanted:
         raise ValueError(f"{args.init_from} has {given}, this training {wanted}: they do not fit together.")
     projector.context_dropout.p = args.context_dropout
@@ -378,10 +382,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     vae_path, vae_subfolder = (args.vae, args.vae_subfolder) if args.vae else (args.init_from, "vae")
     vae = AutoModel.from_pretrained(vae_path, subfolder=vae_subfolder).eval().requires_grad_(False)
     vae.to(accelerator.device)
-    dataset, names, identity_encoder = load_training_data(args, accelerator, vae)
+    dataset, names, encoder = load_training_data(args, accelerator, vae)
     face_encoder = recognizer = None
     if args.encoder_root is not None:
-        face_encoder = FaceEncoder(identity_encoder, args.encoder_root, det_size=160)
+        face_encoder = FaceEncoder(encoder.name, args.encoder_root, det_size=160)
+        check_same_encoder("the training data", encoder, "the pack of --encoder_root", face_encoder.encoder_mark)
         if args.identity_weight:
             recognizer = face_encoder.to_torch().to(accelerator.device)
             vae.to(memory_format=torch.channels_last)  # decodes and differentiates a quarter faster
@@ -389,7 +394,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     # 2. models
     torch.manual_seed(args.seed)
     denoiser, sampler_scheduler, sampling_defaults = build_denoiser(
-        args, dataset.latents.shape[1:], dataset.embeddings.shape[1], identity_encoder
+        args, dataset.latents.shape[1:], dataset.embeddings.shape[1], encoder
     )
     if args.gradient_checkpointing:
         denoiser.unet.enable_gradient_checkpointing()

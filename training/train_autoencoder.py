@@ -34,6 +34,7 @@ from uiface_diffusers.evaluation import load_lpips, reconstruction_quality
 from uiface_diffusers.evaluation.reconstruction import to_unit_range
 from uiface_diffusers.faces import FaceEncoder, TorchRecognizer
 from uiface_diffusers.latents import FirstStage
+from uiface_diffusers.pictures import rgb_bytes
 from uiface_diffusers.seeds import mix_seed
 from uiface_diffusers.training_utils import (
     EndlessBatchSampler,
@@ -141,7 +142,7 @@ class FacePictures(Dataset):
         return len(self.table)
 
     def __getitems__(self, indices: list[int]) -> torch.Tensor:
-        pictures = [np.asarray(picture.convert("RGB")) for picture in self.table[indices]["image"]]
+        pictures = [rgb_bytes(picture) for picture in self.table[indices]["image"]]
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 

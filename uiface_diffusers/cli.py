@@ -252,16 +252,17 @@ def _make_identities(args: argparse.Namespace) -> None:
 
 
 def _perturb_identities(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
     import torch.nn.functional as F
 
-    from . import IdentityBank
     from .identities import perturb_embeddings
     from .seeds import PERTURBATION, image_generator
 
     bank = _load_bank(args.bank)
     generators = [image_generator(args.seed, name, 0, stream=PERTURBATION) for name in bank.names]
     embeddings, cosines = perturb_embeddings(F.normalize(bank.embeddings), tuple(args.cosine), generators)
-    IdentityBank(embeddings, bank.identity_encoder, bank.names).save(args.output)
+    replace(bank, embeddings=embeddings).save(args.output)
     print(f"{len(bank)} identities saved to {args.output}, mean cosine to the given ones {cosines.mean():.3f}")
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from .files import check_settings, complete_file
+from .encoders import EncoderMark, check_same_encoder, projector_mark
+from .files import check_settings, complete_file, why_unreadable
 from .fingerprint import pipeline_fingerprint
 from .seeds import mix_seed
 
@@ -38,6 +39,8 @@ class IdentityBank:
         embeddings (`torch.Tensor` of shape `(N, identity_dim)`): float32.
         identity_encoder (`str`, *optional*): the face recognition model that made them.
         names (`list[str]`): N names of the identities; numbers if not given.
+        identity_encoder_fingerprint (`str`, *optional*): of that model's weights, see `FaceEncoder.fingerprint`; banks
+            of earlier versions and published ones have none.
 
     Raises:
         ValueError: another shape, another number of names, or an embedding without a direction: zero or not finite.
@@ -46,6 +49,7 @@ class IdentityBank:
     embeddings: torch.Tensor
     identity_encoder: str | None = None
     names: list[str] = field(default_factory=list)
+    identity_encoder_fingerprint: str | None = None
 
     def __post_init__(self):
         self.embeddings = torch.as_tensor(self.embeddings, dtype=torch.float32)
@@ -71,28 +75,46 @@ class IdentityBank:
     def take(self, positions: Sequence[int]) -> "IdentityBank":
         """The bank of some of its identities."""
         positions = list(positions)
-        return IdentityBank(self.embeddings[positions], self.identity_encoder, [self.names[i] for i in positions])
+        return replace(self, embeddings=self.embeddings[positions], names=[self.names[i] for i in positions])
+
+    @property
+    def encoder_mark(self) -> EncoderMark:
+        """By which its embeddings are told from another encoder's."""
+        return EncoderMark(self.identity_encoder, self.identity_encoder_fingerprint)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a safetensors file; it is complete or not there at all."""
         metadata = {"names": json.dumps(self.names)}
-        if self.identity_encoder is not None:
-            metadata["identity_encoder"] = self.identity_encoder
+        for name in ("identity_encoder", "identity_encoder_fingerprint"):
+            if getattr(self, name) is not None:
+                metadata[name] = getattr(self, name)
         with complete_file(path) as file:
             save_file({"embeddings": self.embeddings.contiguous()}, file, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "IdentityBank":
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: the file is missing, damaged or no identity bank; the message names it and says why.
+        """
         try:
             file = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file, or a part of one: {error}") from error
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"no identity bank: {why_unreadable(path, error)}.") from error
         with file:
             if "embeddings" not in file.keys():
                 raise ValueError(f"{path} has no tensor `embeddings`: not an identity bank.")
             metadata = file.metadata() or {}
-            names = json.loads(metadata.get("names", "[]"))
-            return cls(file.get_tensor("embeddings"), metadata.get("identity_encoder"), names)
+            try:
+                names = json.loads(metadata.get("names", "[]"))
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged: its names are no JSON. ({error})") from error
+            embeddings, marks = file.get_tensor("embeddings"), ("identity_encoder", "identity_encoder_fingerprint")
+        try:
+            return cls(embeddings, names=names, **{mark: metadata.get(mark) for mark in marks})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def largest_cosines(embeddings: torch.Tensor, known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,7 +239,7 @@ def sample_identities(bank: IdentityBank, number: int, max_similarity: float = 0
     for _ in range(MAX_ROUNDS):
         distinct.add(F.normalize(mean + torch.randn(number, len(root), generator=generator) @ root))
         if distinct.complete:
-            return IdentityBank(distinct.kept, bank.identity_encoder)
+            return replace(bank, embeddings=distinct.kept, names=[])
     raise ValueError(
         f"only {len(distinct.kept)} of {number} identities with a cosine below {max_similarity} to each other and to"
         f" the bank were found in {MAX_ROUNDS * number} draws: allow a larger one."
@@ -260,17 +282,17 @@ def make_identities(
         ValueError: an encoder does not match; or too few identities were found: the message has the report, and
             `output` holds what was found.
     """
-    wanted = pipeline.identity_projector.config.identity_encoder
-    for name, what in ((wanted, "the pipeline"), *((bank.identity_encoder, "an excluded bank") for bank in exclude)):
-        if name not in (None, encoder.name):
-            raise ValueError(f"{what} is of the encoder `{name}`, candidates are embedded by `{encoder.name}`.")
+    check_same_encoder("the pipeline", projector_mark(pipeline.identity_projector), "the pack", encoder.encoder_mark)
+    for bank in exclude:
+        check_same_encoder("an excluded bank", bank.encoder_mark, "the pack", encoder.encoder_mark)
     excluded = [F.normalize(bank.embeddings) for bank in exclude]
     dimension = pipeline.identity_projector.config.identity_dim
     distinct = DistinctIdentities(torch.cat(excluded or [torch.empty(0, dimension)]), max_similarity, number)
     max_candidates = 20 * number if max_candidates is None else max_candidates
     folder = Path(f"{output}.candidates")
-    settings = {"seed": seed, "batch_size": batch_size, "identity_encoder": encoder.name, "sampling": sampling}
-    check_settings(folder / "settings.json", {"model": pipeline_fingerprint(pipeline), **settings})
+    settings = {"model": pipeline_fingerprint(pipeline), "seed": seed, "batch_size": batch_size, "sampling": sampling}
+    settings |= {"identity_encoder": encoder.name, "identity_encoder_fingerprint": encoder.fingerprint}
+    check_settings(folder / "settings.json", settings, if_known=["identity_encoder_fingerprint"])
     pipeline.set_progress_bar_config(disable=True)
     faceless = 0
     with tqdm(total=number, desc="identities", unit="identity") as progress:
@@ -291,7 +313,7 @@ def make_identities(
             if distinct.complete:
                 break
     report = {**distinct.report, "no face": faceless}
-    IdentityBank(distinct.kept, encoder.name).save(output)
+    IdentityBank(distinct.kept, encoder.name, identity_encoder_fingerprint=encoder.fingerprint).save(output)
     if not distinct.complete:
         raise ValueError(
             f"only {len(distinct.kept)} of {number} identities were found ({report}); they are in {output}. Allow more"
@@ -306,11 +328,7 @@ def keep_distinct(
     """The identities of a bank, in its order, that are unlike each other and unlike the excluded ones; and the report
     of `DistinctIdentities`."""
     for other in exclude:
-        if (
-            None not in (bank.identity_encoder, other.identity_encoder)
-            and other.identity_encoder != bank.identity_encoder
-        ):
-            raise ValueError(f"banks of `{bank.identity_encoder}` and `{other.identity_encoder}` cannot be compared.")
+        check_same_encoder("the bank", bank.encoder_mark, "an excluded bank", other.encoder_mark)
     excluded = [F.normalize(other.embeddings) for other in exclude]
     empty = torch.empty(0, bank.embeddings.shape[1])
     distinct = DistinctIdentities(torch.cat(excluded or [empty]), max_similarity, number)
@@ -335,8 +353,14 @@ class BankReport:
 
 
 def inspect_bank(bank: IdentityBank, known: IdentityBank | None = None) -> BankReport:
-    """How near the identities of a bank (two or more) are to each other, and to known ones, as those of the
-    training."""
+    """How near the identities of a bank (two or more) are to each other, and to known ones, such as those of the
+    training.
+
+    Raises:
+        ValueError: the two are of different encoders.
+    """
+    if known is not None:
+        check_same_encoder("the bank", bank.encoder_mark, "the known one", known.encoder_mark)
     embeddings = F.normalize(bank.embeddings)
     numbers = {name: i for i, name in enumerate(dict.fromkeys(bank.names))}
     labels = torch.tensor([numbers[name] for name in bank.names])

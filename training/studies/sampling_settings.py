@@ -32,7 +32,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from uiface_diffusers import IdentityBank, UIFacePipeline, default_checkpoint
+from uiface_diffusers import UIFacePipeline, default_checkpoint
 from uiface_diffusers.evaluation import (
     equal_error_rate,
     identity_consistency,
@@ -109,7 +109,7 @@ def sample(
     started = time.perf_counter()
     for start in tqdm(range(0, len(numbers), args.batch_size), unit="batch", leave=False):
         batch = numbers[start : start + args.batch_size]
-        embeddings = IdentityBank(people.bank.embeddings[[i for i, _ in batch]], people.bank.identity_encoder)
+        embeddings = people.bank.take([i for i, _ in batch])
         generators = [image_generator(args.seed, people.bank.names[i], n) for i, n in batch]
         out = pipe(embeddings, generator=generators, **setting)
         images += out.images
