@@ -1,6 +1,8 @@
 import json
 import os
+import pickle
 import warnings
+import zipfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -9,7 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 
@@ -45,9 +47,25 @@ def why_unreadable(path: str | os.PathLike, error: object) -> str:
         return f"{path} is empty: copy it again"
     if head.startswith(b"version https://git-lfs"):
         return f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder"
-    if head.startswith((b"PK\x03\x04", b"\x80\x02")) and path.suffix not in (".npz", ".zip"):
-        return f"{path} is a file of torch.save (a zip archive or a pickle)"
+    if head.startswith((b"PK\x03\x04", b"\x80")) and path.suffix not in (".npz", ".pt", ".pth"):
+        return f"{path} is a zip archive or a pickle, such as torch.save writes"
     return f"{path} is damaged, cut short or of another kind: {error}"
+
+
+def read_torch(path: str | os.PathLike) -> Any:
+    """What a file of torch.save holds, memory-mapped if possible: tensors in containers, nothing that is executed.
+
+    Raises:
+        ValueError: it is missing or damaged, or holds other objects.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is missing.")
+    try:
+        # files of PyTorch before 1.6 are no zip archives and cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = why_unreadable(path, error) if Path(path).stat().st_size < 200 else str(error).splitlines()[0]
+        raise ValueError(f"{path} is damaged, or holds more than tensors: not loaded. {reason}") from error
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -60,6 +78,20 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"no safetensors file: {why_unreadable(path, error)}.") from error
+
+
+def check_safetensors(folder: Path) -> None:
+    """Looks at the weights of a pipeline's folder for a reason why it cannot be loaded.
+
+    Raises:
+        ValueError: a file is empty, cut short, a Git LFS pointer or of another kind.
+    """
+    for file in sorted(folder.glob("*/*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"no safetensors file: {why_unreadable(file, error)}.") from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from .encoders import EncoderMark, check_same_encoder, projector_mark
-from .files import check_settings, complete_file, why_unreadable
+from .files import check_settings, complete_file, read_safetensors, read_torch, why_unreadable
 from .fingerprint import pipeline_fingerprint
 from .seeds import mix_seed
 
@@ -115,6 +116,98 @@ class IdentityBank:
             return cls(embeddings, names=names, **{mark: metadata.get(mark) for mark in marks})
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def _read_arrays(file: Path) -> Any:
+    """What a file of embeddings holds: an array, or several by their names. Nothing in it is executed."""
+    if file.suffix == ".safetensors":
+        return read_safetensors(file)
+    if file.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        return read_torch(file)
+    if file.suffix not in (".npy", ".npz"):
+        raise ValueError(f"{file} is no file of embeddings: .npy, .npz, .pt (of tensors) or .safetensors.")
+    try:
+        content = np.load(file, allow_pickle=False)
+        return content if isinstance(content, np.ndarray) else {name: content[name] for name in content.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        if str(error).startswith("Object arrays"):
+            raise ValueError(
+                f"{file} holds pickled Python objects, which are not executed: save the array of numbers itself."
+            ) from error
+        raise ValueError(f"{why_unreadable(file, error)}.") from error
+
+
+def import_identities(
+    file: str | os.PathLike, identity_encoder: str, key: str | None = None
+) -> tuple[IdentityBank, dict[str, Any]]:
+    """A bank of embeddings that others published: one identity per row, in the file's order.
+
+    Args:
+        file: `.npy`, `.npz`, `.pt` (or `.pth`, of nothing but tensors) or `.safetensors`: `(N, identity_dim)` floating
+            point numbers of any length; or a name and a vector for each identity.
+        identity_encoder (`str`): the face recognition model that made them.
+        key (`str`, *optional*): which of several arrays.
+
+    Returns:
+        The bank, of unit length, and a report: `identities`, `dimension`, `not of unit length` (how many were not) and
+        `duplicates` (name -> the first one with the same direction, to four digits; they are kept).
+
+    Raises:
+        ValueError: the file is damaged, has several arrays and no `key`, or rows are zero or not finite; the message
+            has their numbers, from 0.
+    """
+    file = Path(file)
+    content = _read_arrays(file)
+    names: list[str] = []
+    if isinstance(content, Mapping):
+        shapes = {str(name): tuple(getattr(value, "shape", ())) for name, value in content.items()}
+        if key is not None and key not in shapes:
+            raise ValueError(f"{file} has no `{key}`; its arrays (--key) are {_shapes(shapes)}.")
+        if key is not None or len(shapes) == 1:
+            key = next(iter(shapes)) if key is None else key
+            content = next(value for name, value in content.items() if str(name) == key)
+        elif shapes and len(set(shapes.values())) == 1 and len(next(iter(shapes.values()))) == 1:
+            names, content = list(shapes), list(content.values())
+        else:
+            raise ValueError(f"{file} has several arrays, choose one by --key: {_shapes(shapes)}.")
+    elif key is not None:
+        raise ValueError(f"{file} has a single array without a name: leave out --key.")
+    try:
+        rows = content if isinstance(content, list | tuple) else [content]
+        # torch has no other byte order than the machine's
+        rows = [row.astype(row.dtype.newbyteorder("=")) if isinstance(row, np.ndarray) else row for row in rows]
+        tensors = [torch.as_tensor(row).detach() for row in rows]
+        embeddings = torch.stack(tensors) if isinstance(content, list | tuple) else tensors[0]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{file} holds no embeddings but a {type(content).__name__}: {error}") from error
+    if embeddings.ndim > 2 and sorted(embeddings.shape[1:])[-2] == 1:
+        embeddings = embeddings.flatten(1)
+    if embeddings.ndim != 2 or not embeddings.numel() or not embeddings.is_floating_point():
+        kind = f"{tuple(embeddings.shape)} of {str(embeddings.dtype).removeprefix('torch.')}"
+        raise ValueError(f"{file} has {kind}: embeddings are (N, identity_dim) floating point numbers.")
+    lengths = embeddings.double().norm(dim=1)
+    wrong = (~(lengths.isfinite() & (lengths > 0))).nonzero().flatten().tolist()
+    if wrong:
+        shown = ", ".join(map(str, wrong[:10])) + (", ..." if len(wrong) > 10 else "")
+        raise ValueError(
+            f"{len(wrong)} of {len(embeddings)} rows of {file} are zero or not finite: rows {shown}, counted from 0."
+            " Take them out."
+        )
+    unit = (embeddings.double() / lengths[:, None]).float()
+    bank = IdentityBank(unit, identity_encoder, names)
+    first: dict[bytes, str] = {}
+    duplicates = {}
+    for name, row in zip(bank.names, unit.mul(1e4).round().short().numpy(), strict=True):
+        original = first.setdefault(row.tobytes(), name)
+        if original != name:
+            duplicates[name] = original
+    report = {"identities": len(bank), "dimension": unit.shape[1], "duplicates": duplicates}
+    return bank, report | {"not of unit length": int(((lengths - 1).abs() > 1e-3).sum())}
+
+
+def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    shown = [f"`{name}` {shape}" for name, shape in list(shapes.items())[:10]]
+    return ", ".join(shown) + (f" and {len(shapes) - 10} more" if len(shapes) > 10 else "")
 
 
 def largest_cosines(embeddings: torch.Tensor, known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -171,7 +171,12 @@ class IResNetModel(PreTrainedModel):
 
         Returns:
             `np.ndarray` of shape `(N, embedding_dim)`: float32, not normalised.
+
+        Raises:
+            ValueError: the faces are not of bytes, or of another size.
         """
+        if faces.dtype != np.uint8:
+            raise ValueError(f"faces have to be of uint8 in 0..255 but are {faces.dtype}.")
         training = self.training
         self.eval()
         embeddings = [np.zeros((0, self.config.embedding_dim), np.float32)]
