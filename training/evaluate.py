@@ -51,6 +51,7 @@ from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.generation import bank_hash
 from uiface_diffusers.hub import IDENTITIES
 from uiface_diffusers.identities import largest_cosines
+from uiface_diffusers.options import expand_home
 from uiface_diffusers.seeds import image_generator
 
 
@@ -71,7 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
-    return parser.parse_args(argv)
+    return parser.parse_args(expand_home(argv))
 
 
 def sample(

@@ -25,6 +25,7 @@ from uiface_diffusers.evaluation.people import People
 from uiface_diffusers.files import write_json
 from uiface_diffusers.hub import IDENTITIES
 from uiface_diffusers.identities import keep_distinct, largest_cosines
+from uiface_diffusers.options import expand_home
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--defaults", type=json.loads, default={}, help="arguments of the pipeline's call, as JSON")
     parser.add_argument("--seed", type=int, default=0, help="of identities that are drawn")
     parser.add_argument("--output", type=Path, required=True)
-    return parser.parse_args(argv)
+    return parser.parse_args(expand_home(argv))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -38,6 +38,7 @@ from uiface_diffusers.data import FaceCache, LatentSet, cache_latents
 from uiface_diffusers.encoders import EncoderMark, check_same_encoder, common_encoder, projector_mark
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.files import write_json
+from uiface_diffusers.fingerprint import model_fingerprint
 from uiface_diffusers.latents import decode_latents
 from uiface_diffusers.pipeline_uiface import MODEL_DEFAULTS
 from uiface_diffusers.seeds import mix_seed
@@ -48,6 +49,7 @@ from uiface_diffusers.training_utils import (
     add_hub_arguments,
     add_machine_arguments,
     add_optimizer_arguments,
+    data_fingerprint,
     describe_recipe,
     ema_weights,
     find_checkpoint,
@@ -59,6 +61,7 @@ from uiface_diffusers.training_utils import (
     parse_recipe,
     positive,
     save_checkpoint,
+    schedule_settings,
     training_folder,
     validates,
 )
@@ -419,7 +422,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     # what the data's order depends on, besides the step, and what a checkpoint's optimiser would overrule
     fixed = {"seed": args.seed, "train_batch_size": args.train_batch_size, "num_processes": world_size}
     fixed |= {"faces": len(dataset), "balanced_sampling": args.balanced_sampling}
-    fixed |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "learning_rate": args.learning_rate}
+    fixed |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, **schedule_settings(args)}
+    fixed |= {"train_data": data_fingerprint(args.train_data), "vae": model_fingerprint(vae)}
+    fixed |= {"prediction_type": args.prediction_type, "unet": args.unet}
     step, hours_before = 0, 0.0
     if checkpoint is not None:
         step, hours_before = load_checkpoint(accelerator, ema, checkpoint, fixed)

@@ -41,6 +41,7 @@ from uiface_diffusers.training_utils import (
     add_checkpoint_arguments,
     add_machine_arguments,
     add_optimizer_arguments,
+    data_fingerprint,
     ema_weights,
     find_checkpoint,
     is_due,
@@ -51,6 +52,7 @@ from uiface_diffusers.training_utils import (
     parse_recipe,
     positive,
     save_checkpoint,
+    schedule_settings,
     training_folder,
     validates,
 )
@@ -312,7 +314,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         accelerator.init_trackers("train_autoencoder", config=settings)
     # what the data's order depends on, besides the step, and what a checkpoint's optimiser would overrule
     fixed = {"seed": args.seed, "train_batch_size": args.train_batch_size, "num_processes": world_size}
-    fixed |= {"faces": len(dataset), "learning_rate": args.learning_rate}
+    fixed |= {"faces": len(dataset), "train_data": data_fingerprint(args.train_data), **schedule_settings(args)}
+    fixed |= {"autoencoder": args.autoencoder, "freeze_encoder": args.freeze_encoder}
     step, hours_before = 0, 0.0
     if checkpoint is not None:
         step, hours_before = load_checkpoint(accelerator, ema, checkpoint, fixed)

@@ -43,6 +43,7 @@ from uiface_diffusers.faces import ALIGNED_SIZE, FaceEncoder, load_photograph
 from uiface_diffusers.files import check_settings, complete_file, write_json
 from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.generation import bank_hash
+from uiface_diffusers.options import expand_home
 
 TRAINING = Path(__file__).parents[1]
 # arm -> arguments of `generate_dataset`; `fixed` has the median boundary of `adaptive`, so that only the choice for
@@ -103,7 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--pieces", nargs="+", choices=PIECES, default=PIECES)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(expand_home(argv))
     if args.num_identities % args.groups:
         parser.error(f"--num_identities {args.num_identities} cannot be split into {args.groups} equal groups")
     args.results = args.results or args.work / "ablation.json"

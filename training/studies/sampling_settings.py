@@ -46,6 +46,7 @@ from uiface_diffusers.evaluation.separability import genuine_pairs, impostor_pai
 from uiface_diffusers.faces import FaceEncoder, resize_aligned
 from uiface_diffusers.files import check_settings, write_json
 from uiface_diffusers.fingerprint import pipeline_fingerprint
+from uiface_diffusers.options import expand_home
 from uiface_diffusers.seeds import image_generator
 
 FIGURES = ("rows", "seconds", "boundary", "capped", "judge", "others", "EER", "LPIPS", "precision", "recall")
@@ -64,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
-    return parser.parse_args(argv)
+    return parser.parse_args(expand_home(argv))
 
 
 class Conditions:
