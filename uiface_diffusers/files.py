@@ -47,7 +47,7 @@ def why_unreadable(path: str | os.PathLike, error: object) -> str:
         return f"{path} is empty: copy it again"
     if head.startswith(b"version https://git-lfs"):
         return f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder"
-    if head.startswith((b"PK\x03\x04", b"\x80")) and path.suffix not in (".npz", ".pt", ".pth"):
+    if head.startswith((b"PK\x03\x04", b"\x80")) and path.suffix != ".npz":
         return f"{path} is a zip archive or a pickle, such as torch.save writes"
     return f"{path} is damaged, cut short or of another kind: {error}"
 
