@@ -276,7 +276,7 @@ class FaceEncoder:
             raise ValueError(f"model pack `{name}` in {root} detects no landmarks: faces cannot be aligned.")
         if tuple(self.recognizer.input_size) != (ALIGNED_SIZE, ALIGNED_SIZE):
             raise ValueError(f"model pack `{name}` embeds faces of {self.recognizer.input_size}, expected is 112x112.")
-        if providers is not None:  # a library that is missing makes onnxruntime go on with the CPU
+        if chosen and providers is not None:  # a library that is missing makes onnxruntime go on with the CPU
             first = chosen[0] if isinstance(chosen[0], str) else chosen[0][0]
             used = self.recognizer.session.get_providers()
             if first not in used:
@@ -418,7 +418,10 @@ class FaceEncoder:
         aligned = []
         for position, photograph in enumerate(photographs):
             is_file = isinstance(photograph, str | os.PathLike)
-            photograph = load_photograph(photograph) if is_file else rgb_bytes(photograph)
+            try:
+                photograph = load_photograph(photograph) if is_file else rgb_bytes(photograph)
+            except ValueError as error:
+                raise ValueError(f"photograph {position}: {error}") from error
             try:
                 face = self.select(self.detect(photograph), photograph.shape, selection)
             except NoFaceError as error:
