@@ -125,7 +125,7 @@ def overhead(args: argparse.Namespace) -> None:
         for start in range(0, len(keys), 16):
             batch = keys[start : start + 16]
             pipeline(
-                IdentityBank(bank.embeddings[[bank.names.index(name) for name, _ in batch]], bank.identity_encoder),
+                bank.take([bank.names.index(name) for name, _ in batch]),
                 generator=[image_generator(args.seed, *key) for key in batch],
                 num_inference_steps=args.num_inference_steps,
             )

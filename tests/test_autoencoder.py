@@ -132,6 +132,19 @@ def test_trains_diffusers_other_autoencoders(workspace, name):
     assert latents.shape == (24, 4, 32, 32) and 0.8 < latents.std() < 1.3
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--lr_scheduler", "cosine_warm_restarts"), "lr_scheduler: cosine then, cosine_warm_restarts now"),
+        (("--lr_warmup_steps", "3"), "lr_warmup_steps: 0 then, 3 now"),
+        (("--freeze_encoder",), "freeze_encoder: False then, True now"),
+    ],
+)
+def test_other_settings_are_refused_on_resume(uninterrupted, workspace, option, message):
+    result = train(workspace, "whole", "--resume_from_checkpoint", "latest", *option)
+    assert result.returncode != 0 and message in result.stderr
+
+
 def test_a_frozen_encoder_keeps_the_latents(uninterrupted, workspace):
     result = train(
         workspace,

@@ -153,6 +153,8 @@ def test_saves_and_loads_by_the_auto_classes(tiny, tmp_path):
     ours = model.train().embed_faces(np.stack(faces), batch_size=2)
     assert model.training and ours.dtype == np.float32
     assert np.allclose(ours, embeddings.detach().numpy(), atol=1e-5)
+    with pytest.raises(ValueError, match="uint8"):
+        model.embed_faces(np.stack(faces) / 255)
     half = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half(torch.zeros(1, 3, 32, 32)).embeddings.dtype == torch.bfloat16
 
@@ -171,8 +173,10 @@ def test_image_processor():
     assert np.abs(resized - pillow).max() < 1.5
     with pytest.raises(ValueError, match="float64"):
         processor([face / 255.0])
-    with pytest.raises(ValueError, match=r"\(112, 112\)"):
-        processor([face[:, :, 0]])
+    gray = processor(face[:, :, 0], return_tensors="pt").pixel_values
+    assert np.allclose(gray[0].numpy(), np.repeat(expected[:1], 3, axis=0), atol=1e-6)
+    with pytest.raises(ValueError, match=r"\(112, 112, 2\)"):
+        processor([face[:, :, :2]])
 
 
 def test_wrong_input_is_named(tiny):

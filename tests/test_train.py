@@ -635,10 +635,26 @@ def test_two_trainings_do_not_share_a_folder(workspace):
         ((), "go on with --resume_from_checkpoint latest"),
         (("--resume_from_checkpoint", "latest", "--seed", "3"), "seed: 0 then, 3 now"),
         (("--resume_from_checkpoint", "latest", "--learning_rate", "1"), "learning_rate: 0.001 then, 1.0 now"),
+        (("--resume_from_checkpoint", "latest", "--lr_restart_steps", "7"), "lr_restart_steps: 10000 then, 7 now"),
+        (("--resume_from_checkpoint", "latest", "--lr_restart_factor", "3"), "lr_restart_factor: 2 then, 3 now"),
+        (
+            ("--resume_from_checkpoint", "latest", "--lr_scheduler", "cosine"),
+            "lr_scheduler: cosine_warm_restarts then",
+        ),
+        (("--resume_from_checkpoint", "latest", "--train_data", "OTHER"), "train_data: "),
     ],
 )
-def test_an_earlier_training_is_not_overwritten(uninterrupted, workspace, options, message):
+def test_an_earlier_training_is_not_overwritten(uninterrupted, workspace, toy_root, toy_photographs, options, message):
     before = sorted(p.name for p in uninterrupted.iterdir())
+    if "OTHER" in options:  # a cache with as many faces
+        for person in toy_photographs.iterdir():
+            for index, file in enumerate(sorted(person.iterdir())):
+                target = workspace / "photographs" / person.name / f"{index + 1}.png"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, target)
+        encoder = FaceEncoder("toy", str(toy_root), det_size=160)
+        prepare_faces(workspace / "photographs", workspace / "other", encoder, image_size=16)
+        options = (*options[:-1], str(workspace / "other"))
     result = train(workspace, "whole", *options)
     assert result.returncode != 0 and message in result.stderr
     assert sorted(p.name for p in uninterrupted.iterdir()) == before

@@ -222,6 +222,9 @@ def test_options_train_and_save(workspace):
     with pytest.raises(ValueError, match=r"head: cosface then, adaface now; learning_rate: 0.1 then, 0.01 now"):
         changed = ("--head", "adaface", "--learning_rate", "0.01")
         train(workspace, "stopped", *changed, "--resume_from_checkpoint", "latest")
+    with pytest.raises(ValueError, match="lr_warmup_steps: 0 then, 5 now"):
+        changed = ("--head", "cosface", "--lr_scheduler", "cosine", "--lr_warmup_steps", "5")
+        train(workspace, "stopped", *changed, "--resume_from_checkpoint", "latest")
 
 
 def write_benchmark(path: Path, pairs: int = 20) -> None:

@@ -36,6 +36,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from uiface_diffusers import IdentityBank, UIFacePipeline, sample_identities
+from uiface_diffusers.encoders import check_same_encoder
 from uiface_diffusers.evaluation import (
     equal_error_rate,
     identity_consistency,
@@ -50,6 +51,7 @@ from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.generation import bank_hash
 from uiface_diffusers.hub import IDENTITIES
 from uiface_diffusers.identities import largest_cosines
+from uiface_diffusers.options import expand_home
 from uiface_diffusers.seeds import NOISE_VERSION, image_generator
 
 
@@ -70,7 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
-    return parser.parse_args(argv)
+    return parser.parse_args(expand_home(argv))
 
 
 def sample(
@@ -82,7 +84,7 @@ def sample(
     for start in tqdm(range(0, len(numbers), args.batch_size), desc=title, unit="batch"):
         batch = numbers[start : start + args.batch_size]
         out = pipe(
-            IdentityBank(identities.embeddings[[i for i, _ in batch]], identities.identity_encoder),
+            identities.take([i for i, _ in batch]),
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
             generator=[image_generator(args.seed, identities.names[i], n) for i, n in batch],
@@ -115,11 +117,8 @@ class Measurement:
         )
         self.train, unseen = People(args.train_faces), People([args.unseen_faces])
         for people in (self.train, unseen):
-            if people.bank.identity_encoder != args.encoder:
-                raise ValueError(
-                    f"{people.caches[0].folder} has embeddings of `{people.bank.identity_encoder}`, --encoder is"
-                    f" `{args.encoder}`."
-                )
+            folder, mark = str(people.caches[0].folder), people.bank.encoder_mark
+            check_same_encoder(folder, mark, "the pack of --encoder", self.encoder.encoder_mark)
         if args.encoder == args.judge:
             raise ValueError(f"the judge has to be another recogniser than the encoder, but both are `{args.judge}`.")
         self.seen = unseen.near(self.train.bank, args.same_person)

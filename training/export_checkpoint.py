@@ -20,10 +20,12 @@ from pathlib import Path
 import torch
 
 from uiface_diffusers import IdentityBank, UIFacePipeline, sample_identities
+from uiface_diffusers.encoders import check_same_encoder, projector_mark
 from uiface_diffusers.evaluation.people import People
 from uiface_diffusers.files import write_json
 from uiface_diffusers.hub import IDENTITIES
 from uiface_diffusers.identities import keep_distinct, largest_cosines
+from uiface_diffusers.options import expand_home
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,16 +38,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--defaults", type=json.loads, default={}, help="arguments of the pipeline's call, as JSON")
     parser.add_argument("--seed", type=int, default=0, help="of identities that are drawn")
     parser.add_argument("--output", type=Path, required=True)
-    return parser.parse_args(argv)
+    return parser.parse_args(expand_home(argv))
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     known = People(args.faces).bank
     pipeline = UIFacePipeline.from_pretrained(args.pipeline)
-    encoder = pipeline.identity_projector.config.identity_encoder
-    if known.identity_encoder != encoder:
-        raise ValueError(f"{args.pipeline} follows `{encoder}`, {args.faces} are of `{known.identity_encoder}`.")
+    faces = " ".join(args.faces)
+    check_same_encoder(faces, known.encoder_mark, args.pipeline, projector_mark(pipeline.identity_projector))
     pipeline = UIFacePipeline(**pipeline.components, **(pipeline.default_sampling() | args.defaults))
     if args.identities is None:
         identities = sample_identities(known, args.num_identities, args.max_similarity, args.seed)

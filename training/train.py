@@ -35,9 +35,11 @@ from tqdm import tqdm
 from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline, UIFaceUNet2DModel
 from uiface_diffusers.convert_original import NOISE_SCHEDULE, SAMPLER
 from uiface_diffusers.data import FaceCache, LatentSet, cache_latents
+from uiface_diffusers.encoders import EncoderMark, check_same_encoder, common_encoder, projector_mark
 from uiface_diffusers.evaluation import load_lpips
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.files import write_json
+from uiface_diffusers.fingerprint import model_fingerprint
 from uiface_diffusers.latents import decode_latents
 from uiface_diffusers.pipeline_uiface import MODEL_DEFAULTS
 from uiface_diffusers.seeds import mix_seed
@@ -48,6 +50,7 @@ from uiface_diffusers.training_utils import (
     add_hub_arguments,
     add_machine_arguments,
     add_optimizer_arguments,
+    data_fingerprint,
     describe_recipe,
     ema_weights,
     facial_feature_weights,
@@ -60,6 +63,7 @@ from uiface_diffusers.training_utils import (
     parse_recipe,
     positive,
     save_checkpoint,
+    schedule_settings,
     training_folder,
     validates,
 )
@@ -369,14 +373,16 @@ class LossLog:
         return means, (parts["loss"][1] / parts["loss"][2]).item()
 
 
-def load_training_data(args, accelerator: Accelerator, vae) -> tuple[LatentFaces, list[str], torch.Tensor | None, str]:
-    """Data set, identity of each face, how often each face is drawn (None: all alike), and the encoder's name. Checks
-    that the caches belong together before anything is encoded."""
+def load_training_data(
+    args, accelerator: Accelerator, vae
+) -> tuple[LatentFaces, list[str], torch.Tensor | None, EncoderMark]:
+    """Data set, identity of each face, how often each face is drawn (None: all alike), and encoder. Checks that the
+    caches belong together before anything is encoded."""
     caches = [FaceCache(folder) for folder in args.train_data]
-    for name in ("identity_encoder", "image_size"):
-        values = {str(cache.folder): getattr(cache, name) for cache in caches}
-        if len(set(values.values())) > 1:
-            raise ValueError(f"the caches differ in `{name}`: {values}. Prepare them alike.")
+    sizes = {str(cache.folder): cache.image_size for cache in caches}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"the caches differ in `image_size`: {sizes}. Prepare them alike.")
+    encoder = common_encoder({str(cache.folder): cache.encoder_mark for cache in caches})
     # too few faces are named before they are encoded
     EndlessBatchSampler(sum(map(len, caches)), args.train_batch_size, args.seed, 0, accelerator.num_processes)
     with accelerator.main_process_first():
@@ -397,11 +403,11 @@ def load_training_data(args, accelerator: Accelerator, vae) -> tuple[LatentFaces
         weights = torch.ones(len(latents), dtype=torch.float64) if weights is None else weights
         parts = zip(weights.split([len(bank) for bank in banks]), args.train_data_shares, strict=True)
         weights = torch.cat([part * share / part.sum() for part, share in parts])
-    return LatentFaces(latents, embeddings), names, weights, caches[0].identity_encoder
+    return LatentFaces(latents, embeddings), names, weights, encoder
 
 
 def build_denoiser(
-    args, latent_shape: torch.Size, identity_dim: int, identity_encoder: str
+    args, latent_shape: torch.Size, identity_dim: int, encoder: EncoderMark
 ) -> tuple[ConditionalDenoiser, SchedulerMixin, dict[str, float]]:
     """The three trained components, the sampler, and the defaults of its call that are not the paper's: new ones, or
     those of `--init_from`.
@@ -417,20 +423,23 @@ def build_denoiser(
         unet.zero_init_residual_branches()
         context_dim = unet.config.cross_attention_dim
         projector = IdentityProjector(
-            identity_dim, context_dim, dropout=args.context_dropout, identity_encoder=identity_encoder
+            identity_dim,
+            context_dim,
+            dropout=args.context_dropout,
+            identity_encoder=encoder.name,
+            identity_encoder_fingerprint=encoder.fingerprint,
         )
         scheduler = DDIMScheduler(**NOISE_SCHEDULE, **SAMPLER, prediction_type=args.prediction_type)
         return ConditionalDenoiser(unet, projector, EmptyContext(context_dim)), scheduler, {}
     pipeline = UIFacePipeline.from_pretrained(args.init_from)
     projector = pipeline.identity_projector
-    wanted = {"identity_encoder": identity_encoder, "identity_dim": identity_dim}
-    wanted |= {"latent channels": channels, "prediction_type": args.prediction_type}
-    given = {name: projector.config[name] for name in ("identity_encoder", "identity_dim")}
-    given["latent channels"] = pipeline.unet.config.in_channels
+    check_same_encoder(args.init_from, projector_mark(projector), "the training data", encoder)
+    wanted = {"identity_dim": identity_dim, "latent channels": channels, "prediction_type": args.prediction_type}
+    given = {"identity_dim": projector.config.identity_dim, "latent channels": pipeline.unet.config.in_channels}
     given["prediction_type"] = pipeline.scheduler.config.prediction_type
-    if given["identity_encoder"] is None:  # a fresh projector
-        given["identity_encoder"] = identity_encoder
-        projector.register_to_config(identity_encoder=identity_encoder)
+    projector.register_to_config(identity_encoder=encoder.name)  # a fresh projector has none
+    if encoder.fingerprint is not None:
+        projector.register_to_config(identity_encoder_fingerprint=encoder.fingerprint)
     if given != wanted:
         raise ValueError(f"{args.init_from} has {given}, this training {wanted}: they do not fit together.")
     projector.context_dropout.p = args.context_dropout
@@ -487,10 +496,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     vae_path, vae_subfolder = (args.vae, args.vae_subfolder) if args.vae else (args.init_from, "vae")
     vae = AutoModel.from_pretrained(vae_path, subfolder=vae_subfolder).eval().requires_grad_(False)
     vae.to(accelerator.device)
-    dataset, names, sample_weights, identity_encoder = load_training_data(args, accelerator, vae)
+    dataset, names, sample_weights, encoder = load_training_data(args, accelerator, vae)
     face_encoder = recognizer = None
     if args.encoder_root is not None:
-        face_encoder = FaceEncoder(identity_encoder, args.encoder_root, det_size=160)
+        face_encoder = FaceEncoder(encoder.name, args.encoder_root, det_size=160)
+        check_same_encoder("the training data", encoder, "the pack of --encoder_root", face_encoder.encoder_mark)
         if args.identity_weight:
             recognizer = face_encoder.to_torch().to(accelerator.device)
     perceptual = None
@@ -504,7 +514,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     # 2. models
     torch.manual_seed(args.seed)
     denoiser, sampler_scheduler, sampling_defaults = build_denoiser(
-        args, dataset.latents.shape[1:], dataset.embeddings.shape[1], identity_encoder
+        args, dataset.latents.shape[1:], dataset.embeddings.shape[1], encoder
     )
     if args.gradient_checkpointing:
         denoiser.unet.enable_gradient_checkpointing()
@@ -529,7 +539,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     # what the data's order depends on, besides the step, and what a checkpoint's optimiser would overrule
     fixed = {"seed": args.seed, "train_batch_size": args.train_batch_size, "num_processes": world_size}
     fixed |= {"faces": len(dataset), "balanced_sampling": args.balanced_sampling}
-    fixed |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "learning_rate": args.learning_rate}
+    fixed |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, **schedule_settings(args)}
+    fixed |= {"train_data": data_fingerprint(args.train_data), "vae": model_fingerprint(vae)}
+    fixed |= {"prediction_type": args.prediction_type, "unet": args.unet}
     fixed |= {"train_data_shares": args.train_data_shares}
     step, hours_before = 0, 0.0
     if checkpoint is not None:

@@ -36,6 +36,7 @@ from uiface_diffusers.evaluation import load_lpips, reconstruction_quality
 from uiface_diffusers.evaluation.reconstruction import to_unit_range
 from uiface_diffusers.faces import FaceEncoder, TorchRecognizer
 from uiface_diffusers.latents import FirstStage
+from uiface_diffusers.pictures import rgb_bytes
 from uiface_diffusers.seeds import mix_seed
 from uiface_diffusers.training_utils import (
     SWITCH,
@@ -43,6 +44,7 @@ from uiface_diffusers.training_utils import (
     add_checkpoint_arguments,
     add_machine_arguments,
     add_optimizer_arguments,
+    data_fingerprint,
     ema_weights,
     facial_feature_weights,
     find_checkpoint,
@@ -54,6 +56,7 @@ from uiface_diffusers.training_utils import (
     parse_recipe,
     positive,
     save_checkpoint,
+    schedule_settings,
     training_folder,
     validates,
 )
@@ -154,7 +157,7 @@ class FacePictures(Dataset):
         return len(self.table)
 
     def __getitems__(self, indices: list[int]) -> torch.Tensor:
-        pictures = [np.asarray(picture.convert("RGB")) for picture in self.table[indices]["image"]]
+        pictures = [rgb_bytes(picture) for picture in self.table[indices]["image"]]
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
@@ -351,7 +354,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         accelerator.init_trackers("train_autoencoder", config=settings)
     # what the data's order depends on, besides the step, and what a checkpoint's optimiser would overrule
     fixed = {"seed": args.seed, "train_batch_size": args.train_batch_size, "num_processes": world_size}
-    fixed |= {"faces": len(dataset), "learning_rate": args.learning_rate}
+    fixed |= {"faces": len(dataset), "train_data": data_fingerprint(args.train_data), **schedule_settings(args)}
+    fixed |= {"autoencoder": args.autoencoder, "freeze_encoder": args.freeze_encoder}
     step, hours_before = 0, 0.0
     if checkpoint is not None:
         step, hours_before = load_checkpoint(accelerator, ema, checkpoint, fixed)

@@ -55,6 +55,7 @@ from uiface_diffusers.training_utils import (
     add_hub_arguments,
     add_machine_arguments,
     add_optimizer_arguments,
+    data_fingerprint,
     describe_recipe,
     find_checkpoint,
     is_due,
@@ -65,6 +66,7 @@ from uiface_diffusers.training_utils import (
     parse_recipe,
     positive,
     save_checkpoint,
+    schedule_settings,
     training_folder,
     validates,
 )
@@ -394,6 +396,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator, config: IResNetCon
     fixed |= {"faces": len(faces), "identities": faces.num_identities, "files": faces.key}
     fixed |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "head": args.head}
     fixed |= {name: getattr(args, name) for name in ("learning_rate", "momentum", "weight_decay")}
+    fixed |= {
+        "train_data": data_fingerprint(args.train_data),
+        "recognizer": args.recognizer,
+        **schedule_settings(args),
+    }
     step, hours_before = 0, 0.0
     if checkpoint is not None:
         step, hours_before = load_checkpoint(accelerator, None, checkpoint, fixed)

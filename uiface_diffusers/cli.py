@@ -10,14 +10,34 @@ import sys
 import tempfile
 from pathlib import Path
 
+from .options import (
+    any_of,
+    boolean,
+    device,
+    expand_home,
+    none,
+    one_of,
+    part,
+    provider,
+    real,
+    timestep_pair,
+    whole,
+)
+
 
 def _add_encoder_arguments(
     parser: argparse.ArgumentParser, default: str | None = "buffalo_l", role: str = "insightface model pack"
 ) -> None:
     parser.add_argument("--encoder", default=default, help=f"{role} (default: %(default)s)")
     parser.add_argument("--encoder-root", default="~/.insightface", help="folder with models/PACK")
-    parser.add_argument("--providers", nargs="+", help="onnxruntime execution providers")
-    parser.add_argument("--det-size", type=int, help="side of the detector's input (default: insightface's choice)")
+    parser.add_argument(
+        "--providers", nargs="+", type=provider, help="onnxruntime execution providers: cuda, cpu, tensorrt, ..."
+    )
+    parser.add_argument(
+        "--det-size",
+        type=whole(32, multiple_of=32),
+        help="side of the detector's input, a multiple of 32 (default: insightface's choice)",
+    )
 
 
 def _face_encoder(args: argparse.Namespace):
@@ -68,6 +88,21 @@ def _sampling_parameters() -> dict[str, inspect.Parameter]:
     return {name: value for name, value in parameters.items() if name not in {"self", *OWN_ARGUMENTS}}
 
 
+# of the pipeline's call
+SAMPLING_TYPES = {
+    "num_inference_steps": whole(),
+    "guidance_scale": any_of(real(low=0), none),
+    "boundary": any_of(one_of("adaptive"), none, whole(0)),
+    "boundary_threshold": any_of(real(low=0), none),
+    "latest_boundary": any_of(whole(0), none),
+    "guide_from_boundary": boolean,
+    "injection": any_of(one_of("both", "self", "cross"), none),
+    "injection_strength": any_of(real(0, 1), none),
+    "guidance_interval": any_of(timestep_pair, none),
+    "reuse_empty_branch": whole(),
+}
+
+
 def _sampling_value(text: str):
     """A word of the command line as Python's number, None, True or False; any other word is itself."""
     try:
@@ -76,23 +111,42 @@ def _sampling_value(text: str):
         return text
 
 
+def _pipeline_folder(model: str | None) -> Path:
+    """Of a folder, a Hub repository, or the embedded checkpoint."""
+    from . import UIFacePipeline, default_checkpoint
+
+    model = model or str(default_checkpoint())
+    return Path(model) if Path(model).is_dir() else Path(UIFacePipeline.download(model))
+
+
+def _load_pipeline(folder: Path, **options):
+    """The pipeline of a folder; weights that are damaged are named."""
+    from . import UIFacePipeline
+    from .files import check_safetensors
+
+    try:
+        return UIFacePipeline.from_pretrained(folder, **options)
+    except OSError:
+        check_safetensors(folder)
+        raise
+
+
 def _generate(args: argparse.Namespace) -> None:
     import diffusers
     import torch
     from accelerate import PartialState
 
-    from . import IdentityBank, UIFacePipeline, default_checkpoint, generate_dataset
+    from . import IdentityBank, generate_dataset
     from .hub import IDENTITIES
 
     state = PartialState(cpu=args.device == "cpu")
-    model = args.model or str(default_checkpoint())
-    folder = Path(model) if Path(model).is_dir() else Path(UIFacePipeline.download(model))
+    folder = _pipeline_folder(args.model)
     bank_file = args.identities or folder / IDENTITIES
     if not bank_file.is_file():
         raise ValueError(f"{bank_file} is missing: name a bank of identities by --identities.")
     identities = IdentityBank.load(bank_file)
     sampling = {name: getattr(args, name) for name in _sampling_parameters() if hasattr(args, name)}
-    pipeline = UIFacePipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype))
+    pipeline = _load_pipeline(folder, dtype=getattr(torch, args.dtype))
     if args.scheduler is not None:
         scheduler = getattr(diffusers, args.scheduler, None)
         if not hasattr(scheduler, "from_config") or "Scheduler" not in args.scheduler:
@@ -133,13 +187,6 @@ def _generate(args: argparse.Namespace) -> None:
         print("other parts are missing: the last one to finish writes metadata and preview")
 
 
-def _shard(text: str) -> tuple[int, int]:
-    position, _, number = text.partition("/")
-    if not (position.isdigit() and number.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form i/n, as 0/3")
-    return int(position), int(number)
-
-
 def _add_generate(commands) -> None:
     generate = commands.add_parser(
         "generate",
@@ -151,23 +198,25 @@ def _add_generate(commands) -> None:
     generate.add_argument("model", nargs="?", help="pipeline: folder or Hub repository (default: the embedded one)")
     generate.add_argument("--output", type=Path, default=Path("faces"), help="folder (default: %(default)s)")
     generate.add_argument("--identities", type=Path, help="bank (default: identities.safetensors of the model)")
-    generate.add_argument("--images-per-identity", type=int, help="default: 50; 8 of the model's own identities")
-    generate.add_argument("--max-identities", type=int, help="default: all of --identities; 4 of the model's own")
-    generate.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    generate.add_argument("--batch-size", type=int, default=16, help="faces a call (default: %(default)s)")
-    generate.add_argument("--size", type=int, default=112, help="side of the images (default: %(default)s)")
+    generate.add_argument("--images-per-identity", type=whole(), help="default: 50; 8 of the model's own identities")
+    generate.add_argument("--max-identities", type=whole(), help="default: all of --identities; 4 of the model's own")
+    generate.add_argument("--seed", type=whole(0), default=0, help="default: %(default)s")
+    generate.add_argument("--batch-size", type=whole(), default=16, help="faces a call (default: %(default)s)")
+    generate.add_argument("--size", type=whole(), default=112, help="side of the images (default: %(default)s)")
     generate.add_argument("--image-format", default="png", help="png, jpeg or webp (default: %(default)s)")
     generate.add_argument("--output-format", default="imagefolder", help="imagefolder (default) or webdataset")
-    generate.add_argument("--shard", type=_shard, default=(0, 1), metavar="i/n", help="part i of n, for job arrays")
+    generate.add_argument("--shard", type=part, default=(0, 1), metavar="i/n", help="part i of n, for job arrays")
     generate.add_argument(
-        "--identity-perturbation", type=float, nargs=2, metavar=("A", "B"), help="cosine from A to B"
+        "--identity-perturbation", type=real(-1, 1), nargs=2, metavar=("A", "B"), help="cosine from A to B"
     )
-    generate.add_argument("--min-similarity", type=float, help="make an image anew below this cosine; needs --encoder")
-    generate.add_argument("--max-attempts", type=int, default=3, help="at an image (default: %(default)s)")
+    generate.add_argument(
+        "--min-similarity", type=real(-1, 1), help="make an image anew below this cosine; needs --encoder"
+    )
+    generate.add_argument("--max-attempts", type=whole(), default=3, help="at an image (default: %(default)s)")
     _add_encoder_arguments(generate, default=None)
     generate.add_argument("--scheduler", help="a scheduler of diffusers (default: the model's)")
     generate.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    generate.add_argument("--device", help="default: what accelerate finds")
+    generate.add_argument("--device", type=device, help="default: what accelerate finds")
     generate.add_argument("--push-to-hub", metavar="REPO", help="upload the complete data set")
     from .pipeline_uiface import MODEL_DEFAULTS
 
@@ -177,7 +226,11 @@ def _add_generate(commands) -> None:
         default = "the model's" if name in MODEL_DEFAULTS else parameter.default
         # absent if not given: None is a value
         group.add_argument(
-            option, type=_sampling_value, dest=name, default=argparse.SUPPRESS, help=f"default: {default}"
+            option,
+            type=SAMPLING_TYPES.get(name, _sampling_value),
+            dest=name,
+            default=argparse.SUPPRESS,
+            help=f"default: {default}",
         )
     generate.set_defaults(run=_generate)
 
@@ -208,7 +261,6 @@ def _load_bank(path: Path):
 def _make_identities(args: argparse.Namespace) -> None:
     import torch
 
-    from . import UIFacePipeline, default_checkpoint
     from .data import FaceCache, FaceCacheSource, prepare_faces
     from .identities import keep_distinct, make_identities, sample_identities
 
@@ -235,7 +287,7 @@ def _make_identities(args: argparse.Namespace) -> None:
             print(f"only {len(bank)} of {args.number} identities were found", file=sys.stderr)
     else:
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        pipeline = UIFacePipeline.from_pretrained(args.model or default_checkpoint()).to(device)
+        pipeline = _load_pipeline(_pipeline_folder(args.model)).to(device)
         report = make_identities(
             pipeline,
             _face_encoder(args),
@@ -251,17 +303,31 @@ def _make_identities(args: argparse.Namespace) -> None:
     print(f"saved to {args.output}: " + ", ".join(f"{name} {count}" for name, count in report.items()))
 
 
+def _import_identities(args: argparse.Namespace) -> None:
+    from .identities import import_identities
+
+    bank, report = import_identities(args.file, args.encoder, args.key)
+    bank.save(args.output)
+    print(f"{report['identities']} identities of `{args.encoder}`, {report['dimension']}-d, saved to {args.output}")
+    print(f"  {report['not of unit length']} were not of unit length: normalized")
+    duplicates = list(report["duplicates"].items())
+    print(f"  {len(duplicates)} are duplicates (kept)")
+    for name, first in duplicates[:10]:
+        print(f"    {name} of {first}")
+
+
 def _perturb_identities(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
     import torch.nn.functional as F
 
-    from . import IdentityBank
     from .identities import perturb_embeddings
     from .seeds import PERTURBATION, image_generator
 
     bank = _load_bank(args.bank)
     generators = [image_generator(args.seed, name, 0, stream=PERTURBATION) for name in bank.names]
     embeddings, cosines = perturb_embeddings(F.normalize(bank.embeddings), tuple(args.cosine), generators)
-    IdentityBank(embeddings, bank.identity_encoder, bank.names).save(args.output)
+    replace(bank, embeddings=embeddings).save(args.output)
     print(f"{len(bank)} identities saved to {args.output}, mean cosine to the given ones {cosines.mean():.3f}")
 
 
@@ -291,7 +357,7 @@ def _inspect_identities(args: argparse.Namespace) -> None:
 
 
 def _add_identities(commands) -> None:
-    identities = commands.add_parser("identities", help="make, perturb and inspect banks of identities")
+    identities = commands.add_parser("identities", help="make, import, perturb and inspect banks of identities")
     actions = identities.add_subparsers(dest="action", required=True)
 
     make = actions.add_parser(
@@ -301,15 +367,15 @@ def _add_identities(commands) -> None:
         " or random directions.",
     )
     make.add_argument("model", nargs="?", help="pipeline: folder or Hub repository (default: the embedded one)")
-    make.add_argument("--number", type=int, required=True, help="identities wanted")
+    make.add_argument("--number", type=whole(), required=True, help="identities wanted")
     make.add_argument("--output", type=Path, required=True, help="the bank, .safetensors")
     make.add_argument("--exclude", type=Path, nargs="+", default=[], help="banks or caches of known identities")
-    make.add_argument("--max-similarity", type=float, default=0.3, help="largest cosine (default: %(default)s)")
-    make.add_argument("--max-candidates", type=int, help="give up after so many (default: 20 times --number)")
-    make.add_argument("--device", help="default: a GPU if there is one")
-    make.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    make.add_argument("--batch-size", type=int, default=16, help="faces a call (default: %(default)s)")
-    make.add_argument("--num-inference-steps", type=int, default=50, help="default: %(default)s")
+    make.add_argument("--max-similarity", type=real(-1, 1), default=0.3, help="largest cosine (default: %(default)s)")
+    make.add_argument("--max-candidates", type=whole(), help="give up after so many (default: 20 times --number)")
+    make.add_argument("--device", type=device, help="default: a GPU if there is one")
+    make.add_argument("--seed", type=whole(0), default=0, help="default: %(default)s")
+    make.add_argument("--batch-size", type=whole(), default=16, help="faces a call (default: %(default)s)")
+    make.add_argument("--num-inference-steps", type=whole(), default=50, help="default: %(default)s")
     instead = make.add_mutually_exclusive_group()
     instead.add_argument(
         "--from-images",
@@ -323,10 +389,23 @@ def _add_identities(commands) -> None:
     _add_encoder_arguments(make)
     make.set_defaults(run=_make_identities)
 
+    imported = actions.add_parser(
+        "import",
+        help="a bank of published embeddings",
+        description="Embeddings in .npy, .npz, .pt (of nothing but tensors) or .safetensors, one identity per row -> a"
+        " bank. Nothing in the file is executed.",
+        epilog="example: uiface identities import identities.npy --encoder elasticface --output bank.safetensors",
+    )
+    imported.add_argument("file", type=Path, help="(N, identity_dim) floating point numbers")
+    imported.add_argument("--encoder", required=True, help="name of the recognizer that made them")
+    imported.add_argument("--key", help="which array, of a file with several")
+    imported.add_argument("--output", type=Path, required=True, help="the bank, .safetensors")
+    imported.set_defaults(run=_import_identities)
+
     perturb = actions.add_parser("perturb", help="turn every identity by a random angle (IDperturb)")
     perturb.add_argument("bank", type=Path)
-    perturb.add_argument("--cosine", type=float, nargs=2, default=(0.6, 1.0), metavar=("A", "B"))
-    perturb.add_argument("--seed", type=int, default=0)
+    perturb.add_argument("--cosine", type=real(-1, 1), nargs=2, default=(0.6, 1.0), metavar=("A", "B"))
+    perturb.add_argument("--seed", type=whole(0), default=0)
     perturb.add_argument("--output", type=Path, required=True)
     perturb.set_defaults(run=_perturb_identities)
 
@@ -346,7 +425,7 @@ def _add_audit(commands) -> None:
     )
     audit.add_argument("dataset", type=Path, help="a folder of `uiface generate`, or of identities")
     audit.add_argument("--against", type=Path, required=True, help="cache of `uiface prepare`, or a bank")
-    audit.add_argument("--worst", type=int, default=8, help="pairs to show (default: %(default)s)")
+    audit.add_argument("--worst", type=whole(0), default=8, help="pairs to show (default: %(default)s)")
     audit.add_argument("--plot", type=Path, default=Path("audit.png"), help="their picture (default: %(default)s)")
     _add_encoder_arguments(audit)
     audit.set_defaults(run=_audit)
@@ -417,7 +496,7 @@ def _add_verification(commands) -> None:
     verify.add_argument("--images", type=Path, help="folder of NAME/NAME_0001.jpg")
     verify.add_argument("--aligned", action="store_true", help="they are aligned faces already: no detection")
     verify.add_argument("--output", type=Path, help="folder for verification.json and roc.png")
-    verify.add_argument("--device", help="of a model that is no pack (default: a GPU if there is one)")
+    verify.add_argument("--device", type=device, help="of a model that is no pack (default: a GPU if there is one)")
     _add_encoder_arguments(verify, role="insightface model pack whose detector aligns --images")
     verify.set_defaults(run=_verify)
 
@@ -425,7 +504,12 @@ def _add_verification(commands) -> None:
 def _convert_original(args: argparse.Namespace) -> None:
     from .convert_original import convert_original
 
-    config = None if args.model_config is None else json.loads(args.model_config.read_text())
+    config = None
+    if args.model_config is not None:
+        try:
+            config = json.loads(args.model_config.read_text())
+        except ValueError as error:
+            raise ValueError(f"--model-config {args.model_config} is no JSON file: {error}") from error
     convert_original(
         args.unet,
         args.output,
@@ -512,19 +596,23 @@ def _add_evaluate(commands) -> None:
         help="of precision and recall (default: the LPIPS backbone)",
     )
     evaluate.add_argument("--feature-weights", type=Path, help="safetensors of torchvision's vgg16 or inception_v3")
-    evaluate.add_argument("--neighbours", type=int, default=3, help="k of these (default: %(default)s)")
+    evaluate.add_argument("--neighbours", type=whole(), default=3, help="k of these (default: %(default)s)")
     evaluate.add_argument(
-        "--max-images", type=int, default=50_000, help="of each set for these (default: %(default)s)"
+        "--max-images", type=whole(), default=50_000, help="of each set for these (default: %(default)s)"
     )
     evaluate.add_argument("--lpips-network", choices=("alex", "squeeze", "vgg"), default="alex")
     evaluate.add_argument("--lpips-backbone", type=Path, help="its convolutions, safetensors (default: torchvision's)")
-    evaluate.add_argument("--lpips-pairs", type=int, default=20, help="of an identity, 0: all (default: %(default)s)")
     evaluate.add_argument(
-        "--max-pairs", type=int, default=1_000_000, help="to compare faces of (default: %(default)s)"
+        "--lpips-pairs", type=whole(0), default=20, help="of an identity, 0: all (default: %(default)s)"
     )
-    evaluate.add_argument("--threshold", type=float, default=0.3, help="cosine of one person (default: %(default)s)")
-    evaluate.add_argument("--seed", type=int, default=0, help="of all draws (default: %(default)s)")
-    evaluate.add_argument("--device", default="cpu", help="of LPIPS and features (default: %(default)s)")
+    evaluate.add_argument(
+        "--max-pairs", type=whole(), default=1_000_000, help="to compare faces of (default: %(default)s)"
+    )
+    evaluate.add_argument(
+        "--threshold", type=real(-1, 1), default=0.3, help="cosine of one person (default: %(default)s)"
+    )
+    evaluate.add_argument("--seed", type=whole(0), default=0, help="of all draws (default: %(default)s)")
+    evaluate.add_argument("--device", type=device, default="cpu", help="of LPIPS and features (default: %(default)s)")
     evaluate.add_argument("--skip-unusable", action="store_true", help="leave out pictures that cannot be used")
     evaluate.set_defaults(run=_evaluate)
 
@@ -549,14 +637,16 @@ def build_parser() -> argparse.ArgumentParser:
     prepare.add_argument("source", type=Path, help="folder, train.rec or tar shards")
     prepare.add_argument("--output", type=Path, required=True, help="the cache's folder")
     _add_encoder_arguments(prepare)
-    prepare.add_argument("--image-size", type=int, default=128, help="side of the stored faces (default: %(default)s)")
+    prepare.add_argument(
+        "--image-size", type=whole(), default=128, help="side of the stored faces (default: %(default)s)"
+    )
     prepare.add_argument("--face", choices=("largest", "central"), default="largest", help="which of several faces")
     prepare.add_argument("--aligned", action="store_true", help="the pictures are aligned faces already: no detection")
     prepare.add_argument("--identities", type=Path, help="file with the identities to take, a name a line")
-    prepare.add_argument("--min-images", type=int, default=1, help="leave out identities with fewer photographs")
+    prepare.add_argument("--min-images", type=whole(), default=1, help="leave out identities with fewer photographs")
     prepare.add_argument(
         "--outlier-threshold",
-        type=float,
+        type=real(-1, 1),
         default=0.2,
         help="least cosine of a face to the median of its identity's embeddings (default: %(default)s)",
     )
@@ -580,7 +670,7 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--model-config", type=Path, help="JSON of the reference's options, if not the published ones"
     )
-    convert.add_argument("--sample-size", type=int, default=32, help="of the latents (default: %(default)s)")
+    convert.add_argument("--sample-size", type=whole(), default=32, help="of the latents (default: %(default)s)")
     convert.add_argument("--identity-encoder", help="name of the recogniser of the embeddings, as elasticface")
     convert.add_argument("--output", type=Path, required=True, help="the pipeline's folder")
     convert.set_defaults(run=_convert_original)
@@ -590,7 +680,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+    args = build_parser().parse_args(expand_home(argv))
     try:
         args.run(args)
     except (ImportError, OSError, RuntimeError, ValueError) as error:

@@ -1,9 +1,7 @@
 """The published UIFace checkpoint's names and options -> this package's components."""
 
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,8 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, VQModel
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from .files import read_safetensors, read_torch
 from .models import EmptyContext, IdentityProjector, UIFaceUNet2DModel
 from .pipeline_uiface import UIFacePipeline
 
@@ -37,6 +34,8 @@ PUBLISHED_MODEL_CONFIG = {
     "context_dropout_probability": 0.25,
     "unconditioned_probability": 0.2,
 }
+# nothing is read of them
+OPTIONAL = {"unconditioned_probability"}
 NOISE_SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 SAMPLER = {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True, "clip_sample": False}
 
@@ -55,6 +54,9 @@ def original_unet_config(model_config: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in required.items():
         if model_config.get(name, value) != value:
             raise ValueError(f"option `{name}` is {model_config[name]!r}, only {value!r} can be converted.")
+    missing = sorted(PUBLISHED_MODEL_CONFIG.keys() - required.keys() - model_config.keys() - OPTIONAL)
+    if missing:
+        raise ValueError(f"the model's options lack {', '.join(f'`{name}`' for name in missing)}.")
     multipliers = model_config["channel_multipliers"]
     if multipliers[0] != 1:
         raise ValueError(f"option `channel_multipliers` starts with {multipliers[0]}, only 1 can be converted.")
@@ -272,18 +274,12 @@ def load_original(file: str | os.PathLike) -> dict[str, torch.Tensor]:
         ValueError: the file holds other objects, which would have to be executed, or is damaged.
     """
     if Path(file).suffix == ".safetensors":
-        try:
-            return load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is missing or damaged: {error}") from error
-    if not Path(file).is_file():
-        raise ValueError(f"{file} is missing.")
-    try:
-        # files of PyTorch before 1.6 are no zip archives and cannot be mapped
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{file} is damaged, or holds more than tensors: not loaded. {error}") from error
-    return content.get("state_dict", content)
+        return read_safetensors(file)
+    content = read_torch(file)
+    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError(f"{file} holds no state dict: names with a tensor each.")
+    return content
 
 
 def convert_original(

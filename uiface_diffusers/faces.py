@@ -14,17 +14,25 @@ import numpy as np
 import onnx
 import onnxruntime
 import PIL.Image
-import PIL.ImageOps
 import torch
 import torch.nn.functional as F
 from insightface.app import FaceAnalysis
-from insightface.utils import face_align
+from insightface.model_zoo import get_model
+from insightface.utils import ensure_available, face_align
 from torch import nn
 
+from .encoders import EncoderMark
+from .files import warn_once, why_unreadable
 from .identities import IdentityBank
+from .pictures import is_picture, rgb_bytes
 
 ALIGNED_SIZE = 112
 SELECTIONS = ("largest", "central")
+# the detector halves its input five times
+DETECTOR_STRIDE = 32
+PROVIDER = "ExecutionProvider"
+# execution providers that take a `device_id`
+GPU_PROVIDERS = tuple(f"{name}{PROVIDER}" for name in ("CUDA", "Tensorrt", "ROCM", "MIGraphX"))
 
 
 class UnusableFaceError(ValueError):
@@ -63,28 +71,18 @@ class DetectedFace:
 
 
 def load_photograph(path: str | os.PathLike) -> np.ndarray:
-    """Reads a picture as `(height, width, 3)` RGB bytes, turned as its EXIF tag says; what is transparent is white, 16
-    bits are scaled to 8.
+    """Reads a picture's file as `rgb_bytes` does: `(height, width, 3)` RGB bytes.
 
     Raises:
         OSError: the file is missing, truncated or not a picture.
     """
     try:
         with PIL.Image.open(path) as image:
-            return np.asarray(_to_rgb(PIL.ImageOps.exif_transpose(image)))
+            return rgb_bytes(image)
     except OSError:
         raise
     except Exception as error:  # damaged files raise nearly anything in Pillow's plug-ins
         raise OSError(f"{path} cannot be read: {error}") from error
-
-
-def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    if image.mode.startswith("I"):  # Pillow would clip instead of scaling
-        return PIL.Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
 
 
 def align_face(photograph: np.ndarray, landmarks: np.ndarray, size: int = ALIGNED_SIZE) -> np.ndarray:
@@ -134,6 +132,112 @@ def has_direction(features: np.ndarray) -> np.ndarray:
     return np.isfinite(lengths) & (lengths > 0)
 
 
+def execution_providers(
+    providers: Sequence[str] | None, available: Sequence[str] | None = None, local_rank: int = 0
+) -> list | None:
+    """onnxruntime's execution providers by their names.
+
+    Args:
+        providers: onnxruntime's names (`"CUDAExecutionProvider"`) or short ones (`"cuda"`, `"cpu"`, `"tensorrt"`,
+            `"coreml"`), in any case.
+        available: what onnxruntime can run here; asked of it if not given.
+        local_rank (`int`, defaults to 0): this process of a machine. Each process takes a GPU of its own.
+
+    Returns:
+        Names, those of a GPU with its number; `None` for insightface's choice.
+
+    Raises:
+        ValueError: a provider is not available.
+    """
+    available = onnxruntime.get_available_providers() if available is None else available
+    if providers is None:
+        cuda = f"CUDA{PROVIDER}"
+        if not local_rank or cuda not in available:
+            return None
+        providers = [cuda, f"CPU{PROVIDER}"]
+    by_short_name = {name.lower().removesuffix(PROVIDER.lower()): name for name in available}
+    devices = torch.cuda.device_count()
+    chosen = []
+    for provider in providers:
+        name = by_short_name.get(provider.lower().removesuffix(PROVIDER.lower()))
+        if name is None:
+            raise ValueError(
+                f"the execution provider `{provider}` (--providers) is not available: onnxruntime has"
+                f" {', '.join(by_short_name)} here. CUDA and TensorRT come with the package onnxruntime-gpu."
+            )
+        # a launcher may show every process all GPUs, or its own only
+        device = local_rank % devices if devices else local_rank
+        chosen.append((name, {"device_id": str(device)}) if name in GPU_PROVIDERS and local_rank else name)
+    return chosen
+
+
+def _pack_folder(name: str, root: str | os.PathLike) -> Path:
+    """The folder of a model pack, downloaded if it is not there."""
+    root = Path(root).expanduser()
+    folder = root / "models" / name
+    if not folder.exists():
+        try:
+            ensure_available("models", name, root=str(root))
+        except Exception as error:  # connections and archives fail in many ways
+            raise ValueError(
+                f"model pack `{name}` is not in {root / 'models'} and cannot be downloaded: {error}"
+            ) from error
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file, not the folder of a model pack: unzip it.")
+    return folder
+
+
+def _load_pack(folder: Path, providers: list | None) -> dict:
+    """The first detection model and the first recognition model of a folder, by their tasks. Other files need not be
+    sound.
+
+    Raises:
+        ValueError: one of the two is not there, or cannot be read.
+    """
+    pack, wanted, models, unread = f"`{folder.name}` in {folder.parent}", ("detection", "recognition"), {}, []
+    onnxruntime.set_default_logger_severity(3)
+    if (folder / "manifest.json").is_file():  # insightface reads by it what the files are for
+        try:
+            models = FaceAnalysis(name=str(folder), allowed_modules=list(wanted), providers=providers).models
+        except Exception as error:
+            raise ValueError(f"model pack {pack} cannot be loaded: {error}") from error
+    else:
+        files = sorted(file for file in folder.iterdir() if file.suffix == ".onnx" and file.name[0] != ".")
+        deeper = sorted(folder.glob("*/*.onnx"))
+        if not files and deeper:
+            inner = deeper[0].parent
+            raise ValueError(
+                f"model pack {pack} was unzipped one folder too deep: its files are in {inner}. Move them up:"
+                f" mv {inner}/* {folder}"
+            )
+        for file in files:
+            if all(task in models for task in wanted):
+                break
+            try:
+                model = get_model(str(file), providers=providers)
+            except Exception as error:  # onnxruntime's errors have no common class
+                unread.append(why_unreadable(file, error))
+            else:
+                if model is not None and model.taskname in wanted:
+                    models.setdefault(model.taskname, model)
+    for task in wanted:
+        if task not in models:
+            raise ValueError("; ".join([f"model pack {pack} has no {task} model", *unread]) + ".")
+    for reason in unread:
+        warn_once(f"model pack {pack} is used without a file: {reason}.")
+    return models
+
+
+def _file_fingerprint(file: str | os.PathLike) -> str:
+    """Twelve hexadecimal digits of an ONNX model: of its file and, if they are elsewhere, of its weights' files."""
+    digest = hashlib.sha256(Path(file).read_bytes())
+    model = onnx.load(file, load_external_data=False)
+    entries = [entry for tensor in model.graph.initializer for entry in tensor.external_data]
+    for name in sorted({entry.value for entry in entries if entry.key == "location"}):
+        digest.update((Path(file).parent / name).read_bytes())
+    return digest.hexdigest()[:12]
+
+
 class FaceEncoder:
     """Detects, aligns and embeds faces with an insightface model pack.
 
@@ -141,49 +245,64 @@ class FaceEncoder:
         name (`str`, defaults to `"buffalo_l"`): the model pack. It is also the name by which embeddings are marked
             (`IdentityBank.identity_encoder`).
         root (`str`, defaults to `"~/.insightface"`): the folder with `models/NAME`.
-        providers (`list[str]`, *optional*): onnxruntime's execution providers; insightface's choice if not given.
-        det_size (`int`, *optional*): side of the detector's input; insightface's choice if not given.
+        providers (`list[str]`, *optional*): onnxruntime's execution providers, see `execution_providers`;
+            insightface's choice if not given.
+        det_size (`int`, *optional*): side of the detector's input, a multiple of 32; insightface's choice if not
+            given.
         det_thresh (`float`, defaults to 0.5): the detector's least confidence.
 
     Raises:
-        ValueError: the pack has no detector with landmarks or no recognition model for 112x112 faces.
+        ValueError: the pack has no detector with landmarks or no recognition model for 112x112 faces, a file of these
+            is damaged, or a provider is not available.
     """
 
     def __init__(
         self,
         name: str = "buffalo_l",
-        root: str = "~/.insightface",
+        root: str | os.PathLike = "~/.insightface",
         providers: list[str] | None = None,
         det_size: int | None = None,
         det_thresh: float = 0.5,
     ):
         self.name, self.det_size, self.det_thresh = name, det_size, det_thresh
-        try:
-            analysis = FaceAnalysis(
-                name=name, root=root, allowed_modules=["detection", "recognition"], providers=providers
-            )
-        except (OSError, RuntimeError) as error:
+        if det_size is not None and (det_size <= 0 or det_size % DETECTOR_STRIDE):
             raise ValueError(
-                f"model pack `{name}` is not in {root}/models and cannot be downloaded: {error}"
-            ) from error
-        except AssertionError as error:
-            raise ValueError(f"model pack `{name}` in {root} has no detection model.") from error
-        if not getattr(analysis.det_model, "use_kps", True):
+                f"`det_size` has to be a multiple of {DETECTOR_STRIDE}, such as 320 or 640, but is {det_size}."
+            )
+        chosen = execution_providers(providers, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
+        models = _load_pack(_pack_folder(name, root), chosen)
+        self.detector, self.recognizer = models["detection"], models["recognition"]
+        if not getattr(self.detector, "use_kps", True):
             raise ValueError(f"model pack `{name}` in {root} detects no landmarks: faces cannot be aligned.")
-        if "recognition" not in analysis.models:
-            raise ValueError(f"model pack `{name}` in {root} has no recognition model.")
-        analysis.prepare(ctx_id=0, det_thresh=det_thresh, det_size=None if det_size is None else (det_size, det_size))
-        self.detector, self.recognizer = analysis.det_model, analysis.models["recognition"]
         if tuple(self.recognizer.input_size) != (ALIGNED_SIZE, ALIGNED_SIZE):
             raise ValueError(f"model pack `{name}` embeds faces of {self.recognizer.input_size}, expected is 112x112.")
+        if chosen and providers is not None:  # a library that is missing makes onnxruntime go on with the CPU
+            first = chosen[0] if isinstance(chosen[0], str) else chosen[0][0]
+            used = self.recognizer.session.get_providers()
+            if first not in used:
+                raise ValueError(f"{first} (--providers) cannot be used: onnxruntime took {', '.join(used)} instead.")
+        size = {} if det_size is None else {"input_size": (det_size, det_size)}
+        self.detector.prepare(0, det_thresh=det_thresh, **size)
+        self.recognizer.prepare(0)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Twelve hexadecimal digits of the recognition model's file: packs of one name can differ."""
-        return hashlib.sha256(Path(self.recognizer.model_file).read_bytes()).hexdigest()[:12]
+        """Twelve hexadecimal digits of the recognition model's weights: packs of one name can differ."""
+        return _file_fingerprint(self.recognizer.model_file)
+
+    @cached_property
+    def detector_fingerprint(self) -> str:
+        """Twelve hexadecimal digits of the detector's weights."""
+        return _file_fingerprint(self.detector.model_file)
+
+    @property
+    def encoder_mark(self) -> EncoderMark:
+        """By which embeddings of this encoder are told from others'."""
+        return EncoderMark(self.name, self.fingerprint)
 
     def detect(self, photograph: np.ndarray) -> list[DetectedFace]:
         """All faces of a `(height, width, 3)` RGB photograph in bytes, most confident first."""
+        photograph = rgb_bytes(photograph)
         try:
             boxes, landmarks = self.detector.detect(np.ascontiguousarray(photograph[:, :, ::-1]))
         except cv2.error as error:
@@ -225,9 +344,11 @@ class FaceEncoder:
             `np.ndarray` of shape `(N, identity_dim)`, float32.
 
         Raises:
-            ValueError: a face has another shape.
+            ValueError: a face has another shape, or is not of bytes.
         """
         for face in faces:
+            if face.dtype != np.uint8:
+                raise ValueError(f"aligned faces are of uint8 in 0..255, this one is {face.dtype}.")
             if face.shape != (ALIGNED_SIZE, ALIGNED_SIZE, 3):
                 raise ValueError(f"aligned faces are 112x112x3, this one is {'x'.join(map(str, face.shape))}.")
         bgr = [np.ascontiguousarray(face[:, :, ::-1]) for face in faces]
@@ -253,6 +374,9 @@ class FaceEncoder:
         """Embeds pictures that are aligned faces already, as `UIFacePipeline` makes them: resized to 112x112
         (bilinear), not detected again.
 
+        Args:
+            pictures: of any mode, see `rgb_bytes`.
+
         Returns:
             `torch.Tensor` of shape `(N, identity_dim)`, unit length.
 
@@ -260,9 +384,8 @@ class FaceEncoder:
             NoEmbeddingError: the model makes nothing of a picture.
         """
         size = (ALIGNED_SIZE, ALIGNED_SIZE)
-        faces = [
-            np.asarray(picture.convert("RGB").resize(size, PIL.Image.Resampling.BILINEAR)) for picture in pictures
-        ]
+        pictures = [PIL.Image.fromarray(rgb_bytes(picture)) for picture in pictures]
+        faces = [np.asarray(picture.resize(size, PIL.Image.Resampling.BILINEAR)) for picture in pictures]
         batches = []
         for start in range(0, len(faces), batch_size):
             try:
@@ -275,30 +398,37 @@ class FaceEncoder:
         """The recognition model as a differentiable torch module, for losses and gradients."""
         return TorchRecognizer(self.recognizer.model_file, self.recognizer.input_mean, self.recognizer.input_std)
 
-    def embed(self, photographs: Sequence[np.ndarray | PIL.Image.Image], selection: str = "largest") -> IdentityBank:
+    def embed(
+        self, photographs: Sequence[np.ndarray | PIL.Image.Image | str | os.PathLike], selection: str = "largest"
+    ) -> IdentityBank:
         """Embeds the people in photographs, for `UIFacePipeline.__call__`.
 
         Args:
-            photographs: RGB, `(height, width, 3)` bytes or `PIL.Image.Image`.
+            photographs: one or several of what `rgb_bytes` takes: files, `PIL.Image.Image` of any mode, or arrays.
             selection: which face of a photograph, see `select`.
 
         Raises:
             NoFaceError: a photograph without a face; the message has its position.
-            ValueError: no photographs.
+            OSError: a file cannot be read.
+            ValueError: no photographs, or an array that is no picture.
         """
+        photographs = [photographs] if is_picture(photographs) else photographs
         if not len(photographs):
             raise ValueError("`photographs` is empty.")
         aligned = []
         for position, photograph in enumerate(photographs):
-            photograph = np.asarray(
-                photograph.convert("RGB") if isinstance(photograph, PIL.Image.Image) else photograph
-            )
+            is_file = isinstance(photograph, str | os.PathLike)
+            try:
+                photograph = load_photograph(photograph) if is_file else rgb_bytes(photograph)
+            except ValueError as error:
+                raise ValueError(f"photograph {position}: {error}") from error
             try:
                 face = self.select(self.detect(photograph), photograph.shape, selection)
             except NoFaceError as error:
                 raise NoFaceError(f"no face found in photograph {position}") from error
             aligned.append(align_face(photograph, face.landmarks))
-        return IdentityBank(torch.from_numpy(self.embed_aligned(aligned)), self.name)
+        embeddings = torch.from_numpy(self.embed_aligned(aligned))
+        return IdentityBank(embeddings, self.name, identity_encoder_fingerprint=self.fingerprint)
 
 
 class TorchRecognizer(nn.Module):
@@ -318,7 +448,10 @@ class TorchRecognizer(nn.Module):
         import onnx2torch  # of the extra `train`
 
         self.mean, self.std = mean, std
-        model = onnx.load(model_file)
+        try:
+            model = onnx.load(model_file)
+        except Exception as error:  # protobuf's own
+            raise ValueError(f"no ONNX model: {why_unreadable(model_file, error)}.") from error
         # For a batch of one all shapes are known: onnxruntime folds what is computed of them, and models that were
         # exported for one face translate as well. `vmap` brings the batch back.
         for value in (*model.graph.input, *model.graph.output):

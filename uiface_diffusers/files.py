@@ -1,10 +1,24 @@
 import json
 import os
-from collections.abc import Iterator
+import pickle
+import warnings
+import zipfile
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+
+@cache
+def warn_once(message: str) -> None:
+    """A warning that a process shows once."""
+    warnings.warn(message, stacklevel=3)
 
 
 @contextmanager
@@ -20,17 +34,79 @@ def complete_file(path: str | os.PathLike) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+def why_unreadable(path: str | os.PathLike, error: object) -> str:
+    """What is wrong with a file that its library cannot read, for people: the path and the reason."""
+    path = Path(path)
+    if not path.exists():
+        return f"{path} is missing"
+    if path.is_dir():
+        return f"{path} is a folder, not a file"
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if not head:
+        return f"{path} is empty: copy it again"
+    if head.startswith(b"version https://git-lfs"):
+        return f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder"
+    if head.startswith((b"PK\x03\x04", b"\x80")) and path.suffix != ".npz":
+        return f"{path} is a zip archive or a pickle, such as torch.save writes"
+    return f"{path} is damaged, cut short or of another kind: {error}"
+
+
+def read_torch(path: str | os.PathLike) -> Any:
+    """What a file of torch.save holds, memory-mapped if possible: tensors in containers, nothing that is executed.
+
+    Raises:
+        ValueError: it is missing or damaged, or holds other objects.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is missing.")
+    try:
+        # files of PyTorch before 1.6 are no zip archives and cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = why_unreadable(path, error) if Path(path).stat().st_size < 200 else str(error).splitlines()[0]
+        raise ValueError(f"{path} is damaged, or holds more than tensors: not loaded. {reason}") from error
+
+
+def read_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        ValueError: it is missing, empty, cut short, a Git LFS pointer or of another kind; the message says which.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"no safetensors file: {why_unreadable(path, error)}.") from error
+
+
+def check_safetensors(folder: Path) -> None:
+    """Looks at the weights of a pipeline's folder for a reason why it cannot be loaded.
+
+    Raises:
+        ValueError: a file is empty, cut short, a Git LFS pointer or of another kind.
+    """
+    for file in sorted(folder.glob("*/*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"no safetensors file: {why_unreadable(file, error)}.") from error
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     with complete_file(path) as beside:
         beside.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def check_settings(path: Path, settings: dict[str, Any], **notes: Any) -> None:
+def check_settings(path: Path, settings: dict[str, Any], if_known: Collection[str] = (), **notes: Any) -> None:
     """Begins a folder with `settings` in a JSON file, or refuses to go on in one that was begun with others.
 
     Args:
         path: the file; its folder is made.
         settings: of JSON's types; tuples count as lists.
+        if_known: settings that are compared only where both have a value. A file without one, as earlier versions
+            wrote it, is warned of.
         notes: go into the file but are not compared, as versions.
 
     Raises:
@@ -45,6 +121,11 @@ def check_settings(path: Path, settings: dict[str, Any], **notes: Any) -> None:
         begun = json.loads(path.read_text())["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: restore it, or choose another folder. ({error!r})") from error
+    for name in if_known:
+        if settings.get(name) is not None and begun.get(name) is None:
+            warn_once(f"{path} does not say `{name}`, which cannot be compared with {settings[name]!r}.")
+        if None in (settings.get(name), begun.get(name)):
+            settings.pop(name, None), begun.pop(name, None)
     differing = sorted(k for k in settings.keys() | begun.keys() if settings.get(k) != begun.get(k))
     if differing:
         detail = "; ".join(f"{k}: {begun.get(k)!r} there, {settings.get(k)!r} now" for k in differing)

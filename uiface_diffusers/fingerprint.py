@@ -20,8 +20,10 @@ def unwrapped(component: Any) -> Any:
 
 
 def public_config(component: Any) -> dict[str, Any]:
-    """A component's configuration without what is not about the model, as the folder it was loaded from."""
-    return {name: value for name, value in component.config.items() if not name.startswith("_")}
+    """A component's configuration without what is not about the model, such as the folder it was loaded from."""
+    # of the embeddings that it takes; models of earlier versions lack it and stay what they are
+    other = ("identity_encoder_fingerprint",)
+    return {name: value for name, value in component.config.items() if not name.startswith("_") and name not in other}
 
 
 def model_fingerprint(component: Any) -> str:

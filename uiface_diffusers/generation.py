@@ -59,6 +59,7 @@ from .data.image_folder import (
     shard_name,
     write_metadata,
 )
+from .encoders import check_same_encoder
 from .faces import FaceEncoder
 from .files import check_settings, complete_file
 from .fingerprint import pipeline_fingerprint
@@ -181,6 +182,7 @@ def generate_dataset(
         "identities": bank_hash(identities),
         "number_of_identities": len(identities),
         "identity_encoder": identities.identity_encoder,
+        "identity_encoder_fingerprint": identities.identity_encoder_fingerprint,
         "images_per_identity": images_per_identity,
         "seed": seed,
         "size": size,
@@ -189,6 +191,7 @@ def generate_dataset(
         "identity_perturbation": None if identity_perturbation is None else [float(c) for c in identity_perturbation],
         "min_similarity": None if min_similarity is None else float(min_similarity),
         "encoder": None if encoder is None else encoder.name,
+        "encoder_fingerprint": None if encoder is None else encoder.fingerprint,
         "max_attempts": max_attempts if min_similarity is not None else 1,
         "sampling": _sampling(pipeline, sampling),
     }
@@ -197,7 +200,8 @@ def generate_dataset(
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions |= {"diffusers": diffusers.__version__, "uiface_diffusers": version("uiface-diffusers")}
         _check_noise(output / GENERATION)
-        check_settings(output / GENERATION, settings, versions=versions)
+        prints = ("identity_encoder_fingerprint", "encoder_fingerprint")
+        check_settings(output / GENERATION, settings, if_known=prints, versions=versions)
         made, seconds = run.make(part)
     # the last one to come here completes the data set
     complete, wrote = run.finish()
@@ -266,9 +270,9 @@ def _check_arguments(pipeline: UIFacePipeline, identities: IdentityBank, argumen
     position, number = arguments["shard"]
     if not 0 <= position < number:
         raise ValueError(f"`shard` is (i, n) with 0 <= i < n, not ({position}, {number}).")
-    encoder, wanted = arguments["encoder"], identities.identity_encoder
-    if encoder is not None and wanted not in (None, encoder.name):
-        raise ValueError(f"the bank is of `{wanted}`: its identities cannot be measured by `{encoder.name}`.")
+    encoder = arguments["encoder"]
+    if encoder is not None:
+        check_same_encoder("the bank", identities.encoder_mark, "the pack that measures", encoder.encoder_mark)
     similarity = arguments["min_similarity"]
     if similarity is not None and not (isinstance(similarity, Real) and -1 <= similarity <= 1):
         raise ValueError(f"`min_similarity` has to be a cosine, from -1 to 1, but is {similarity!r}.")
@@ -395,7 +399,7 @@ class _Run:
             embeddings, cosines = perturb_embeddings(embeddings, self.settings["identity_perturbation"], generators)
             perturbations = cosines.tolist()
         out = self.pipeline(
-            IdentityBank(embeddings, self.identities.identity_encoder),
+            replace(self.identities, embeddings=embeddings, names=[]),
             generator=[image_generator(seed, *key) for key in keys],
             output_type="latent",
             **self.settings["sampling"],

@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from .files import check_settings, complete_file
+from .encoders import EncoderMark, check_same_encoder, projector_mark
+from .files import check_settings, complete_file, read_safetensors, read_torch, why_unreadable
 from .fingerprint import pipeline_fingerprint
 from .seeds import CANDIDATE, NOISE_VERSION, image_generator
 
@@ -38,6 +40,8 @@ class IdentityBank:
         embeddings (`torch.Tensor` of shape `(N, identity_dim)`): float32.
         identity_encoder (`str`, *optional*): the face recognition model that made them.
         names (`list[str]`): N names of the identities; numbers if not given.
+        identity_encoder_fingerprint (`str`, *optional*): of that model's weights, see `FaceEncoder.fingerprint`; banks
+            of earlier versions and published ones have none.
 
     Raises:
         ValueError: another shape, another number of names, or an embedding without a direction: zero or not finite.
@@ -46,6 +50,7 @@ class IdentityBank:
     embeddings: torch.Tensor
     identity_encoder: str | None = None
     names: list[str] = field(default_factory=list)
+    identity_encoder_fingerprint: str | None = None
 
     def __post_init__(self):
         self.embeddings = torch.as_tensor(self.embeddings, dtype=torch.float32)
@@ -71,28 +76,138 @@ class IdentityBank:
     def take(self, positions: Sequence[int]) -> "IdentityBank":
         """The bank of some of its identities."""
         positions = list(positions)
-        return IdentityBank(self.embeddings[positions], self.identity_encoder, [self.names[i] for i in positions])
+        return replace(self, embeddings=self.embeddings[positions], names=[self.names[i] for i in positions])
+
+    @property
+    def encoder_mark(self) -> EncoderMark:
+        """By which its embeddings are told from another encoder's."""
+        return EncoderMark(self.identity_encoder, self.identity_encoder_fingerprint)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a safetensors file; it is complete or not there at all."""
         metadata = {"names": json.dumps(self.names)}
-        if self.identity_encoder is not None:
-            metadata["identity_encoder"] = self.identity_encoder
+        for name in ("identity_encoder", "identity_encoder_fingerprint"):
+            if getattr(self, name) is not None:
+                metadata[name] = getattr(self, name)
         with complete_file(path) as file:
             save_file({"embeddings": self.embeddings.contiguous()}, file, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "IdentityBank":
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: the file is missing, damaged or no identity bank; the message names it and says why.
+        """
         try:
             file = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file, or a part of one: {error}") from error
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"no identity bank: {why_unreadable(path, error)}.") from error
         with file:
             if "embeddings" not in file.keys():
                 raise ValueError(f"{path} has no tensor `embeddings`: not an identity bank.")
             metadata = file.metadata() or {}
-            names = json.loads(metadata.get("names", "[]"))
-            return cls(file.get_tensor("embeddings"), metadata.get("identity_encoder"), names)
+            try:
+                names = json.loads(metadata.get("names", "[]"))
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged: its names are no JSON. ({error})") from error
+            embeddings, marks = file.get_tensor("embeddings"), ("identity_encoder", "identity_encoder_fingerprint")
+        try:
+            return cls(embeddings, names=names, **{mark: metadata.get(mark) for mark in marks})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _read_arrays(file: Path) -> Any:
+    """What a file of embeddings holds: an array, or several by their names. Nothing in it is executed."""
+    if file.suffix == ".safetensors":
+        return read_safetensors(file)
+    if file.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        return read_torch(file)
+    if file.suffix not in (".npy", ".npz"):
+        raise ValueError(f"{file} is no file of embeddings: .npy, .npz, .pt (of tensors) or .safetensors.")
+    try:
+        content = np.load(file, allow_pickle=False)
+        return content if isinstance(content, np.ndarray) else {name: content[name] for name in content.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        if str(error).startswith("Object arrays"):
+            raise ValueError(
+                f"{file} holds pickled Python objects, which are not executed: save the array of numbers itself."
+            ) from error
+        raise ValueError(f"{why_unreadable(file, error)}.") from error
+
+
+def import_identities(
+    file: str | os.PathLike, identity_encoder: str, key: str | None = None
+) -> tuple[IdentityBank, dict[str, Any]]:
+    """A bank of embeddings that others published: one identity per row, in the file's order.
+
+    Args:
+        file: `.npy`, `.npz`, `.pt` (or `.pth`, of nothing but tensors) or `.safetensors`: `(N, identity_dim)` floating
+            point numbers of any length; or a name and a vector for each identity.
+        identity_encoder (`str`): the face recognition model that made them.
+        key (`str`, *optional*): which of several arrays.
+
+    Returns:
+        The bank, of unit length, and a report: `identities`, `dimension`, `not of unit length` (how many were not) and
+        `duplicates` (name -> the first one with the same direction, to four digits; they are kept).
+
+    Raises:
+        ValueError: the file is damaged, has several arrays and no `key`, or rows are zero or not finite; the message
+            has their numbers, from 0.
+    """
+    file = Path(file)
+    content = _read_arrays(file)
+    names: list[str] = []
+    if isinstance(content, Mapping):
+        shapes = {str(name): tuple(getattr(value, "shape", ())) for name, value in content.items()}
+        if key is not None and key not in shapes:
+            raise ValueError(f"{file} has no `{key}`; its arrays (--key) are {_shapes(shapes)}.")
+        if key is not None or len(shapes) == 1:
+            key = next(iter(shapes)) if key is None else key
+            content = next(value for name, value in content.items() if str(name) == key)
+        elif shapes and len(set(shapes.values())) == 1 and len(next(iter(shapes.values()))) == 1:
+            names, content = list(shapes), list(content.values())
+        else:
+            raise ValueError(f"{file} has several arrays, choose one by --key: {_shapes(shapes)}.")
+    elif key is not None:
+        raise ValueError(f"{file} has a single array without a name: leave out --key.")
+    try:
+        rows = content if isinstance(content, list | tuple) else [content]
+        # torch has no other byte order than the machine's
+        rows = [row.astype(row.dtype.newbyteorder("=")) if isinstance(row, np.ndarray) else row for row in rows]
+        tensors = [torch.as_tensor(row).detach() for row in rows]
+        embeddings = torch.stack(tensors) if isinstance(content, list | tuple) else tensors[0]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{file} holds no embeddings but a {type(content).__name__}: {error}") from error
+    if embeddings.ndim > 2 and sorted(embeddings.shape[1:])[-2] == 1:
+        embeddings = embeddings.flatten(1)
+    if embeddings.ndim != 2 or not embeddings.numel() or not embeddings.is_floating_point():
+        kind = f"{tuple(embeddings.shape)} of {str(embeddings.dtype).removeprefix('torch.')}"
+        raise ValueError(f"{file} has {kind}: embeddings are (N, identity_dim) floating point numbers.")
+    lengths = embeddings.double().norm(dim=1)
+    wrong = (~(lengths.isfinite() & (lengths > 0))).nonzero().flatten().tolist()
+    if wrong:
+        shown = ", ".join(map(str, wrong[:10])) + (", ..." if len(wrong) > 10 else "")
+        raise ValueError(
+            f"{len(wrong)} of {len(embeddings)} rows of {file} are zero or not finite: rows {shown}, counted from 0."
+            " Take them out."
+        )
+    unit = (embeddings.double() / lengths[:, None]).float()
+    bank = IdentityBank(unit, identity_encoder, names)
+    first: dict[bytes, str] = {}
+    duplicates = {}
+    for name, row in zip(bank.names, unit.mul(1e4).round().short().numpy(), strict=True):
+        original = first.setdefault(row.tobytes(), name)
+        if original != name:
+            duplicates[name] = original
+    report = {"identities": len(bank), "dimension": unit.shape[1], "duplicates": duplicates}
+    return bank, report | {"not of unit length": int(((lengths - 1).abs() > 1e-3).sum())}
+
+
+def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    shown = [f"`{name}` {shape}" for name, shape in list(shapes.items())[:10]]
+    return ", ".join(shown) + (f" and {len(shapes) - 10} more" if len(shapes) > 10 else "")
 
 
 def largest_cosines(embeddings: torch.Tensor, known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,7 +332,7 @@ def sample_identities(bank: IdentityBank, number: int, max_similarity: float = 0
     for _ in range(MAX_ROUNDS):
         distinct.add(F.normalize(mean + torch.randn(number, len(root), generator=generator) @ root))
         if distinct.complete:
-            return IdentityBank(distinct.kept, bank.identity_encoder)
+            return replace(bank, embeddings=distinct.kept, names=[])
     raise ValueError(
         f"only {len(distinct.kept)} of {number} identities with a cosine below {max_similarity} to each other and to"
         f" the bank were found in {MAX_ROUNDS * number} draws: allow a larger one."
@@ -260,18 +375,18 @@ def make_identities(
         ValueError: an encoder does not match; or too few identities were found: the message has the report, and
             `output` holds what was found.
     """
-    wanted = pipeline.identity_projector.config.identity_encoder
-    for name, what in ((wanted, "the pipeline"), *((bank.identity_encoder, "an excluded bank") for bank in exclude)):
-        if name not in (None, encoder.name):
-            raise ValueError(f"{what} is of the encoder `{name}`, candidates are embedded by `{encoder.name}`.")
+    check_same_encoder("the pipeline", projector_mark(pipeline.identity_projector), "the pack", encoder.encoder_mark)
+    for bank in exclude:
+        check_same_encoder("an excluded bank", bank.encoder_mark, "the pack", encoder.encoder_mark)
     excluded = [F.normalize(bank.embeddings) for bank in exclude]
     dimension = pipeline.identity_projector.config.identity_dim
     distinct = DistinctIdentities(torch.cat(excluded or [torch.empty(0, dimension)]), max_similarity, number)
     max_candidates = 20 * number if max_candidates is None else max_candidates
     folder = Path(f"{output}.candidates")
-    settings = {"seed": seed, "batch_size": batch_size, "identity_encoder": encoder.name, "sampling": sampling}
+    settings = {"seed": seed, "batch_size": batch_size, "sampling": sampling}
     settings |= {"model": pipeline_fingerprint(pipeline), "noise": NOISE_VERSION}
-    check_settings(folder / "settings.json", settings)
+    settings |= {"identity_encoder": encoder.name, "identity_encoder_fingerprint": encoder.fingerprint}
+    check_settings(folder / "settings.json", settings, if_known=["identity_encoder_fingerprint"])
     pipeline.set_progress_bar_config(disable=True)
     faceless = 0
     with tqdm(total=number, desc="identities", unit="identity") as progress:
@@ -292,7 +407,7 @@ def make_identities(
             if distinct.complete:
                 break
     report = {**distinct.report, "no face": faceless}
-    IdentityBank(distinct.kept, encoder.name).save(output)
+    IdentityBank(distinct.kept, encoder.name, identity_encoder_fingerprint=encoder.fingerprint).save(output)
     if not distinct.complete:
         raise ValueError(
             f"only {len(distinct.kept)} of {number} identities were found ({report}); they are in {output}. Allow more"
@@ -307,11 +422,7 @@ def keep_distinct(
     """The identities of a bank, in its order, that are unlike each other and unlike the excluded ones; and the report
     of `DistinctIdentities`."""
     for other in exclude:
-        if (
-            None not in (bank.identity_encoder, other.identity_encoder)
-            and other.identity_encoder != bank.identity_encoder
-        ):
-            raise ValueError(f"banks of `{bank.identity_encoder}` and `{other.identity_encoder}` cannot be compared.")
+        check_same_encoder("the bank", bank.encoder_mark, "an excluded bank", other.encoder_mark)
     excluded = [F.normalize(other.embeddings) for other in exclude]
     empty = torch.empty(0, bank.embeddings.shape[1])
     distinct = DistinctIdentities(torch.cat(excluded or [empty]), max_similarity, number)
@@ -336,8 +447,14 @@ class BankReport:
 
 
 def inspect_bank(bank: IdentityBank, known: IdentityBank | None = None) -> BankReport:
-    """How near the identities of a bank (two or more) are to each other, and to known ones, as those of the
-    training."""
+    """How near the identities of a bank (two or more) are to each other, and to known ones, such as those of the
+    training.
+
+    Raises:
+        ValueError: the two are of different encoders.
+    """
+    if known is not None:
+        check_same_encoder("the bank", bank.encoder_mark, "the known one", known.encoder_mark)
     embeddings = F.normalize(bank.embeddings)
     numbers = {name: i for i, name in enumerate(dict.fromkeys(bank.names))}
     labels = torch.tensor([numbers[name] for name in bank.names])

@@ -32,6 +32,7 @@ from .attention_processor import (
     installed_processors,
     two_stage_processors,
 )
+from .encoders import check_same_encoder, projector_mark
 from .fingerprint import unwrapped
 from .hub import download_pipeline, fill_card, load_card, own_class_names, write_remote_code
 from .identities import IdentityBank
@@ -497,12 +498,8 @@ class UIFacePipeline(DiffusionPipeline):
             return None
         config = self.identity_projector.config
         if isinstance(identity_embeds, IdentityBank):
-            encoder = identity_embeds.identity_encoder
-            if None not in (encoder, config.identity_encoder) and encoder != config.identity_encoder:
-                raise ValueError(
-                    f"the identity embeddings come from the encoder `{encoder}`, but this pipeline was trained on"
-                    f" those of `{config.identity_encoder}` ({config.identity_dim}-d): embed the faces with that one."
-                )
+            trained_on = projector_mark(self.identity_projector)
+            check_same_encoder("the identity bank", identity_embeds.encoder_mark, "this pipeline", trained_on)
             identity_embeds = identity_embeds.embeddings
         if isinstance(identity_embeds, list | tuple):
             if not len(identity_embeds):

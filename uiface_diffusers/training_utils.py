@@ -2,14 +2,16 @@
 
 import argparse
 import functools
+import hashlib
 import json
 import logging
+import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -22,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler
 
+from .options import expand_home, real, whole
 from .seeds import mix_seed
 
 logger = logging.getLogger(__name__)
@@ -49,7 +52,7 @@ def parse_recipe(
         argv: the command line; `sys.argv` if not given.
         required: options that have to be given in one of the two places.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = expand_home(argv)
     known, _ = parser.parse_known_args(argv)
     if known.config is not None:
         try:
@@ -62,7 +65,8 @@ def parse_recipe(
         if unknown:
             parser.error(f"{known.config} has unknown options: {', '.join(unknown)}")
         # as if they stood in front on the command line, so that they are checked alike
-        argv = [word for name, value in config.items() for word in _option_words(name, value)] + argv
+        recipe = [word for name, value in config.items() for word in _option_words(name, value)]
+        argv = expand_home(recipe) + argv
     args = parser.parse_args(argv)
     for name in required:
         if not getattr(args, name):
@@ -141,12 +145,12 @@ def add_optimizer_arguments(
     group, learning_rate: float, lr_scheduler: str, lr_schedulers: Sequence[str] = LR_SCHEDULERS
 ) -> None:
     """The options that `make_lr_scheduler` reads, with a script's defaults and the schedules it knows."""
-    group.add_argument("--learning_rate", type=float, default=learning_rate)
+    group.add_argument("--learning_rate", type=real(0), default=learning_rate)
     group.add_argument("--lr_scheduler", choices=lr_schedulers, default=lr_scheduler)
-    group.add_argument("--lr_warmup_steps", type=int, default=0, help="of the schedules that have a warm-up")
-    group.add_argument("--lr_restart_steps", type=int, default=10_000, help="T_0 of cosine_warm_restarts")
-    group.add_argument("--lr_restart_factor", type=int, default=2, help="T_mult of cosine_warm_restarts")
-    group.add_argument("--max_grad_norm", type=float, help="clip the gradient's norm")
+    group.add_argument("--lr_warmup_steps", type=whole(0), default=0, help="of the schedules that have a warm-up")
+    group.add_argument("--lr_restart_steps", type=positive, default=10_000, help="T_0 of cosine_warm_restarts")
+    group.add_argument("--lr_restart_factor", type=positive, default=2, help="T_mult of cosine_warm_restarts")
+    group.add_argument("--max_grad_norm", type=real(0), help="clip the gradient's norm")
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser):
@@ -154,8 +158,8 @@ def add_machine_arguments(parser: argparse.ArgumentParser):
     group = parser.add_argument_group("machine")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's")
     group.add_argument("--channels_last", **SWITCH, help="memory format of the convolutions")
-    group.add_argument("--dataloader_num_workers", type=int, default=0)
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--dataloader_num_workers", type=whole(0), default=0)
+    group.add_argument("--seed", type=whole(0), default=0)
     return group
 
 
@@ -167,7 +171,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, steps: int):
     group.add_argument("--resume_from_checkpoint", help="a checkpoint folder, or `latest`")
     group.add_argument("--report_to", default="tensorboard", help="an accelerate tracker, or `none`")
     group.add_argument("--logging_steps", type=positive, default=50)
-    group.add_argument("--validation_steps", type=int, default=steps, help="0: no validation")
+    group.add_argument("--validation_steps", type=whole(0), default=steps, help="0: no validation")
     return group
 
 
@@ -328,6 +332,36 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
     return path
 
 
+def schedule_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that make the learning rate's schedule: a checkpoint's schedule would overrule them, or be bent by
+    them. Those that the schedule does not read are left out."""
+    names = ["learning_rate", "lr_scheduler"]
+    if args.lr_scheduler == "cosine_warm_restarts":
+        names += ["lr_restart_steps", "lr_restart_factor"]
+    elif args.lr_scheduler != "constant":
+        names.append("lr_warmup_steps")
+    if args.lr_scheduler == "multi_step":
+        names += ["lr_milestones", "lr_decay"]
+    return {name: getattr(args, name) for name in names}
+
+
+def data_fingerprint(paths: Sequence[str | os.PathLike]) -> str:
+    """Twelve hexadecimal digits that tell training data from others of the same size, without reading the faces: of
+    each data set its settings, and the names and sizes of its shards; not where it lies."""
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        folder = path if path.is_dir() else path.parent
+        for name in ("prepare.json", "generation.json"):
+            if (folder / name).is_file():
+                settings = json.loads((folder / name).read_text()).get("settings")
+                digest.update(json.dumps([name, settings], sort_keys=True).encode())
+        shards = [path] if path.is_file() else [*folder.glob("*"), *(folder / "shards").glob("*")]
+        for shard in sorted(shard for shard in shards if shard.suffix in (".parquet", ".rec", ".tar")):
+            digest.update(json.dumps([shard.name, shard.stat().st_size]).encode())
+        digest.update(b"end")
+    return digest.hexdigest()[:12]
+
+
 def save_checkpoint(
     accelerator: Accelerator,
     ema: EMAModel | None,
@@ -379,9 +413,14 @@ def load_checkpoint(
             seen twice, others never), or which the checkpoint's state would silently overrule.
     """
     state = json.loads((checkpoint / "training.json").read_text())
-    before = state.get("fixed", {})
+    before, fixed = state.get("fixed", {}), json.loads(json.dumps(fixed))
+    unknown = sorted(fixed.keys() - before.keys())
+    if unknown:  # of an earlier version
+        logger.warning(f"{checkpoint} does not say its {', '.join(unknown)}: whether they are the same is not checked")
     changed = [
-        f"{name}: {before.get(name)} then, {value} now" for name, value in fixed.items() if before.get(name) != value
+        f"{name}: {before[name]} then, {value} now"
+        for name, value in fixed.items()
+        if name in before and before[name] != value
     ]
     if changed:
         raise ValueError(

@@ -39,10 +39,11 @@ from uiface_diffusers import IdentityBank, UIFacePipeline, default_checkpoint, g
 from uiface_diffusers.evaluation import evaluate_dataset, load_lpips, load_recognizer, verify_benchmarks
 from uiface_diffusers.evaluation.people import People
 from uiface_diffusers.evaluation.verification import read_benchmarks
-from uiface_diffusers.faces import ALIGNED_SIZE, FaceEncoder
+from uiface_diffusers.faces import ALIGNED_SIZE, FaceEncoder, load_photograph
 from uiface_diffusers.files import check_settings, complete_file, write_json
 from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.generation import bank_hash
+from uiface_diffusers.options import expand_home
 from uiface_diffusers.seeds import NOISE_VERSION
 
 TRAINING = Path(__file__).parents[1]
@@ -104,7 +105,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--pieces", nargs="+", choices=PIECES, default=PIECES)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(expand_home(argv))
     if args.num_identities % args.groups:
         parser.error(f"--num_identities {args.num_identities} cannot be split into {args.groups} equal groups")
     args.results = args.results or args.work / "ablation.json"
@@ -145,7 +146,7 @@ def write_real_faces(args: argparse.Namespace) -> None:
         for benchmark in read_benchmarks(args.benchmarks)
         for position in range(len(benchmark.images))
     ]
-    tested = IdentityBank(encoder.embed_pictures(tested), encoder.name)
+    tested = IdentityBank(encoder.embed_pictures(tested), encoder.name, [], encoder.fingerprint)
     left_out = set(people.near(tested, args.same_person))
     print(f"{len(left_out)} real people look like one of the benchmarks and are left out: {sorted(left_out)}")
 
@@ -329,7 +330,7 @@ def write_picture(args: argparse.Namespace) -> None:
     for folders in groups.values():
         for images in folders:
             first = sorted(images.iterdir())[0]
-            cells += [PIL.Image.open(file).convert("RGB") for file in sorted(first.iterdir())[:5]]
+            cells += [PIL.Image.fromarray(load_photograph(file)) for file in sorted(first.iterdir())[:5]]
     grid = make_image_grid(cells, rows=len(arms), cols=len(cells) // len(arms))
     with complete_file(args.results.with_suffix(".jpg")) as beside:
         grid.save(beside, "jpeg", quality=90)

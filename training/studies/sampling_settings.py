@@ -32,7 +32,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from uiface_diffusers import IdentityBank, UIFacePipeline, default_checkpoint
+from uiface_diffusers import UIFacePipeline, default_checkpoint
 from uiface_diffusers.evaluation import (
     equal_error_rate,
     identity_consistency,
@@ -46,6 +46,7 @@ from uiface_diffusers.evaluation.separability import genuine_pairs, impostor_pai
 from uiface_diffusers.faces import FaceEncoder, resize_aligned
 from uiface_diffusers.files import check_settings, write_json
 from uiface_diffusers.fingerprint import pipeline_fingerprint
+from uiface_diffusers.options import expand_home
 from uiface_diffusers.seeds import NOISE_VERSION, image_generator
 
 FIGURES = ("rows", "seconds", "boundary", "capped", "judge", "others", "EER", "LPIPS", "precision", "recall")
@@ -64,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
-    return parser.parse_args(argv)
+    return parser.parse_args(expand_home(argv))
 
 
 class Conditions:
@@ -109,7 +110,7 @@ def sample(
     started = time.perf_counter()
     for start in tqdm(range(0, len(numbers), args.batch_size), unit="batch", leave=False):
         batch = numbers[start : start + args.batch_size]
-        embeddings = IdentityBank(people.bank.embeddings[[i for i, _ in batch]], people.bank.identity_encoder)
+        embeddings = people.bank.take([i for i, _ in batch])
         generators = [image_generator(args.seed, people.bank.names[i], n) for i, n in batch]
         out = pipe(embeddings, generator=generators, **setting)
         images += out.images

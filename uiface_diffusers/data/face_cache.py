@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
+from ..encoders import EncoderMark
 from ..faces import (
     ALIGNED_SIZE,
     SELECTIONS,
@@ -129,8 +130,10 @@ def prepare_faces(
     stamps = [[*photograph, photographs.stamp(photograph)] for photograph in stamping]
     settings = {"identity_encoder": encoder.name, "image_size": image_size, "face": face, "aligned": aligned}
     settings |= {"det_size": encoder.det_size, "det_thresh": encoder.det_thresh}
+    prints = {"identity_encoder_fingerprint": encoder.fingerprint}
+    prints["detector_fingerprint"] = None if aligned else encoder.detector_fingerprint
     settings |= {"photographs": total, "files": hashlib.sha256(json.dumps(stamps).encode()).hexdigest()}
-    check_settings(output / "prepare.json", settings)
+    check_settings(output / "prepare.json", settings | prints, if_known=list(prints))
 
     shards = []
     with tqdm(total=total, unit="photo", desc="prepare") as progress:
@@ -280,6 +283,7 @@ class FaceCache:
             raise ValueError(f"{self.folder} {state}: run `uiface prepare` on it.")
         settings = json.loads((self.folder / "prepare.json").read_text())["settings"]
         self.identity_encoder: str = settings["identity_encoder"]
+        self.identity_encoder_fingerprint: str | None = settings.get("identity_encoder_fingerprint")
         self.image_size: int = settings["image_size"]
         # a shard can hold nothing but skipped photographs
         shards = sorted(self.folder.glob("faces-*.parquet"))
@@ -298,12 +302,18 @@ class FaceCache:
     def shard_length(shard: Path) -> int:
         return _shard_rows(shard)
 
+    @property
+    def encoder_mark(self) -> EncoderMark:
+        """By which its embeddings are told from another encoder's."""
+        return EncoderMark(self.identity_encoder, self.identity_encoder_fingerprint)
+
     def embeddings(self) -> IdentityBank:
         """One embedding a face, `(N, identity_dim)`, in the order of `images`; the names are the identities'."""
         columns = [pq.read_table(shard, columns=["embedding", "identity"]) for shard in self.shards]
         table = pa.concat_tables(columns)
         embeddings = np.stack(table["embedding"].to_numpy())
-        return IdentityBank(torch.from_numpy(embeddings), self.identity_encoder, table["identity"].to_pylist())
+        names, mark = table["identity"].to_pylist(), self.encoder_mark
+        return IdentityBank(torch.from_numpy(embeddings), mark.name, names, mark.fingerprint)
 
     def images(self, positions: Sequence[int]) -> list[np.ndarray]:
         """The faces at some positions, in the order of `embeddings`."""
@@ -320,7 +330,7 @@ class FaceCache:
         """The faces of one shard, `(image_size, image_size, 3)` RGB bytes, one after the other; decoded in threads."""
 
         def decode(image: dict) -> np.ndarray:
-            return np.asarray(PIL.Image.open(io.BytesIO(image["bytes"])).convert("RGB"))
+            return load_photograph(io.BytesIO(image["bytes"]))
 
         with ThreadPoolExecutor() as pool:
             yield from pool.map(decode, pq.read_table(shard, columns=["image"])["image"].to_pylist())

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data.sources import open_source
+from ..encoders import check_same_encoder
 from ..faces import ALIGNED_SIZE, FaceEncoder
 from ..fingerprint import weights_fingerprint
 from ..generation import bank_hash
@@ -175,10 +176,11 @@ def _check_banks(recognisers: Sequence[FaceEncoder], banks: Sequence[IdentityBan
     if len(set(names)) < len(names):
         raise ValueError(f"the judge has to be another recogniser than the encoder, but both are `{names[0]}`.")
     for bank in banks:
-        if bank is not None and bank.identity_encoder not in (None, *names):
-            raise ValueError(
-                f"a bank of `{bank.identity_encoder}` cannot be compared with embeddings of `{'`, `'.join(names)}`."
-            )
+        if bank is not None:
+            # the recogniser of its name; of none, the first one for the error
+            same = [recogniser for recogniser in recognisers if recogniser.name == bank.identity_encoder]
+            wanted, measured = (same or recognisers)[0], f"this evaluation (by `{'`, `'.join(names)}`)"
+            check_same_encoder("a bank", bank.encoder_mark, measured, wanted.encoder_mark)
     contexts = banks[0]
     if contexts is not None and len(set(contexts.names)) < len(contexts):
         name = Counter(contexts.names).most_common(1)[0][0]
@@ -336,7 +338,7 @@ class _Evaluation:
 
     def leakage(self, name: str, embeddings: torch.Tensor, against: IdentityBank) -> None:
         """Whether real people are shown."""
-        found = measure_leakage(IdentityBank(embeddings, name, self.faces.names), against)
+        found = measure_leakage(IdentityBank(embeddings, name, self.faces.names, self.weights[name]), against)
         digest = hashlib.sha256(against.embeddings.contiguous().numpy()).hexdigest()[:12]
         conditions = self.conditions(name) | {"real": f"{len(against)} embeddings {digest}"}
         for rate, threshold in found.thresholds.items():

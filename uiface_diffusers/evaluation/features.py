@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 
+from ..files import read_safetensors
 from ..fingerprint import weights_fingerprint
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ class TorchvisionFeatures(nn.Module):
             ImageNet weights if not given.
 
     Raises:
-        ValueError: another network; or the file is not of it.
+        OSError: the weights are not given and cannot be downloaded.
+        ValueError: another network; or the file is not of it, or damaged.
     """
 
     def __init__(self, network: str, weights: str | os.PathLike | None = None):
@@ -62,10 +63,16 @@ class TorchvisionFeatures(nn.Module):
             raise ValueError(f"`network` has to be one of {tuple(SIZES)} but is {network!r}.")
         options = {"transform_input": False} if network == "inception_v3" else {}
         pretrained = "IMAGENET1K_V1" if weights is None else None
-        self.model = getattr(models, network)(weights=pretrained, **options, **({} if pretrained else UNSET))
+        try:
+            self.model = getattr(models, network)(weights=pretrained, **options, **({} if pretrained else UNSET))
+        except (OSError, RuntimeError) as error:  # no network, or a download that was cut short
+            raise OSError(
+                f"torchvision's {network} cannot be downloaded ({error}): give its weights, a safetensors file, by"
+                " `weights` (--feature-weights)."
+            ) from error
         if weights is not None:
             try:
-                self.model.load_state_dict(load_file(weights))
+                self.model.load_state_dict(read_safetensors(weights))
             except RuntimeError as error:
                 raise ValueError(f"{weights} does not hold torchvision's {network}: {error}") from error
         # in [0, 1] as torchvision's classifiers; this Inception takes [-1, 1]

@@ -14,6 +14,7 @@ from diffusers.utils import make_image_grid
 
 from ..data.face_cache import FaceCache
 from ..data.sources import open_source
+from ..encoders import check_same_encoder
 from ..faces import ALIGNED_SIZE, FaceEncoder
 from ..files import complete_file
 from ..identities import CANDIDATE_ROWS, KNOWN_ROWS, IdentityBank, largest_cosines
@@ -95,9 +96,7 @@ def measure_leakage(synthetic: IdentityBank, real: IdentityBank) -> LeakageRepor
     Raises:
         ValueError: the banks are of two encoders, or `real` has a single identity.
     """
-    encoders = (synthetic.identity_encoder, real.identity_encoder)
-    if None not in encoders and encoders[0] != encoders[1]:
-        raise ValueError(f"embeddings of `{encoders[0]}` cannot be compared with those of `{encoders[1]}`.")
+    check_same_encoder("the synthetic bank", synthetic.encoder_mark, "the real one", real.encoder_mark)
     thresholds, pairs, of_real = impostor_thresholds(real)
     known, images = F.normalize(real.embeddings), F.normalize(synthetic.embeddings)
     cosines, nearest = largest_cosines(images, known)
@@ -151,7 +150,7 @@ def audit_dataset(
     for file, reason in unusable.items():
         log(f"left out: {file}: {reason}")
     embeddings = synthetic.embed(encoder, cache)
-    report = measure_leakage(IdentityBank(embeddings, encoder.name, synthetic.names), real)
+    report = measure_leakage(IdentityBank(embeddings, encoder.name, synthetic.names, encoder.fingerprint), real)
 
     cosines, identities = report.image_cosines, np.array(list(report.identity_cosines.values()))
     log(f"{len(cosines)} images of {len(identities)} identities against {len(real)} real embeddings")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..data.face_cache import FaceCache
+from ..encoders import check_same_encoder, common_encoder
 from ..identities import IdentityBank, largest_cosines
 
 
@@ -23,15 +24,14 @@ class People:
 
     def __init__(self, folders: Sequence[str | os.PathLike]):
         self.caches = [FaceCache(folder) for folder in folders]
-        encoders = {str(cache.folder): cache.identity_encoder for cache in self.caches}
-        if len(set(encoders.values())) > 1:
-            raise ValueError(f"the caches have embeddings of different encoders: {encoders}. Prepare them alike.")
+        mark = common_encoder({str(cache.folder): cache.encoder_mark for cache in self.caches})
         folder_names = [cache.folder.resolve().name for cache in self.caches]
         if len(set(folder_names)) < len(folder_names):
-            raise ValueError(f"two of the caches {', '.join(encoders)} have one name: rename a folder.")
+            folders = ", ".join(str(cache.folder) for cache in self.caches)
+            raise ValueError(f"two of the caches {folders} have one name: rename a folder.")
         banks = [cache.embeddings() for cache in self.caches]
         names = [f"{folder}/{name}" for folder, bank in zip(folder_names, banks, strict=True) for name in bank.names]
-        self.bank = IdentityBank(torch.cat([bank.embeddings for bank in banks]), banks[0].identity_encoder, names)
+        self.bank = IdentityBank(torch.cat([bank.embeddings for bank in banks]), mark.name, names, mark.fingerprint)
 
     def near(self, known: IdentityBank, min_cosine: float) -> list[str]:
         """Names of those with a face whose cosine to a known embedding of the same encoder is at least `min_cosine`:
@@ -40,11 +40,7 @@ class People:
         Raises:
             ValueError: the known ones are of another encoder.
         """
-        if known.identity_encoder != self.bank.identity_encoder:
-            raise ValueError(
-                f"embeddings of `{self.bank.identity_encoder}` cannot be compared with those of"
-                f" `{known.identity_encoder}`."
-            )
+        check_same_encoder("the caches", self.bank.encoder_mark, "the known bank", known.encoder_mark)
         cosines, _ = largest_cosines(F.normalize(self.bank.embeddings), F.normalize(known.embeddings))
         near = (cosines >= min_cosine).nonzero().flatten().tolist()
         return list(dict.fromkeys(self.bank.names[position] for position in near))

@@ -4,12 +4,26 @@ import os
 import warnings
 from typing import TYPE_CHECKING
 
-from safetensors.torch import load_file
+import torch
+
+from ..files import read_safetensors
 
 if TYPE_CHECKING:
     import lpips
 
 NETWORKS = ("alex", "squeeze", "vgg")
+TORCHVISION = {"alex": "alexnet", "squeeze": "squeezenet1_1", "vgg": "vgg16"}
+
+
+def _read_backbone(file: str | os.PathLike, network: str) -> dict[str, torch.Tensor]:
+    try:
+        return read_safetensors(file)
+    except ValueError as error:
+        convert = f"save_file(torch.load('FILE.pth', weights_only=True), '{TORCHVISION[network]}.safetensors')"
+        raise ValueError(
+            f"the LPIPS backbone `{network}` (--lpips-backbone): {error} A .pth file of torchvision is converted by"
+            f" safetensors.torch.{convert}."
+        ) from error
 
 
 def load_lpips(network: str = "alex", backbone: str | os.PathLike | None = None) -> "lpips.LPIPS":
@@ -23,7 +37,9 @@ def load_lpips(network: str = "alex", backbone: str | os.PathLike | None = None)
             heads are part of the `lpips` package.
 
     Raises:
-        ValueError: the file lacks a tensor of the network, or it has another shape.
+        OSError: the backbone is not given and cannot be downloaded.
+        ValueError: the file is missing, damaged or no safetensors file, lacks a tensor of the network, or has one of
+            another shape.
     """
     import lpips  # of the extra `train`
 
@@ -31,9 +47,18 @@ def load_lpips(network: str = "alex", backbone: str | os.PathLike | None = None)
         raise ValueError(f"`network` has to be one of {NETWORKS} but is {network!r}.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips calls torchvision and torch by deprecated arguments
-        model = lpips.LPIPS(net=network, pnet_rand=backbone is not None, verbose=False)
+        try:
+            model = lpips.LPIPS(net=network, pnet_rand=backbone is not None, verbose=False)
+        except (OSError, RuntimeError) as error:  # no network, or a download that was cut short
+            name = TORCHVISION[network]
+            raise OSError(
+                f"the LPIPS backbone `{network}` cannot be downloaded ({error}): give its file by --lpips-backbone"
+                " (`backbone`, in trainings --lpips_backbone). Where there is a network, it is made by"
+                f" safetensors.torch.save_file(torchvision.models.{name}(weights='DEFAULT').state_dict(),"
+                f" '{name}.safetensors')."
+            ) from error
     if backbone is not None:
-        given, own = load_file(backbone), model.net.state_dict()
+        given, own = _read_backbone(backbone, network), model.net.state_dict()
         # `slice2.3.weight` is torchvision's `features.3.weight`
         names = {name: "features." + name.split(".", 1)[1] for name in own}
         wrong = [n for key, n in names.items() if n not in given or given[n].shape != own[key].shape]

@@ -7,9 +7,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModel
 
 from ..faces import FaceEncoder
+from ..files import why_unreadable
 
 
 class Recognizer(Protocol):
@@ -84,7 +86,11 @@ def load_recognizer(
     if not Path(model).is_dir() and "/" not in model:
         return PackRecognizer(FaceEncoder(model, os.fspath(root), providers))
     # classes of this package are known to transformers since it was imported
-    loaded = AutoModel.from_pretrained(model, use_safetensors=True, trust_remote_code=False)
+    try:
+        loaded = AutoModel.from_pretrained(model, use_safetensors=True, trust_remote_code=False)
+    except SafetensorError as error:
+        file = Path(model) / "model.safetensors"
+        raise ValueError(f"no safetensors file: {why_unreadable(file, error)}.") from error
     processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return ModelRecognizer(loaded.eval().to(device), processor, Path(model).name)

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import PIL.Image
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.utils import ModelOutput
+
+from ..pictures import is_picture, rgb_bytes
 
 # blocks of each of the four stages, by the number of layers
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 200: (6, 26, 60, 6)}
@@ -170,7 +171,12 @@ class IResNetModel(PreTrainedModel):
 
         Returns:
             `np.ndarray` of shape `(N, embedding_dim)`: float32, not normalised.
+
+        Raises:
+            ValueError: the faces are not of bytes, or of another size.
         """
+        if faces.dtype != np.uint8:
+            raise ValueError(f"faces have to be of uint8 in 0..255 but are {faces.dtype}.")
         training = self.training
         self.eval()
         embeddings = [np.zeros((0, self.config.embedding_dim), np.float32)]
@@ -244,24 +250,23 @@ class IResNetImageProcessor(BaseImageProcessor):
     def preprocess(self, images, return_tensors: str | None = None, **kwargs) -> BatchFeature:
         """
         Args:
-            images: a face or a list of them, `PIL.Image.Image` or `(height, width, 3)` RGB bytes.
+            images: a face or a list of them: what `rgb_bytes` takes, such as `PIL.Image.Image` of any mode,
+                `(height, width, 3)` RGB bytes, or a file's path.
             return_tensors: `"pt"` or `"np"`; a list of arrays if not given.
 
         Returns:
             `BatchFeature` with `pixel_values` of shape `(N, 3, height, width)`, float32 in [-1, 1].
 
         Raises:
+            OSError: a file cannot be read.
             ValueError: an array of another shape or type.
         """
-        is_one = isinstance(images, PIL.Image.Image) or (hasattr(images, "ndim") and images.ndim == 3)
-        pixel_values = [self._process_face(image) for image in ([images] if is_one else images)]
+        images = [images] if is_picture(images) else images
+        pixel_values = [self._process_face(image) for image in images]
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
     def _process_face(self, image) -> np.ndarray:
-        face = np.asarray(image.convert("RGB") if isinstance(image, PIL.Image.Image) else image)
-        if face.ndim != 3 or face.shape[2] != 3 or face.dtype != np.uint8:
-            raise ValueError(f"faces have to be (height, width, 3) bytes but this is {face.dtype} of {face.shape}.")
-        pixels = torch.from_numpy(face.copy()).permute(2, 0, 1)[None].float()
+        pixels = torch.from_numpy(rgb_bytes(image).copy()).permute(2, 0, 1)[None].float()
         size = (self.size["height"], self.size["width"])
         if pixels.shape[-2:] != size:
             pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)

@@ -28,6 +28,7 @@ class IdentityProjector(ModelMixin, ConfigMixin):
         dropout (`float`, defaults to 0.25): probability of dropping a component of the context in training mode.
         identity_encoder (`str`, *optional*): name of the face recognition model whose embeddings this projector was
             trained on. Embeddings marked as another encoder's are refused by the pipeline.
+        identity_encoder_fingerprint (`str`, *optional*): of that model's weights, see `FaceEncoder.fingerprint`.
     """
 
     @register_to_config
@@ -38,6 +39,7 @@ class IdentityProjector(ModelMixin, ConfigMixin):
         num_tokens: int = 1,
         dropout: float = 0.25,
         identity_encoder: str | None = None,
+        identity_encoder_fingerprint: str | None = None,
     ):
         super().__init__()
         self.proj = nn.Linear(identity_dim, num_tokens * context_dim)

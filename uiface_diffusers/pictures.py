@@ -1,0 +1,69 @@
+"""From any picture to RGB bytes: the one way for files, `PIL.Image.Image` and arrays."""
+
+import os
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+
+def rgb_bytes(picture: PIL.Image.Image | np.ndarray | str | os.PathLike) -> np.ndarray:
+    """A picture as people see it: turned as its EXIF tag says, transparent parts on white, 16 bits scaled to 8, gray,
+    palette and CMYK converted.
+
+    Args:
+        picture: a file's path; a `PIL.Image.Image` of any mode; or an array of `(height, width)` or `(height, width,
+            1)` gray, `(height, width, 3)` RGB or `(height, width, 4)` RGBA, of uint8 in 0..255 or uint16 in 0..65535.
+
+    Returns:
+        `np.ndarray` of shape `(height, width, 3)`: RGB, uint8.
+
+    Raises:
+        OSError: the file is missing, truncated or not a picture.
+        ValueError: an array of another shape or type, or a picture whose values have no defined range: floating
+            point, or integers beyond 16 bits.
+    """
+    if isinstance(picture, str | os.PathLike):
+        with PIL.Image.open(picture) as opened:
+            return rgb_bytes(opened)
+    if isinstance(picture, PIL.Image.Image):
+        return np.array(_to_rgb(PIL.ImageOps.exif_transpose(picture)))
+    array = np.asarray(picture)
+    channels = array.shape[2:] or (1,)
+    if array.ndim not in (2, 3) or channels[0] not in (1, 3, 4) or 0 in array.shape:
+        raise ValueError(
+            f"a picture has to be (height, width), or (height, width, channels) with 1, 3 or 4 channels, but this is"
+            f" of shape {array.shape}."
+        )
+    if array.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"a picture has to be of uint8 in 0..255 or uint16 in 0..65535 but this is {array.dtype}.")
+    array = _to_8_bits(array) if array.dtype == np.uint16 else array
+    if channels == (3,):
+        return array
+    return np.array(_to_rgb(PIL.Image.fromarray(array[..., 0] if array.ndim == 3 and channels == (1,) else array)))
+
+
+def is_picture(value: object) -> bool:
+    """Whether this is one picture that `rgb_bytes` takes, and not several."""
+    return isinstance(value, PIL.Image.Image | str | os.PathLike) or getattr(value, "ndim", None) in (2, 3)
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    return (values / 257).round().astype(np.uint8)
+
+
+def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    if image.mode == "F":
+        raise ValueError("its floating point values have no defined range")
+    if image.mode.startswith("I"):  # Pillow would clip instead of scaling
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"its values from {values.min()} to {values.max()} are beyond 16 bits")
+        gray = _to_8_bits(values)
+        if "transparency" in image.info:  # one value of gray
+            gray[values == image.info["transparency"]] = 255
+        return PIL.Image.fromarray(gray).convert("RGB")
+    if image.has_transparency_data:
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
