@@ -23,6 +23,7 @@ def complete_file(path: str | os.PathLike) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+MAX_NAME = 255  # bytes of a name in a folder, on nearly all file systems
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",

@@ -325,8 +325,8 @@ class FaceCache:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Twelve hexadecimal digits of the settings and the shards' sizes: the same for a copy, another one for a cache
-        of other photographs or by another encoder, without reading the faces."""
+        """Twelve hexadecimal digits of the settings and the shards' sizes: the same for a copy, another one for a
+        cache of other photographs or by another encoder, without reading the faces."""
         shards = [[shard.name, shard.stat().st_size, self.shard_length(shard)] for shard in self.shards]
         return hashlib.sha256(json.dumps([self.settings, shards], sort_keys=True).encode()).hexdigest()[:12]
 

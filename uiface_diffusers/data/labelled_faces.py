@@ -19,7 +19,13 @@ from ..faces import ALIGNED_SIZE, UnusableFaceError, load_photograph, resize_ali
 from ..files import local_path
 from .face_cache import FaceCacheSource
 from .image_folder import GENERATION
-from .sources import describe_left_out, open_source, source_fingerprint, unreadable_reason
+from .sources import (
+    describe_left_out,
+    open_source,
+    source_fingerprint,
+    summarize_left_out,
+    unreadable_reason,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +86,7 @@ class LabelledFaces(Dataset):
         self.paths, self.image_size, self.transform = list(paths), image_size, transform
         self.sources = [open_source(path, min_images=min_images) for path in paths]
         for path, source in zip(paths, self.sources, strict=True):
-            for line in describe_left_out(source.left_out):
+            for line in describe_left_out(summarize_left_out(source.left_out)):
                 logger.warning("left out of %s: %s", path, line)
         # where each source's faces begin
         self.starts = np.cumsum([0] + [len(source.photographs) for source in self.sources])

@@ -110,8 +110,8 @@ def record_identities(records: Path, labels: Mapping[int, float]) -> tuple[dict[
     wrong = next((key for key, label in labels.items() if not 0 <= label <= INEXACT or label != int(label)), None)
     if wrong is not None:
         raise ValueError(
-            f"{records} has the label {labels[wrong]} in the record of key {wrong}: identities are whole numbers from 0"
-            f" to {INEXACT}, up to which float32 is exact."
+            f"{records} has the label {labels[wrong]} in the record of key {wrong}: identities are whole numbers from"
+            f" 0 to {INEXACT}, up to which float32 is exact."
         )
     differ = len(set(labels.values())) > 1
     file, left_out, images = find_list(records), {}, None

@@ -282,29 +282,29 @@ class RecordWriter:
 
     Args:
         path: the `.rec` file.
-        num_images: pictures that will be written.
-        num_identities: their identities; all pictures of one follow each other.
     """
 
-    def __init__(self, path: Path, num_images: int, num_identities: int):
-        self.key, self.ranges, self._expected = 0, [], num_images
+    def __init__(self, path: Path):
+        self.key, self.ranges = 0, []
         self._records, self._index = open(path, "wb"), open(path.with_suffix(".idx"), "w")
-        self._write([num_images + 1, num_images + 1 + num_identities], b"")
+        self._write([0, 0], b"")
 
     def __enter__(self) -> "RecordWriter":
         return self
 
     def __exit__(self, kind, *_) -> None:
         if kind is None:
-            if self.key != self._expected + 1:
-                raise ValueError(f"{self.key - 1} pictures were written, {self._expected} were announced.")
-            for _, start, end in self.ranges:
-                self._write([start, end], b"")
+            end = self.key
+            for _, first, last in self.ranges:
+                self._write([first, last], b"")
+            # only now it is known what record 0 has to say
+            self._records.seek(8 + HEADER.size)
+            self._records.write(struct.pack("<2f", end, self.key))
         self._records.close()
         self._index.close()
 
     def write(self, label: int, content: bytes) -> int:
-        """Writes a picture's file; returns its key."""
+        """Writes a picture's file; returns its key. All pictures of an identity follow each other."""
         if not self.ranges or self.ranges[-1][0] != label:
             self.ranges.append((label, self.key, self.key))
         self.ranges[-1] = (label, self.ranges[-1][1], self.key + 1)

@@ -106,10 +106,10 @@ def summarize_left_out(left_out: Mapping[str, str]) -> dict[str, dict]:
     return summary
 
 
-def describe_left_out(left_out: Mapping[str, str]) -> list[str]:
-    """One line for each reason: `3 no picture by its suffix: anna/notes.txt, ...`."""
+def describe_left_out(summary: Mapping[str, dict]) -> list[str]:
+    """One line for each reason of `summarize_left_out`: `3 no picture by its suffix: anna/notes.txt, ...`."""
     lines = []
-    for reason, entry in summarize_left_out(left_out).items():
+    for reason, entry in summary.items():
         more = ", ..." if entry["count"] > len(entry["first"]) else ""
         lines.append(f"{entry['count']} {reason}: {', '.join(entry['first'])}{more}")
     return lines
@@ -168,8 +168,8 @@ class FolderSource:
         wraps = len(nested) == 1 and len(*nested.values()) > 1
         if nested and not direct and (wraps or all(name.lower() in PARTS for name in nested)):
             raise ValueError(
-                f"{root} has its pictures in folders within {', '.join(sorted(nested))}: the people in each would become"
-                f" one. Give {root / min(nested)}."
+                f"{root} has its pictures in folders within {', '.join(sorted(nested))}: the people in each would"
+                f" become one. Give {root / min(nested)}."
             )
 
     @staticmethod
@@ -238,8 +238,8 @@ class FolderSource:
 
 
 class RecordIOSource:
-    """RecordIO of InsightFace, im2rec or DCFace: the identity is the (first) label, or by the list beside the file (see
-    `record_identities`); the file is the key.
+    """RecordIO of InsightFace, im2rec or DCFace: the identity is the (first) label, or by the list beside the file
+    (see `record_identities`); the file is the key.
 
     Raises:
         ValueError: the index does not fit the file, or nothing tells the identities.
@@ -436,7 +436,7 @@ def _open_form(path: Path) -> PhotographSource:
     from .face_cache import FaceCacheSource  # prepares what this module opens
 
     if not path.exists():
-        raise ValueError(f"{path} does not exist.")
+        raise ValueError(f"{path} has no photographs: it does not exist.")
     if (path / GENERATION).is_file():
         return _open_generated(path)
     if (path / "prepare.json").is_file():
@@ -502,9 +502,10 @@ def open_source(path: str | os.PathLike, identities: list[str] | None = None, mi
     enough = {name for name, count in counts.items() if count >= min_images}
     _keep(source, enough, f"of an identity with fewer than {min_images} photographs")
     if not source.photographs:
-        found = "; ".join(describe_left_out(source.left_out))
+        found = "; ".join(describe_left_out(summarize_left_out(source.left_out)))
         raise ValueError(
-            f"{path} has no photographs: neither IDENTITY/FILE with a picture's suffix, nor a .rec file, nor tar shards"
+            f"{path} has no photographs: neither IDENTITY/FILE with a picture's suffix, nor a .rec file, nor tar"
+            " shards"
             + (f", with at least {min_images} of an identity." if min_images > 1 else ".")
             + (f" It has {found}." if found else "")
         )

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers.utils import make_image_grid
 
 from ..data.face_cache import FaceCache
-from ..data.sources import describe_left_out, open_source
+from ..data.sources import describe_left_out, open_source, summarize_left_out
 from ..faces import ALIGNED_SIZE, FaceEncoder
 from ..files import complete_file
 from ..identities import CANDIDATE_ROWS, KNOWN_ROWS, IdentityBank, largest_cosines
@@ -150,7 +150,7 @@ def audit_dataset(
         raise ValueError(f"none of {len(images)} pictures in {dataset} can be used: {next(iter(unusable.values()))}.")
     for file, reason in unusable.items():
         log(f"left out: {file}: {reason}")
-    for line in describe_left_out(images.source.left_out):
+    for line in describe_left_out(summarize_left_out(images.source.left_out)):
         log(f"left out: {line}")
     embeddings = synthetic.embed(encoder, cache)
     report = measure_leakage(IdentityBank(embeddings, encoder.name, synthetic.names), real)
