@@ -134,14 +134,14 @@ def test_one_name_in_two_unicode_forms(tmp_path):
 def test_paths_are_taken_literally(tmp_path, monkeypatch):
     """A sibling that a pattern would match is another cache."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    for number, run in enumerate(("run[2]", "run2", "run?", "run*", "a::b", "{run}")):
+    for number, run in enumerate(("run[2]", "run2", "run?", "run*", "{run}")):
         folder, image = tmp_path / run / "cache", picture(number)
         folder.mkdir(parents=True)
         row = {"image": {"bytes": image, "path": None}, "identity": run, "file": "a/b.png", "embedding": [1.0]}
         pq.write_table(pa.Table.from_pylist([row]), folder / "faces-00000.parquet")
         (folder / "prepare.json").write_text('{"settings": {"identity_encoder": "toy", "image_size": 8}}')
         (folder / "report.json").write_text('{"faces": 1}')
-    for number, run in enumerate(("run[2]", "run2", "run?", "run*", "a::b", "{run}")):
+    for number, run in enumerate(("run[2]", "run2", "run?", "run*", "{run}")):
         cache = FaceCache(f"~/{run}/cache")
         assert cache.embeddings().names == [run] and next(cache.shard_images(cache.shards[0]))[0, 0, 0] == number
         source = open_source(tmp_path / run / "cache")
@@ -427,7 +427,7 @@ def test_a_set_whose_pictures_were_exchanged_has_another_fingerprint(tmp_path):
     before = LabelledFaces([write(tmp_path, pictures)], 32)
     fingerprint = before.fingerprint
     assert len(fingerprint) == 12 and fingerprint == LabelledFaces([tmp_path], 32).fingerprint
-    write(tmp_path, {"a/0.png": picture(0, size=33)})
+    write(tmp_path, {"a/0.png": picture(0, "bmp", size=32)})
     after = LabelledFaces([tmp_path], 32)
     assert before.key == after.key and fingerprint != after.fingerprint
 

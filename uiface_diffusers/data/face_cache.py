@@ -360,12 +360,18 @@ class FaceCache:
 
 def load_pictures(shards: Sequence[Path], decode: bool = True) -> "Dataset":
     """The pictures of shards as a data set of the `datasets` library with one column, `image`: mapped into memory, for
-    access in any order; as files in bytes if not decoded."""
+    access in any order; as files in bytes if not decoded.
+
+    Raises:
+        ValueError: a path has a `::`.
+    """
     import datasets
     from datasets.data_files import DataFilesList
 
     # strings would be taken for patterns; sizes and times tell a shard from an earlier one at its place
     shards = [shard.resolve() for shard in shards]
+    if any("::" in str(shard) for shard in shards):
+        raise ValueError(f"{shards[0].parent} cannot be read by `datasets`, which divides paths at `::`: rename it.")
     states = [(str(shard.stat().st_size), str(shard.stat().st_mtime_ns)) for shard in shards]
     files = {"train": DataFilesList([str(shard) for shard in shards], states)}
     pictures = datasets.load_dataset("parquet", data_files=files, columns=["image"], split="train")
