@@ -176,8 +176,8 @@ def test_names_may_have_blanks(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "does not start with FOLDS and PAIRS"),
-        (VIEW_2.split("\n", 1)[1], "does not start with FOLDS and PAIRS"),
+        ("", "has no pairs"),
+        ("once upon a time\nthere were pairs\n", "does not start with FOLDS and PAIRS"),
         (VIEW_2.rsplit("\n", 2)[0], "2 genuine and 1 impostor pairs, 2 of each are counted"),
         (VIEW_2 + "Bob\t1\t3\n", "3 genuine and 2 impostor"),
         (VIEW_2.replace("Bob\t1\t2", "Bob\t1"), "neither NAME I J nor"),

@@ -120,8 +120,8 @@ def test_damaged_recordio_is_named(tmp_path):
     (tmp_path / "train.idx").write_text("0 0\n1 three\n")
     with pytest.raises(ValueError, match="train.idx is no index"):
         RecordReader(tmp_path / "train.rec")
-    (tmp_path / "train.idx").unlink()
-    with pytest.raises(ValueError, match="train.idx is missing"):
+    (tmp_path / "train.rec").unlink()
+    with pytest.raises(ValueError, match="train.rec is missing"):
         RecordReader(tmp_path / "train.rec")
 
 

@@ -49,11 +49,13 @@ def _face_encoder(args: argparse.Namespace):
 
 def _prepare(args: argparse.Namespace) -> None:
     from .data import prepare_faces
+    from .data.sources import describe_left_out
+    from .files import read_lines
 
     identities = None
     if args.identities is not None:
         # LFW's lists have their length in the first line, and a tab and a count behind every name
-        lines = [line for line in args.identities.read_text().splitlines() if line.strip()]
+        lines = [line for line in read_lines(args.identities) if line.strip()]
         has_length = any("\t" in line for line in lines) and "\t" not in lines[0]
         identities = [line.split("\t")[0].strip() for line in lines[has_length:]]
     report = prepare_faces(
@@ -76,7 +78,19 @@ def _prepare(args: argparse.Namespace) -> None:
     state = "left out" if args.drop_outliers else "kept; --drop-outliers leaves them out"
     outliers, threshold = len(report["outliers"]), args.outlier_threshold
     print(f"  {outliers} have a cosine below {threshold} to the median of their identity ({state})")
+    for line in describe_left_out(report["left_out"]):
+        print(f"  left out {line}")
     print(f"  files by name: {args.output / 'report.json'}")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from .data import convert_dataset
+    from .data.sources import describe_left_out
+
+    report = convert_dataset(args.source, args.output, args.format)
+    print(f"{report['photographs']} pictures of {report['identities']} identities written to {args.output}")
+    for line in describe_left_out(report["left_out"]):
+        print(f"  left out {line}")
 
 
 def _sampling_parameters() -> dict[str, inspect.Parameter]:
@@ -444,7 +458,8 @@ def _make_benchmark(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from .data import make_benchmark
+    from .data import make_benchmark, read_pairs
+    from .data.pairs import check_pairs
     from .evaluation import load_recognizer, save_verification, verification_table, verify_benchmarks
 
     if (args.benchmarks is None) == (args.pairs is None) or (args.pairs is None) != (args.images is None):
@@ -452,6 +467,8 @@ def _verify(args: argparse.Namespace) -> None:
     if args.output is not None:
         import matplotlib  # noqa: F401  what is not installed is named before the work
 
+    if args.pairs is not None:
+        check_pairs(args.pairs, [pair.same for pair in read_pairs(args.pairs)])
     recognizer = load_recognizer(args.model, args.encoder_root, args.providers, args.device)
 
     def save(results) -> None:
@@ -652,6 +669,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     prepare.add_argument("--drop-outliers", action="store_true", help="leave outliers out")
     prepare.set_defaults(run=_prepare)
+
+    convert = commands.add_parser(
+        "convert",
+        help="a data set in another form",
+        description="Identity folders, RecordIO and webdataset shards into each other. The pictures' files stay as"
+        " they are, identities keep their names. OUTPUT appears when it is complete.",
+        epilog="example: uiface convert faces_webface_112x112 webface --format imagefolder",
+    )
+    convert.add_argument("source", type=Path, help="folder, .rec file or tar shards")
+    convert.add_argument("output", type=Path, help="folder that is not there yet, or empty")
+    convert.add_argument("--format", required=True, choices=("imagefolder", "recordio", "webdataset"))
+    convert.set_defaults(run=_convert)
 
     _add_generate(commands)
     _add_identities(commands)

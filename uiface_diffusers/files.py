@@ -1,6 +1,8 @@
+import codecs
 import json
 import os
 import pickle
+import unicodedata
 import warnings
 import zipfile
 from collections.abc import Collection, Iterator
@@ -26,12 +28,85 @@ def complete_file(path: str | os.PathLike) -> Iterator[Path]:
     """Gives a name beside `path` to write to, and renames at the end: `path` is complete or not there at all, also
     when two processes write it."""
     path = Path(path)
-    beside = path.with_name(f"{path.name}.{uuid4().hex[:12]}.part")
+    # short: a name of 255 bytes has no room for more
+    beside = path.with_name(f"{path.name[:40]}.{uuid4().hex[:12]}.part")
     try:
         yield beside
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+MAX_NAME = 255  # bytes of a name in a folder, on nearly all file systems
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def local_path(path: str | os.PathLike) -> Path:
+    """A path with `~/` expanded; everything else in it is taken literally."""
+    path = Path(path)
+    return path.expanduser() if path.parts[:1] == ("~",) else path
+
+
+def same_name(name: str) -> str:
+    """Equal for names that differ only in their Unicode normal form: macOS decomposes accents, lists rarely do."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def printable(name: str) -> str:
+    """A file's name as Python gives it, with the bytes that are not UTF-8 as `\\xe9`."""
+    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def damage(path: Path) -> str:
+    """What is wrong with a file that cannot be read, and what to do."""
+    with open(path, "rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        return "it is a Git LFS pointer, not the file itself: run `git lfs pull`"
+    return "it is empty: copy it again" if not start else "it is damaged or cut short: copy it again"
+
+
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """The lines of a text file in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark.
+
+    Raises:
+        ValueError: it has another encoding; the message names the line.
+    """
+    path = local_path(path)
+    content = path.read_bytes()
+    if content.startswith(LFS_POINTER):
+        raise ValueError(f"{path} cannot be read: {damage(path)}.")
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+        if "\0" in text:
+            raise UnicodeDecodeError(encoding, content, content.index(0), content.index(0) + 1, "a zero byte")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path}, line {line}, is not {encoding.removesuffix('-sig').upper()} (byte"
+            f" 0x{content[error.start]:02x}): save it as UTF-8, for example by `iconv -f LATIN1 -t UTF-8`."
+        ) from error
+    # not `splitlines`, which also cuts at characters that names may have
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n") if text else []
+
+
+def read_json(path: Path) -> Any:
+    """
+    Raises:
+        ValueError: the file is no JSON; the message names it.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): {damage(path)}.") from error
 
 
 def why_unreadable(path: str | os.PathLike, error: object) -> str:

@@ -61,7 +61,7 @@ from .data.image_folder import (
 )
 from .encoders import check_same_encoder
 from .faces import FaceEncoder
-from .files import check_settings, complete_file
+from .files import MAX_NAME, check_settings, complete_file
 from .fingerprint import pipeline_fingerprint
 from .hub import IDENTITIES
 from .identities import IdentityBank, perturb_embeddings
@@ -256,6 +256,9 @@ def _check_arguments(pipeline: UIFacePipeline, identities: IdentityBank, argumen
     bad = [name for name in identities.names if not name or Path(name).name != name or ":" in name or name[0] == "."]
     if bad:
         raise ValueError(f"the identity's name {bad[0]!r} cannot be a folder's.")
+    long = next((name for name in identities.names if len(os.fsencode(name)) > MAX_NAME), None)
+    if long is not None:
+        raise ValueError(f"the identity's name {long[:40]!r}... is longer than {MAX_NAME} bytes, a folder's limit.")
     if len(set(identities.names)) < len(identities):
         raise ValueError("two identities of the bank have one name: their images would fall together.")
     for name in ("images_per_identity", "batch_size", "size", "max_attempts"):

@@ -1,4 +1,4 @@
-"""Verification benchmarks: InsightFace's `.bin` files, and LFW's lists of pairs from which they are made.
+"""Verification benchmarks: InsightFace's `.bin` files, and how they are made of lists of pairs.
 
 A `.bin` file is a pickle of two lists: the files of 2 N aligned faces in bytes, of which 2 i and 2 i + 1 are pair i;
 and N booleans, whether a pair is of one person. They are written by Python 2 or 3. Where OpenCV has encoded the faces,
@@ -8,19 +8,21 @@ as in InsightFace's own tools, numpy arrays stand for the bytes.
 import io
 import os
 import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import PIL.Image
 from tqdm import tqdm
 
 from ..faces import FaceEncoder, UnusableFaceError, align_face, load_photograph, resize_aligned
-from ..files import complete_file
+from ..files import LFS_POINTER, complete_file, damage, local_path, same_name
 from .image_folder import encode_image
-from .sources import IMAGE_SUFFIXES
+from .pairs import check_pairs, read_pairs
+from .sources import has_image_suffix, is_system_entry
 
 # that InsightFace's readers and Python 3.4 know
 PICKLE_PROTOCOL = 4
@@ -144,8 +146,11 @@ def read_benchmark(path: str | os.PathLike) -> Benchmark:
     Raises:
         ValueError: the file is damaged, refers to more than data, or has not two images a label.
     """
-    path = Path(path)
+    path = local_path(path)
     with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path} cannot be read as a benchmark: {damage(path)}.")
+        file.seek(0)
         try:
             # `str` of Python 2 is bytes
             content = _DataUnpickler(file, encoding="bytes").load()
@@ -161,71 +166,59 @@ def read_benchmark(path: str | os.PathLike) -> Benchmark:
     return Benchmark(path.stem, images, same)
 
 
-class Pair(NamedTuple):
-    """Two photographs as `NAME/NAME_0001`, without suffix, and whether they are of one person."""
+class _Photographs:
+    """Finds photographs by their paths in a list: with their suffix or without, in any Unicode normal form."""
 
-    first: str
-    second: str
-    same: bool
+    def __init__(self, root: Path):
+        self.root = root
+        self._listings: dict[Path, dict[str, list[Path]]] = {}
 
+    def _entries(self, folder: Path) -> dict[str, list[Path]]:
+        """Names as in lists, and those of pictures without suffix, too -> the paths."""
+        if folder not in self._listings:
+            names: dict[str, list[Path]] = {}
+            for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+                if not is_system_entry(entry.name):
+                    names.setdefault(same_name(entry.name), []).append(entry)
+                    if has_image_suffix(entry.name):
+                        names.setdefault(same_name(entry.stem), []).append(entry)
+            self._listings[folder] = names
+        return self._listings[folder]
 
-def _parse_pair(line: str) -> Pair:
-    words = [word.strip() for word in line.split("\t")] if "\t" in line else line.split()
-    if len(words) not in (3, 4):
-        raise ValueError("neither NAME I J nor NAME I NAME J")
-    same = len(words) == 3
-    first, second = words[:2], [words[0], words[2]] if same else words[2:]
-    return Pair(*(f"{name}/{name}_{int(number):04d}" for name, number in (first, second)), same)
-
-
-def read_pairs(path: str | os.PathLike) -> list[Pair]:
-    """Reads a list of pairs of LFW (Huang et al. 2007).
-
-    A line is `NAME I J` of a genuine pair or `NAME I NAME J` of an impostor pair, separated by tabs or blanks. The
-    first line counts them: `FOLDS N` of View 2 (`pairs.txt`), folds of N genuine and N impostor pairs, or `N` of
-    View 1 (`pairsDevTest.txt`).
-
-    Returns:
-        The pairs of View 2 in their order: folds are consecutive. View 1 has no folds, and all genuine pairs first:
-        its pairs alternate here, so that consecutive parts of a benchmark have both kinds.
-
-    Raises:
-        ValueError: a line is of another form, or there are more or fewer pairs than counted.
-    """
-    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    counts = lines[0].split() if lines else []
-    if len(counts) not in (1, 2) or not all(count.isdigit() for count in counts):
-        raise ValueError(f"{path} does not start with FOLDS and PAIRS, nor with PAIRS, as LFW's lists do.")
-    pairs = []
-    for line in lines[1:]:
-        try:
-            pairs.append(_parse_pair(line))
-        except ValueError as error:
-            raise ValueError(f"{path} has the line {line!r}: {error}.") from error
-    kinds = [pair for pair in pairs if pair.same], [pair for pair in pairs if not pair.same]
-    expected = int(np.prod([int(count) for count in counts]))
-    if [len(kind) for kind in kinds] != [expected, expected]:
-        raise ValueError(
-            f"{path} has {len(kinds[0])} genuine and {len(kinds[1])} impostor pairs, {expected} of each are counted in"
-            " its first line."
-        )
-    return pairs if len(counts) == 2 else [pair for two in zip(*kinds, strict=True) for pair in two]
+    def find(self, photograph: str) -> Path | None:
+        """
+        Raises:
+            ValueError: it could be one of several files.
+        """
+        *folders, name = Path(photograph).parts
+        folder = self.root
+        for part in folders:
+            if part == os.sep:  # an absolute path
+                folder = Path(part)
+            else:
+                candidates = [path for path in self._entries(folder).get(same_name(part), []) if path.is_dir()]
+                if not candidates:
+                    return None
+                folder = next((path for path in candidates if path.name == part), candidates[0])
+        files = [path for path in self._entries(folder).get(same_name(name), []) if not path.is_dir()]
+        exact = [path for path in files if path.name == name] or files
+        if len(exact) > 1:
+            names = " and ".join(path.name for path in exact)
+            raise ValueError(f"{photograph} of the list could be {names} in {folder}: leave one of them there.")
+        return exact[0] if exact else None
 
 
 def _find_photographs(root: Path, wanted: list[str]) -> dict[str, Path]:
-    """The files of `NAME/NAME_0001`, of any suffix."""
-    folders = [root / name for name in dict.fromkeys(photograph.split("/")[0] for photograph in wanted)]
-    files = {
-        f"{folder.name}/{file.stem}": file
-        for folder in folders
-        if folder.is_dir()
-        for file in folder.iterdir()
-        if file.suffix.lower() in IMAGE_SUFFIXES
-    }
-    missing = [photograph for photograph in wanted if photograph not in files]
+    photographs = _Photographs(root)
+    files = {photograph: photographs.find(photograph) for photograph in wanted}
+    missing = [photograph for photograph, file in files.items() if file is None]
     if missing:
-        raise ValueError(f"{len(missing)} of {len(wanted)} photographs are not in {root}, as {missing[0]}.jpg.")
-    return {photograph: files[photograph] for photograph in wanted}
+        example = missing[0] if has_image_suffix(missing[0]) else f"{missing[0]}.jpg"
+        raise ValueError(
+            f"{len(missing)} of {len(wanted)} photographs are not in {root}, as {example}: the list's paths have to"
+            " begin there."
+        )
+    return files
 
 
 def _centre_square(photograph: np.ndarray) -> np.ndarray:
@@ -246,7 +239,7 @@ def make_benchmark(
 
     Args:
         pairs: the list, see `read_pairs`.
-        images: folder of `NAME/NAME_0001.jpg`, or of another suffix.
+        images: folder in which the list's paths begin, of `NAME/NAME_0001.jpg` for those of LFW's form.
         output: the file; its folder is made.
         encoder: detects faces; `None` for photographs that are aligned to the 112x112 template already.
 
@@ -258,8 +251,12 @@ def make_benchmark(
         ValueError: a photograph is missing or cannot be read, or is not square though aligned; the list is damaged.
     """
     listed = read_pairs(pairs)
-    files = _find_photographs(Path(images), list(dict.fromkeys(photo for pair in listed for photo in pair[:2])))
-    output = Path(output)
+    try:
+        check_pairs(pairs, [pair.same for pair in listed])
+    except ValueError as error:
+        warnings.warn(f"the benchmark cannot be measured by `uiface verify`: {error}", stacklevel=2)
+    files = _find_photographs(local_path(images), list(dict.fromkeys(photo for pair in listed for photo in pair[:2])))
+    output = local_path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     encoded, several, without = {}, 0, []
     for name, file in tqdm(files.items(), desc="benchmark", unit="photo"):

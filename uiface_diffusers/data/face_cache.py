@@ -12,6 +12,8 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -34,9 +36,16 @@ from ..faces import (
     load_photograph,
     resize_aligned,
 )
-from ..files import check_settings, complete_file, write_json
+from ..files import check_settings, complete_file, damage, local_path, read_json, write_json
 from ..identities import IdentityBank
-from .sources import Photograph, PhotographSource, open_source
+from .sources import (
+    Photograph,
+    PhotographSource,
+    open_source,
+    source_fingerprint,
+    summarize_left_out,
+    unreadable_reason,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -115,7 +124,8 @@ def prepare_faces(
     Returns:
         The report: `photographs`, `faces`, `identities`, `reasons` (a count a reason), `skipped` (file -> reason),
         `several_faces` (file -> how many were found, if more than one), `duplicates` (file -> the first file with
-        the same pixels) and `outliers` (file -> cosine).
+        the same pixels), `outliers` (file -> cosine) and `left_out` (of what was found beside the photographs:
+        reason -> `count`, and the `first` ten names).
 
     Raises:
         ValueError: nothing to prepare, no face in any photograph, or `output` was begun with other settings.
@@ -123,16 +133,14 @@ def prepare_faces(
     if face not in SELECTIONS:
         raise ValueError(f"`face` has to be one of {SELECTIONS} but is {face!r}.")
     _arrow_schema()  # what is not installed is named before the work
-    output = Path(output)
+    output = local_path(output)
     photographs = open_source(source, identities, min_images)
     total = len(photographs.photographs)
-    stamping = tqdm(photographs.photographs, unit="photo", desc="sizes")
-    stamps = [[*photograph, photographs.stamp(photograph)] for photograph in stamping]
     settings = {"identity_encoder": encoder.name, "image_size": image_size, "face": face, "aligned": aligned}
     settings |= {"det_size": encoder.det_size, "det_thresh": encoder.det_thresh}
     prints = {"identity_encoder_fingerprint": encoder.fingerprint}
     prints["detector_fingerprint"] = None if aligned else encoder.detector_fingerprint
-    settings |= {"photographs": total, "files": hashlib.sha256(json.dumps(stamps).encode()).hexdigest()}
+    settings |= {"photographs": total, "files": source_fingerprint(photographs, progress=True)}
     check_settings(output / "prepare.json", settings | prints, if_known=list(prints))
 
     shards = []
@@ -156,7 +164,7 @@ def prepare_faces(
     if len(skipped) == total:
         raise ValueError(f"none of {total} photographs gave a face: {dict(Counter(skipped.values()))}.")
     columns = ["file", "identity", "faces_found", "photograph_sha256"]
-    rows = [row for shard in shards for row in pq.read_table(shard, columns=columns).to_pylist()]
+    rows = [row for shard in shards for row in _read_shard(shard, columns).to_pylist()]
     first_with: dict[str, str] = {}
     duplicates = {}
     for row in rows:
@@ -173,6 +181,7 @@ def prepare_faces(
         "skipped": skipped,
         "duplicates": duplicates,
         "outliers": outliers,
+        "left_out": summarize_left_out(photographs.left_out),
     }
     write_json(output / "report.json", report)
     return report
@@ -189,9 +198,7 @@ def _write_shard(
             pixels = source.read(photograph)
             face = _prepare_photograph(pixels, encoder, *settings)
         except OSError as error:
-            if error.errno is not None:  # not the picture but the disk or the network
-                raise
-            skipped[photograph.file] = "unreadable"
+            skipped[photograph.file] = unreadable_reason(source, photograph, error)
         except UnusableFaceError as error:
             skipped[photograph.file] = str(error)
         else:
@@ -214,18 +221,40 @@ def _write_shard(
         pq.write_table(pa.Table.from_pylist(embedded, schema.with_metadata(metadata)), beside)
 
 
+@contextmanager
+def _naming(shard: Path) -> Iterator[None]:
+    """Errors of a shard's content name it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the disk or the network
+            raise
+        raise ValueError(
+            f"{shard} cannot be read ({error}): {damage(shard)}, or delete it and run `uiface prepare` again."
+        ) from error
+
+
+def _read_shard(shard: Path, columns: list[str] | None = None) -> pa.Table:
+    with _naming(shard):
+        # a file object: pyarrow would take a path for a pattern or an address
+        with open(shard, "rb") as file:
+            return pq.read_table(file, columns=columns)
+
+
 def _shard_rows(shard: Path) -> int:
-    return pq.read_metadata(shard).num_rows
+    with _naming(shard):
+        return pq.read_metadata(shard).num_rows
 
 
 def _shard_skipped(shard: Path) -> dict[str, str]:
-    return json.loads((pq.read_schema(shard).metadata or {}).get(b"skipped", b"{}"))
+    with _naming(shard):
+        return json.loads((pq.read_schema(shard).metadata or {}).get(b"skipped", b"{}"))
 
 
 def find_outliers(shards: list[Path], threshold: float) -> dict[str, float]:
     """Faces whose embedding has a cosine below `threshold` to the (componentwise) median of its identity's, file ->
     cosine; identities of three or more faces."""
-    tables = [pq.read_table(shard, columns=["file", "identity", "embedding"]) for shard in shards]
+    tables = [_read_shard(shard, ["file", "identity", "embedding"]) for shard in shards]
     table = pa.concat_tables(tables).to_pandas()
     outliers = {}
     for _, faces in table.groupby("identity", sort=True):
@@ -240,7 +269,7 @@ def find_outliers(shards: list[Path], threshold: float) -> dict[str, float]:
 
 def _find_outliers_once(file: Path, shards: list[Path], threshold: float, drop: bool) -> dict[str, float]:
     """The outliers, noted in `file` before any is dropped: afterwards medians would be others."""
-    noted = json.loads(file.read_text()) if file.exists() else {"dropped": False}
+    noted = read_json(file) if file.exists() else {"dropped": False}
     if not noted["dropped"]:
         noted = {"threshold": threshold, "dropped": drop, "outliers": find_outliers(shards, threshold)}
         write_json(file, noted)
@@ -254,7 +283,7 @@ def _find_outliers_once(file: Path, shards: list[Path], threshold: float, drop: 
 
 def _drop_rows(shard: Path, outliers: dict[str, float]) -> None:
     """Moves outliers from a shard's rows to what it skipped."""
-    table = pq.read_table(shard)
+    table = _read_shard(shard)
     files = table["file"].to_pylist()
     dropped = [file for file in files if file in outliers]
     if not dropped:
@@ -277,18 +306,19 @@ class FaceCache:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
+        self.folder = local_path(folder)
         if not (self.folder / "report.json").exists():
             state = "is not finished" if (self.folder / "prepare.json").exists() else "is no cache of prepared faces"
             raise ValueError(f"{self.folder} {state}: run `uiface prepare` on it.")
-        settings = json.loads((self.folder / "prepare.json").read_text())["settings"]
+        self.settings: dict = read_json(self.folder / "prepare.json")["settings"]
+        settings = self.settings
         self.identity_encoder: str = settings["identity_encoder"]
         self.identity_encoder_fingerprint: str | None = settings.get("identity_encoder_fingerprint")
         self.image_size: int = settings["image_size"]
         # a shard can hold nothing but skipped photographs
         shards = sorted(self.folder.glob("faces-*.parquet"))
         self.shards = [shard for shard in shards if self.shard_length(shard)]
-        expected = json.loads((self.folder / "report.json").read_text())["faces"]
+        expected = read_json(self.folder / "report.json")["faces"]
         if len(self) != expected:
             raise ValueError(
                 f"{self.folder} has {len(self)} faces, its report.json says {expected}: files are missing, or"
@@ -297,6 +327,13 @@ class FaceCache:
 
     def __len__(self) -> int:
         return sum(self.shard_length(shard) for shard in self.shards)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits of the settings and the shards' sizes: the same for a copy, another one for a
+        cache of other photographs or by another encoder, without reading the faces."""
+        shards = [[shard.name, shard.stat().st_size, self.shard_length(shard)] for shard in self.shards]
+        return hashlib.sha256(json.dumps([self.settings, shards], sort_keys=True).encode()).hexdigest()[:12]
 
     @staticmethod
     def shard_length(shard: Path) -> int:
@@ -309,7 +346,7 @@ class FaceCache:
 
     def embeddings(self) -> IdentityBank:
         """One embedding a face, `(N, identity_dim)`, in the order of `images`; the names are the identities'."""
-        columns = [pq.read_table(shard, columns=["embedding", "identity"]) for shard in self.shards]
+        columns = [_read_shard(shard, ["embedding", "identity"]) for shard in self.shards]
         table = pa.concat_tables(columns)
         embeddings = np.stack(table["embedding"].to_numpy())
         names, mark = table["identity"].to_pylist(), self.encoder_mark
@@ -333,15 +370,25 @@ class FaceCache:
             return load_photograph(io.BytesIO(image["bytes"]))
 
         with ThreadPoolExecutor() as pool:
-            yield from pool.map(decode, pq.read_table(shard, columns=["image"])["image"].to_pylist())
+            yield from pool.map(decode, _read_shard(shard, ["image"])["image"].to_pylist())
 
 
 def load_pictures(shards: Sequence[Path], decode: bool = True) -> "Dataset":
     """The pictures of shards as a data set of the `datasets` library with one column, `image`: mapped into memory, for
-    access in any order; as files in bytes if not decoded."""
-    import datasets
+    access in any order; as files in bytes if not decoded.
 
-    files = [str(shard) for shard in shards]
+    Raises:
+        ValueError: a path has a `::`.
+    """
+    import datasets
+    from datasets.data_files import DataFilesList
+
+    # strings would be taken for patterns; sizes and times tell a shard from an earlier one at its place
+    shards = [shard.resolve() for shard in shards]
+    if any("::" in str(shard) for shard in shards):
+        raise ValueError(f"{shards[0].parent} cannot be read by `datasets`, which divides paths at `::`: rename it.")
+    states = [(str(shard.stat().st_size), str(shard.stat().st_mtime_ns)) for shard in shards]
+    files = {"train": DataFilesList([str(shard) for shard in shards], states)}
     pictures = datasets.load_dataset("parquet", data_files=files, columns=["image"], split="train")
     return pictures if decode else pictures.cast_column("image", datasets.Image(decode=False))
 
@@ -350,10 +397,10 @@ class FaceCacheSource:
     """The faces of a cache as a `PhotographSource`: each under its identity and its photograph's file."""
 
     def __init__(self, folder: str | os.PathLike):
-        self.photographs, self._places, self._pictures = [], {}, None
+        self.photographs, self.left_out, self._places, self._pictures = [], {}, {}, None
         self._shards = FaceCache(folder).shards
         for shard in self._shards:
-            for row in pq.read_table(shard, columns=["identity", "file"]).to_pylist():
+            for row in _read_shard(shard, ["identity", "file"]).to_pylist():
                 self._places[row["file"]] = (shard, len(self.photographs))
                 self.photographs.append(Photograph(row["identity"], row["file"]))
 

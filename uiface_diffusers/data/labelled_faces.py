@@ -1,23 +1,33 @@
-"""Aligned faces and the numbers of their identities: what a face recogniser is trained on."""
+"""Aligned faces and the numbers of their identities: what a face recognizer is trained on."""
 
 import hashlib
 import io
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..faces import ALIGNED_SIZE, UnusableFaceError, resize_aligned
+from ..faces import ALIGNED_SIZE, UnusableFaceError, load_photograph, resize_aligned
+from ..files import local_path
 from .face_cache import FaceCacheSource
 from .image_folder import GENERATION
-from .sources import open_source
+from .sources import (
+    describe_left_out,
+    open_source,
+    source_fingerprint,
+    summarize_left_out,
+    unreadable_reason,
+)
+
+logger = logging.getLogger(__name__)
 
 # a picture whose channels each vary by less, of 255, shows nothing
 UNIFORM_RANGE = 16
@@ -27,29 +37,24 @@ UNIFORM = "of one colour"
 
 
 def decode_face(content: bytes, size: int) -> np.ndarray:
-    """Reads an aligned face as `(size, size, 3)` RGB bytes; nothing is converted or resized.
+    """Reads an aligned face as `(size, size, 3)` RGB bytes, whatever its mode; nothing is resized.
 
     Raises:
-        UnusableFaceError: it cannot be read, is of another size, or is not RGB.
+        OSError: it cannot be read.
+        UnusableFaceError: it is of another size.
     """
-    try:
-        with PIL.Image.open(io.BytesIO(content)) as picture:
-            if picture.size != (size, size):
-                raise UnusableFaceError(f"{picture.width}x{picture.height}, not {size}x{size}")
-            if picture.mode != "RGB":
-                raise UnusableFaceError(f"of mode {picture.mode}, not RGB")
-            return np.asarray(picture)
-    except UnusableFaceError:
-        raise
-    except Exception as error:  # damaged files raise nearly anything in Pillow's plug-ins
-        raise UnusableFaceError("unreadable") from error
+    face = load_photograph(io.BytesIO(content))
+    if face.shape[:2] != (size, size):
+        raise UnusableFaceError(f"{face.shape[1]}x{face.shape[0]}, not {size}x{size}")
+    return face
 
 
 def _data_set(path: str | os.PathLike) -> Path:
     """The folder of a data set whose part `path` may be: its images, its shards, its record file."""
-    path = Path(path).resolve()
-    is_part = path.name == "train.rec" or (path.name in ("images", "shards") and (path.parent / GENERATION).exists())
-    return path.parent if is_part else path
+    path = local_path(path).resolve()
+    if path.suffix == ".rec" and path.is_file():
+        return path.parent if path.name == "train.rec" or list(path.parent.glob("*.rec")) == [path] else path
+    return path.parent if path.name in ("images", "shards") and (path.parent / GENERATION).exists() else path
 
 
 class LabelledFaces(Dataset):
@@ -80,6 +85,9 @@ class LabelledFaces(Dataset):
             raise ValueError(f"{twice[0]} is given twice: its people would be two of each.")
         self.paths, self.image_size, self.transform = list(paths), image_size, transform
         self.sources = [open_source(path, min_images=min_images) for path in paths]
+        for path, source in zip(paths, self.sources, strict=True):
+            for line in describe_left_out(summarize_left_out(source.left_out)):
+                logger.warning("left out of %s: %s", path, line)
         # where each source's faces begin
         self.starts = np.cumsum([0] + [len(source.photographs) for source in self.sources])
         names = [(i, face.identity) for i, source in enumerate(self.sources) for face in source.photographs]
@@ -94,6 +102,13 @@ class LabelledFaces(Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits: other faces, other people or other sizes of files, another fingerprint. Unlike
+        `key`, it sees a picture that was exchanged for one of the same name."""
+        parts = [source_fingerprint(source) for source in self.sources]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
     def _find(self, index: int):
         source = int(np.searchsorted(self.starts, index, side="right")) - 1
@@ -115,10 +130,9 @@ class LabelledFaces(Dataset):
         try:
             if isinstance(source, FaceCacheSource):
                 return resize_aligned(source.read(photograph), self.image_size)
-            content = source.content(photograph)
+            return decode_face(source.content(photograph), self.image_size)
         except OSError as error:
-            raise UnusableFaceError("unreadable") from error
-        return decode_face(content, self.image_size)
+            raise UnusableFaceError(unreadable_reason(source, photograph, error)) from error
 
     def flaw(self, index: int) -> str | None:
         """What is wrong with a face, if anything is."""

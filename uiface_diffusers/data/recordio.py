@@ -1,4 +1,4 @@
-"""Reads MXNet's RecordIO, the form in which CASIA-WebFace, MS1M and WebFace circulate, without MXNet.
+"""Reads and writes MXNet's RecordIO, the form in which CASIA-WebFace, MS1M and WebFace circulate, without MXNet.
 
 A file is a sequence of records: magic number, a word with 3 bits of continuation flag and 29 bits of length, the
 data, padded to four bytes (dmlc-core, `recordio.h`). In an image record, the data starts with a header
@@ -8,15 +8,24 @@ header.
 
 import os
 import struct
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
+
+from ..files import LFS_POINTER, damage, local_path, read_lines
 
 MAGIC = 0xCED7230A
+MAGIC_BYTES = struct.pack("<I", MAGIC)
 HEADER = struct.Struct("<IfQQ")
 # continuation flags: a record whole, or its first, middle and last part
 WHOLE, FIRST, MIDDLE, LAST = range(4)
+# labels are float32: from here on, not every whole number has one of its own
+INEXACT = 2**24
 
 
 class ImageRecord(NamedTuple):
@@ -31,25 +40,24 @@ class RecordReader:
     """Random access to the records of `NAME.rec` by the keys of `NAME.idx`.
 
     Args:
-        path: the `.rec` file; the `.idx` file is beside it.
+        path: the `.rec` file; the `.idx` file is beside it. Without one, the record file is read through once: keys
+            are the numbers in the records' headers if they differ, otherwise positions in the file.
 
     Raises:
-        ValueError: a file is missing, or is not of this form.
+        ValueError: the file is missing or not of this form, or the index has a key twice.
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        index = self.path.with_suffix(".idx")
-        for file in (self.path, index):
-            if not file.is_file():
-                raise ValueError(f"{file} is missing: RecordIO is read by a .rec and an .idx file.")
-        try:
-            rows = [line.split() for line in index.read_text().splitlines() if line.strip()]
-            self.offsets = {int(key): int(offset) for key, offset in rows}
-        except ValueError as error:
-            raise ValueError(f"{index} is no index of the form KEY OFFSET: {error}") from error
+        self.path = local_path(path)
+        self.index = self.path.with_suffix(".idx")
+        if not self.path.is_file():
+            raise ValueError(f"{self.path} is missing.")
+        with open(self.path, "rb") as file:
+            if file.read(len(LFS_POINTER)) in (LFS_POINTER, b""):
+                raise ValueError(f"{self.path} cannot be read: {damage(self.path)}.")
         # opened by each process that reads
         self._file, self._process = None, None
+        self.offsets = _read_index(self.index) if self.index.is_file() else self._rebuild_index()
 
     def __getstate__(self) -> dict:
         # for the workers of a DataLoader that are not forked
@@ -70,22 +78,25 @@ class RecordReader:
         Raises:
             OSError: the file is truncated or damaged there.
         """
-        self._open().seek(self.offsets[key])
+        return self._read(self.offsets[key], f"key {key}")
+
+    def _read(self, offset: int, name: str) -> bytes:
+        self._open().seek(offset)
         parts, expected = [], (WHOLE, FIRST)
         while True:
             head = self._file.read(8)
             magic, word = struct.unpack("<II", head) if len(head) == 8 else (None, 0)
             flag, length = word >> 29, word & (2**29 - 1)
             if magic != MAGIC or flag not in expected:
-                raise OSError(f"{self.path}: no record at the place of key {key}: damaged, or of another index.")
+                raise OSError(f"{self.path}: no record at the place of {name}: damaged, or of another index.")
             data = self._file.read(length)
             if len(data) < length:
-                raise OSError(f"{self.path}: the record of key {key} is truncated.")
+                raise OSError(f"{self.path}: the record of {name} is truncated.")
             self._file.seek(-length % 4, os.SEEK_CUR)
             parts.append(data)
             if flag in (WHOLE, LAST):
                 # a record is cut where its data holds the magic number, which is left out
-                return struct.pack("<I", MAGIC).join(parts)
+                return MAGIC_BYTES.join(parts)
             expected = (MIDDLE, LAST)
 
     def read_image(self, key: int) -> ImageRecord:
@@ -94,13 +105,16 @@ class RecordReader:
         Raises:
             OSError: the record is damaged.
         """
-        data = self.read(key)
+        return self._read_image(self.offsets[key], f"key {key}")
+
+    def _read_image(self, offset: int, name: str) -> ImageRecord:
+        data = self._read(offset, name)
         if len(data) < HEADER.size:
-            raise OSError(f"{self.path}: the record of key {key} has no header.")
+            raise OSError(f"{self.path}: the record of {name} has no header.")
         flag, label, number, _ = HEADER.unpack_from(data)
         end = HEADER.size + 4 * flag
         if len(data) < end:
-            raise OSError(f"{self.path}: the record of key {key} has {flag} labels but ends before them.")
+            raise OSError(f"{self.path}: the record of {name} has {flag} labels but ends before them.")
         labels = np.frombuffer(data[HEADER.size : end], "<f4") if flag else np.array([label], np.float32)
         return ImageRecord(labels, number, data[end:])
 
@@ -133,18 +147,188 @@ class RecordReader:
 
         Raises:
             OSError: record 0 is damaged.
-            ValueError: pictures are missing in the index.
+            ValueError: pictures are missing in the index, or follow behind the end.
         """
         keys = sorted(self.offsets)
         if keys and keys[0] == 0:
             first = self.read_image(0)
             if not first.content and len(first.labels) >= 1:
-                end = int(first.labels[0])
-                pictures = [key for key in keys if 0 < key < end]
-                if len(pictures) != end - 1:
+                expected, found = picture_range(keys, float(first.labels[0]), self._has_picture)
+                if found != expected:
                     raise ValueError(
-                        f"{self.path.with_suffix('.idx')} lists {len(pictures)} pictures, {self.path} says that it has"
-                        f" {end - 1}: the index is not whole. Copy it again."
+                        f"{self.index} lists {found} pictures, {self.path} says that it has {expected}: the index is"
+                        " not whole. Copy it again, or delete it: the pictures are then found without it."
                     )
-                return pictures
+                beyond = next((key for key in keys[1 + found :] if self._has_picture(key)), None)
+                if beyond is not None:
+                    raise ValueError(
+                        f"{self.path} has pictures behind the {expected} that it announces, from key {beyond} on: it"
+                        " looks like several files joined. Give them one by one."
+                    )
+                return keys[1 : 1 + found]
         return keys
+
+    def _has_picture(self, key: int) -> bool:
+        return bool(self.read_image(key).content)
+
+    def unlisted(self) -> list[int]:
+        """Places of records with pictures that the index does not list, in bytes from the file's start.
+
+        Raises:
+            OSError: there is no record where one has to be.
+            ValueError: the index is of another file, or the file is cut short.
+        """
+        size, end, missing = self.path.stat().st_size, 0, []
+        for key, offset in sorted(self.offsets.items(), key=itemgetter(1)):
+            if offset >= size:
+                raise ValueError(
+                    f"{self.path} ends at byte {size}, {self.index.name} has the record of key {key} at byte {offset}:"
+                    " the file is cut short, or the index is of another one. Copy both again."
+                )
+            end = self._walk(end, offset, missing)
+            if end > offset:
+                raise ValueError(
+                    f"{self.index} has the record of key {key} at byte {offset}, which lies within another record of"
+                    f" {self.path.name}: the index is of another file, or lists a record twice."
+                )
+            end = self._record_end(offset)
+        self._walk(end, size, missing)
+        return missing
+
+    def _walk(self, position: int, until: int, missing: list[int]) -> int:
+        """Goes over records that are in no index, and notes those with pictures."""
+        while position < until:
+            if self._read_image(position, f"byte {position}").content:
+                missing.append(position)
+            position = self._record_end(position)
+        return position
+
+    def _record_end(self, offset: int) -> int:
+        """Where the record at a place ends, with its padding."""
+        start, size, flag = offset, self.path.stat().st_size, FIRST
+        while flag not in (WHOLE, LAST):
+            self._open().seek(offset)
+            head = self._file.read(8)
+            magic, word = struct.unpack("<II", head) if len(head) == 8 else (None, 0)
+            if magic != MAGIC:
+                raise OSError(f"{self.path}: no record at byte {offset}: damaged, or of another index.")
+            flag, length = word >> 29, word & (2**29 - 1)
+            offset += 8 + length + -length % 4
+        if offset - (-length % 4) > size:
+            raise OSError(
+                f"{self.path}: the record at byte {start} is truncated: the file is cut short. Copy it again."
+            )
+        return offset
+
+    def _rebuild_index(self) -> dict[int, int]:
+        size, offset, offsets, numbers = self.path.stat().st_size, 0, [], []
+        with tqdm(total=size, unit="B", unit_scale=True, desc=f"{self.index.name} is missing, index") as progress:
+            while offset < size:
+                try:
+                    end = self._record_end(offset)
+                    self._open().seek(offset + 4)
+                    length = int.from_bytes(self._file.read(4), "little") & (2**29 - 1)
+                    whole = self._file.read(HEADER.size) if length >= HEADER.size else self._read(offset, "")
+                    numbers.append(HEADER.unpack_from(whole)[2])
+                except (OSError, struct.error) as error:
+                    raise ValueError(f"{self.path} cannot be read without {self.index.name}: {error}") from error
+                offsets.append(offset)
+                progress.update(end - offset)
+                offset = end
+        keys = numbers if len(set(numbers)) == len(numbers) else range(len(offsets))
+        return dict(zip(keys, offsets, strict=True))
+
+
+def _read_index(path: Path) -> dict[int, int]:
+    offsets: dict[int, int] = {}
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            key, offset = map(int, line.split())
+        except ValueError as error:
+            raise ValueError(f"{path} is no index of the form KEY OFFSET: line {number} is {line!r}.") from error
+        if key in offsets:
+            raise ValueError(
+                f"{path} has key {key} twice, at byte {offsets[key]} and at byte {offset}: one record would hide the"
+                " other. Delete the index: the records are then found without it."
+            )
+        offsets[key] = offset
+    if not offsets:
+        raise ValueError(f"{path} is empty. Copy it again, or delete it: the records are then found without it.")
+    return offsets
+
+
+def picture_range(keys: Sequence[int], end: float, has_picture: Callable[[int], bool]) -> tuple[int, int]:
+    """How many pictures InsightFace's record 0 announces, and how many are listed.
+
+    Args:
+        keys: all keys, ascending, from 0 on; the pictures have 1 to `end` - 1.
+        end: what record 0 says. It is a float32: from 2^24 on it may be rounded, and the records about it decide.
+        has_picture: whether the record of a key holds a picture; those of identities do not.
+    """
+    if end < INEXACT:
+        return int(end) - 1, bisect_left(keys, int(end)) - 1
+    slack = int(np.spacing(np.float32(end)))
+    position, last = bisect_left(keys, int(end) - slack), bisect_right(keys, int(end) + slack)
+    while position < last and has_picture(keys[position]):
+        position += 1
+    return keys[position - 1], position - 1
+
+
+class RecordWriter:
+    """Writes `NAME.rec` and `NAME.idx` as InsightFace's tools do, for its loaders: record 0 says where the pictures
+    end, pictures have the keys from 1 on, and behind them a record of each identity has the range of its pictures.
+
+    Args:
+        path: the `.rec` file.
+    """
+
+    def __init__(self, path: Path):
+        self.key, self.ranges = 0, []
+        self._records, self._index = open(path, "wb"), open(path.with_suffix(".idx"), "w")
+        self._write([0, 0], b"")
+
+    def __enter__(self) -> "RecordWriter":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is None:
+            end = self.key
+            for _, first, last in self.ranges:
+                self._write([first, last], b"")
+            # only now it is known what record 0 has to say
+            self._records.seek(8 + HEADER.size)
+            self._records.write(struct.pack("<2f", end, self.key))
+        self._records.close()
+        self._index.close()
+
+    def write(self, label: int, content: bytes) -> int:
+        """Writes a picture's file; returns its key. All pictures of an identity follow each other."""
+        if not self.ranges or self.ranges[-1][0] != label:
+            self.ranges.append((label, self.key, self.key))
+        self.ranges[-1] = (label, self.ranges[-1][1], self.key + 1)
+        return self._write(label, content)
+
+    def _write(self, label: int | list[int], content: bytes) -> int:
+        several = isinstance(label, list)
+        data = HEADER.pack(len(label) if several else 0, 0 if several else label, self.key, 0)
+        data += (struct.pack(f"<{len(label)}f", *label) if several else b"") + content
+        self._index.write(f"{self.key}\t{self._records.tell()}\n")
+        parts = _cut_at_magic(data)
+        for number, part in enumerate(parts):
+            flag = WHOLE if len(parts) == 1 else FIRST if not number else LAST if number == len(parts) - 1 else MIDDLE
+            self._records.write(MAGIC_BYTES + struct.pack("<I", flag << 29 | len(part)) + part + bytes(-len(part) % 4))
+        self.key += 1
+        return self.key - 1
+
+
+def _cut_at_magic(data: bytes) -> list[bytes]:
+    """The parts between magic numbers at multiples of four: a reader would take them for a record's start."""
+    parts, start, found = [], 0, data.find(MAGIC_BYTES)
+    while found >= 0:
+        if found % 4 == 0:
+            parts.append(data[start:found])
+            start = found + 4
+        found = data.find(MAGIC_BYTES, found + (4 if found % 4 == 0 else 1))
+    return [*parts, data[start:]]

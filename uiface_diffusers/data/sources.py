@@ -1,23 +1,48 @@
 """Where photographs come from: a folder of identities, InsightFace's RecordIO, webdataset shards, a data set of
 `generate_dataset` or a cache of `prepare_faces`."""
 
+import hashlib
 import io
+import json
 import os
 import tarfile
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from ..faces import load_photograph
+from ..files import LFS_POINTER, damage, local_path, printable, same_name
 from .image_folder import GENERATION, JOURNAL, METADATA
+from .record_list import find_list, record_identities
 from .recordio import RecordReader
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+# formats that Pillow only names, hands to another program, or takes from containers that hold no photographs
+NO_PHOTOGRAPHS = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
+
+
+def _image_suffixes() -> frozenset[str]:
+    suffixes = PIL.Image.registered_extensions().items()
+    return frozenset(end for end, name in suffixes if name in PIL.Image.OPEN and name not in NO_PHOTOGRAPHS)
+
+
+IMAGE_SUFFIXES = _image_suffixes()
+# left behind by systems and tools; names with a dot in front are hidden anyway
+SYSTEM_NAMES = {"__macosx", "__pycache__", "thumbs.db", "desktop.ini", "@eadir", "#recycle", "#snapshot"}
+SYSTEM_NAMES |= {"$recycle.bin", "system volume information", "lost+found"}
+# of folders that hold identities: the people in them would become one
+PARTS = {"train", "training", "val", "valid", "validation", "test", "testing", "images", "imgs", "data", "dataset"}
+
+HIDDEN = "hidden or of the system"
+NO_PICTURE = "no picture by its suffix"
+OUTSIDE = "in no identity's folder"
+NAMED = 10  # of what was left out, by each reason
 
 
 class Photograph(NamedTuple):
@@ -28,9 +53,13 @@ class Photograph(NamedTuple):
 
 
 class PhotographSource(Protocol):
-    """Photographs in an order that does not change, each to be read at any time."""
+    """Photographs in an order that does not change, each to be read at any time.
+
+    `left_out` has what was found beside them: name -> why it is not among them.
+    """
 
     photographs: list[Photograph]
+    left_out: dict[str, str]
 
     def read(self, photograph: Photograph) -> np.ndarray:
         """`(height, width, 3)` RGB bytes.
@@ -50,21 +79,145 @@ class PhotographSource(Protocol):
         """Another one after the photograph was changed, as its size in bytes; without reading it."""
 
 
+def source_fingerprint(
+    source: PhotographSource, photographs: Sequence[Photograph] | None = None, progress: bool = False
+) -> str:
+    """64 hexadecimal digits: other photographs, other identities or other sizes of files, another fingerprint.
+
+    Args:
+        source: of the photographs.
+        photographs (*optional*): only these; all if not given.
+        progress: shows it.
+    """
+    photographs = source.photographs if photographs is None else photographs
+    stamping = tqdm(photographs, unit="photo", desc="sizes", disable=not progress)
+    stamps = [[*photograph, source.stamp(photograph)] for photograph in stamping]
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+
+
+def summarize_left_out(left_out: Mapping[str, str]) -> dict[str, dict]:
+    """Reason -> `count` of what was left out for it, and the `first` ten names."""
+    summary: dict[str, dict] = {}
+    for name, reason in left_out.items():
+        entry = summary.setdefault(reason, {"count": 0, "first": []})
+        entry["count"] += 1
+        if len(entry["first"]) < NAMED:
+            entry["first"].append(name)
+    return summary
+
+
+def describe_left_out(summary: Mapping[str, dict]) -> list[str]:
+    """One line for each reason of `summarize_left_out`: `3 no picture by its suffix: anna/notes.txt, ...`."""
+    lines = []
+    for reason, entry in summary.items():
+        more = ", ..." if entry["count"] > len(entry["first"]) else ""
+        lines.append(f"{entry['count']} {reason}: {', '.join(entry['first'])}{more}")
+    return lines
+
+
+def unreadable_reason(source: PhotographSource, photograph: Photograph, error: OSError) -> str:
+    """Why a photograph cannot be read, in words that are the same for all of a kind.
+
+    Raises:
+        OSError: the given error, where it is not of the picture but of the disk or the network.
+    """
+    if error.errno is not None:
+        raise error
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, PIL.Image.DecompressionBombError):
+            return f"over Pillow's limit of {2 * PIL.Image.MAX_IMAGE_PIXELS} pixels"
+        cause = cause.__cause__ or cause.__context__
+    try:
+        is_pointer = source.content(photograph).startswith(LFS_POINTER)
+    except OSError:
+        is_pointer = False
+    return "a Git LFS pointer (run `git lfs pull`)" if is_pointer else "unreadable"
+
+
+def is_system_entry(name: str) -> bool:
+    """Whether a file or folder is hidden, or was made by an operating system or a tool."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def has_image_suffix(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
 class FolderSource:
-    """`ROOT/IDENTITY/*.jpg`, sorted."""
+    """`ROOT/IDENTITY/*.jpg`, sorted; pictures in folders within an identity's are its own, too.
+
+    Raises:
+        ValueError: the folders in ROOT are not of identities but of parts of a set, such as `train` and `test`.
+    """
 
     def __init__(self, root: Path):
-        self.root = root
-        folders = sorted(entry for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
-        self.photographs = [
-            Photograph(folder.name, f"{folder.name}/{name}")
-            for folder in folders
-            for name in sorted(entry.name for entry in os.scandir(folder) if not entry.is_dir())
-            if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
-        ]
+        self.root, self.photographs, self.left_out = root, [], {}
+        # of names that are not UTF-8: what is shown in their place -> the path
+        self._paths: dict[str, Path] = {}
+        nested: dict[str, set[Path]] = {}
+        for entry in self._entries(root) if root.is_dir() else []:
+            if entry.is_dir():
+                files = sorted(self._pictures(entry), key=lambda path: path.relative_to(root).parts)
+                deeper = {path.parent for path in files if path.parent.parent != root}
+                nested |= {entry.name: deeper} if deeper else {}
+                self._add(entry.name, files)
+            else:
+                self._leave_out(Path(entry.path), HIDDEN if is_system_entry(entry.name) else OUTSIDE)
+        direct = {photo.identity for photo in self.photographs if photo.file.count("/") == 1}
+        wraps = len(nested) == 1 and len(*nested.values()) > 1
+        if nested and not direct and (wraps or all(name.lower() in PARTS for name in nested)):
+            raise ValueError(
+                f"{root} has its pictures in folders within {', '.join(sorted(nested))}: the people in each would"
+                f" become one. Give {root / min(nested)}."
+            )
+
+    @staticmethod
+    def _entries(folder: os.PathLike) -> list[os.DirEntry]:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+
+    def _leave_out(self, path: Path, reason: str) -> None:
+        self.left_out[printable(path.relative_to(self.root).as_posix())] = reason
+
+    def _leave_out_all(self, folder: os.DirEntry, reason: str) -> None:
+        """Every file in a folder, so that the counts are of files; the folder itself if it is empty."""
+        found = [Path(parent, file) for parent, _, files in os.walk(folder) for file in files]
+        for path in sorted(found) or [Path(folder.path)]:
+            self._leave_out(path, reason)
+
+    def _pictures(self, folder: os.DirEntry) -> Iterator[Path]:
+        if is_system_entry(folder.name):
+            self._leave_out_all(folder, HIDDEN)
+            return
+        for entry in self._entries(folder):
+            path = Path(entry.path)
+            if entry.is_dir(follow_symlinks=False):
+                yield from self._pictures(entry)
+            elif entry.is_dir():
+                self._leave_out(path, "a link to a folder")  # it may lead back here
+            elif is_system_entry(entry.name):
+                self._leave_out(path, HIDDEN)
+            elif not entry.is_file() and not entry.is_symlink():
+                self._leave_out(path, "no regular file")
+            elif has_image_suffix(entry.name):
+                yield path
+            else:
+                self._leave_out(path, NO_PICTURE)
+
+    def _add(self, identity: str, files: Iterable[Path]) -> None:
+        for path in files:
+            name = path.relative_to(self.root).as_posix()
+            shown = printable(name)
+            if shown != name:
+                if shown in self._paths or os.path.lexists(self.root / shown):
+                    self.left_out[shown] = "a name that is not UTF-8, and is there twice"
+                    continue
+                self._paths[shown] = path
+            self.photographs.append(Photograph(printable(identity), shown))
 
     def _path(self, photograph: Photograph) -> Path:
-        path = self.root / photograph.file
+        path = self._paths.get(photograph.file, self.root / photograph.file)
         if path.is_symlink() and not path.exists():
             raise OSError(f"{path} is a link to nothing.")
         return path
@@ -85,13 +238,23 @@ class FolderSource:
 
 
 class RecordIOSource:
-    """InsightFace's `train.rec` and `train.idx`: the identity is the (first) label, the file is the key."""
+    """RecordIO of InsightFace, im2rec or DCFace: the identity is the (first) label, or by the list beside the file
+    (see `record_identities`); the file is the key.
+
+    Raises:
+        ValueError: the index does not fit the file, or nothing tells the identities.
+    """
 
     def __init__(self, path: Path):
         self.reader = RecordReader(path)
-        self.photographs = []
+        missing = self.reader.unlisted()
+        self.left_out = {f"byte {offset}": f"not in {self.reader.index.name}" for offset in missing}
+        labels = {}
         for key in tqdm(self.reader.image_keys(), desc="labels", unit="record"):
-            self.photographs.append(Photograph(f"{int(self.reader.read_label(key)):07d}", str(key)))
+            labels[key] = self.reader.read_label(key)
+        identities, not_used = record_identities(self.reader.path, labels) if labels else ({}, {})
+        self.left_out |= not_used
+        self.photographs = [Photograph(identity, str(key)) for key, identity in identities.items()]
 
     def read(self, photograph: Photograph) -> np.ndarray:
         return load_photograph(io.BytesIO(self.content(photograph)))
@@ -105,38 +268,76 @@ class RecordIOSource:
 
 class WebDatasetSource:
     """Tar shards of samples `KEY.jpg`; the identity is the text of `KEY.cls` or, without one, the folder in the key.
+    Where classes and folders group the pictures in the same way, the folders' names are the identities'.
+
+    A picture's key ends where its suffix begins. If there is no `KEY.cls`, the one of a shorter key counts that ends
+    at a dot of the name: `0001.cls` is of `0001.left.jpg`, too.
 
     Raises:
         ValueError: a shard is no tar file, or a sample has no identity.
     """
 
     def __init__(self, shards: list[Path]):
-        self.shards, self.members, self.photographs = shards, {}, []
+        self.shards, self.members, self.photographs, self.left_out = shards, {}, [], {}
+        folders: list[str] = []
         for shard in tqdm(shards, desc="index", unit="shard"):
             try:
-                self._index(shard)
+                folders += self._index(shard)
             except tarfile.TarError as error:
-                raise ValueError(f"{shard} is no tar file, or a part of one: {error}") from error
+                raise ValueError(f"{shard} is no tar file, or a part of one ({error}): {damage(shard)}.") from error
+        classes = [photograph.identity for photograph in self.photographs]
+        pairs = set(zip(classes, folders, strict=True))
+        if "." not in folders and len(pairs) == len(set(classes)) == len(set(folders)):
+            self.photographs = [
+                photograph._replace(identity=folder)
+                for photograph, folder in zip(self.photographs, folders, strict=True)
+            ]
 
-    def _index(self, shard: Path) -> None:
-        pictures, classes = {}, {}
+    def _index(self, shard: Path) -> list[str]:
+        """Adds the pictures of a shard; returns the folder of each."""
+        pictures: dict[str, tarfile.TarInfo] = {}
+        classes: dict[str, str] = {}
+        others: dict[str, str] = {}
+        places: dict[str, tuple[Path, int, int]] = {}
         with tarfile.open(shard, "r:") as tar:  # compressed, a picture could not be read at its offset
-            for member in filter(tarfile.TarInfo.isfile, tar):
-                # a sample's key ends at the first dot of the file's name
-                path = PurePosixPath(member.name)
-                stem, _, suffix = path.name.partition(".")
-                key = str(path.with_name(stem)) if stem else member.name
-                if f".{suffix.lower()}" in IMAGE_SUFFIXES:
-                    pictures[key] = member
-                elif suffix == "cls":
-                    classes[key] = tar.extractfile(member).read().decode().strip()
-        for key, member in pictures.items():
-            identity = classes.get(key) or str(PurePosixPath(key).parent)
+            for member in tar:
+                name = printable(str(PurePosixPath(member.name)))
+                if member.isdir():
+                    continue
+                if member.islnk() and printable(str(PurePosixPath(member.linkname))) in places:
+                    places[name] = places[printable(str(PurePosixPath(member.linkname)))]
+                elif member.isfile():
+                    places[name] = (shard, member.offset_data, member.size)
+                else:
+                    others[name] = "a link or a special file"
+                    continue
+                if any(is_system_entry(part) for part in PurePosixPath(name).parts if part not in (".", "..", "/")):
+                    others[name] = HIDDEN
+                elif has_image_suffix(name):
+                    if name in pictures:
+                        others[f"{name} (earlier)"] = "replaced by a later one of its name"
+                    pictures[name] = member
+                elif name.endswith(".cls"):
+                    classes[name.removesuffix(".cls")] = _class_text(tar, member, shard)
+                else:
+                    others[name] = NO_PICTURE
+        keys = {key for name in pictures for key in _keys(name)}
+        for name, reason in others.items():
+            # what belongs to a picture's sample is no picture that was forgotten
+            if reason != NO_PICTURE or keys.isdisjoint(_keys(name)):
+                self.left_out[f"{shard.name}:{name}"] = reason
+        folders = []
+        for name in pictures:
+            folder = str(PurePosixPath(name).parent)
+            identity = next((classes[key] for key in _keys(name) if classes.get(key)), folder)
             if identity == ".":
+                key = _keys(name)[0]
                 raise ValueError(f"sample {key} of {shard} has neither a .cls file nor a folder for its identity.")
-            photograph = Photograph(identity, f"{shard.name}:{member.name}")
-            self.members[photograph.file] = (shard, member.offset_data, member.size)
+            photograph = Photograph(identity, f"{shard.name}:{name}")
+            self.members[photograph.file] = places[name]
             self.photographs.append(photograph)
+            folders.append(folder)
+        return folders
 
     def read(self, photograph: Photograph) -> np.ndarray:
         return load_photograph(io.BytesIO(self.content(photograph)))
@@ -151,6 +352,20 @@ class WebDatasetSource:
         return str(self.members[photograph.file][2])
 
 
+def _keys(name: str) -> list[str]:
+    """The keys that a tar member may have, the longest first: its name without suffix, then cut at each dot."""
+    path = PurePosixPath(name)
+    words = path.name.split(".")
+    return [str(path.with_name(".".join(words[:end]))) for end in range(len(words) - 1, 0, -1) if words[0]]
+
+
+def _class_text(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> str:
+    try:
+        return tar.extractfile(member).read().decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{printable(member.name)} of {shard} is no class file in UTF-8: {error}") from error
+
+
 def _open_generated(path: Path) -> PhotographSource:
     """The images or shards in a folder of `generate_dataset`."""
     if (path / JOURNAL).exists() or not (path / METADATA).exists():
@@ -159,7 +374,7 @@ def _open_generated(path: Path) -> PhotographSource:
             " there is."
         )
     if (path / "shards").is_dir():
-        source = WebDatasetSource(sorted((path / "shards").glob("*.tar")))
+        source = WebDatasetSource(_shards(path / "shards"))
         # the class file has a number; the key `IDENTITY/NNNN` has the name
         keys = [PurePosixPath(photograph.file.partition(":")[2]) for photograph in source.photographs]
         source.photographs = [
@@ -171,7 +386,7 @@ def _open_generated(path: Path) -> PhotographSource:
     try:
         expected = pq.read_metadata(path / METADATA).num_rows
     except pa.ArrowException as error:
-        raise ValueError(f"{path / METADATA} is damaged: restore it. ({error})") from error
+        raise ValueError(f"{path / METADATA} is damaged: restore it. ({error}; {damage(path / METADATA)})") from error
     found = len(source.photographs)
     if found != expected:
         raise ValueError(
@@ -181,44 +396,124 @@ def _open_generated(path: Path) -> PhotographSource:
     return source
 
 
+def _visible(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if not is_system_entry(entry.name))
+
+
+def _shards(folder: Path) -> list[Path]:
+    return [entry for entry in _visible(folder) if entry.suffix.lower() == ".tar" and entry.is_file()]
+
+
+def find_records(path: Path) -> Path | None:
+    """The `.rec` file at a path: it is one, or a folder with `train.rec` or with a single one.
+
+    Raises:
+        ValueError: a folder has several, none of which is `train.rec`.
+    """
+    if path.suffix == ".rec" and not path.is_dir():
+        return path
+    if not path.is_dir():
+        return None
+    if (path / "train.rec").exists():
+        return path / "train.rec"
+    found = [entry for entry in _visible(path) if entry.suffix == ".rec"]
+    if len(found) > 1:
+        raise ValueError(f"{path} has {len(found)} .rec files, {', '.join(file.name for file in found)}: name one.")
+    return found[0] if found else None
+
+
+def _leave_out_beside(source: PhotographSource, folder: Path, used: Iterable[Path | None], what: str) -> None:
+    """What lies in a folder of which only some files are read."""
+    used = set(used)
+    for entry in sorted(folder.iterdir()):
+        if entry not in used:
+            system = is_system_entry(entry.name)
+            source.left_out[printable(entry.name)] = HIDDEN if system else f"beside {what}"
+
+
+def _open_form(path: Path) -> PhotographSource:
+    """The photographs in whatever form is at a path."""
+    from .face_cache import FaceCacheSource  # prepares what this module opens
+
+    if not path.exists():
+        raise ValueError(f"{path} has no photographs: it does not exist.")
+    if (path / GENERATION).is_file():
+        return _open_generated(path)
+    if (path / "prepare.json").is_file():
+        return FaceCacheSource(path)
+    records = find_records(path)
+    if records is not None:
+        source = RecordIOSource(records)
+        if path.is_dir():
+            used = (records, records.with_suffix(".idx"), find_list(records))
+            _leave_out_beside(source, path, used, records.name)
+        return source
+    shards = _shards(path) if path.is_dir() else [path] if path.suffix.lower() == ".tar" else []
+    if shards:
+        source = WebDatasetSource(shards)
+        if path.is_dir():
+            _leave_out_beside(source, path, shards, "the tar shards")
+        return source
+    return FolderSource(path)
+
+
+def _unite_spellings(source: PhotographSource) -> None:
+    """People whose names differ only in their Unicode normal form are one."""
+    names = dict.fromkeys(photograph.identity for photograph in source.photographs)
+    spellings: dict[str, str] = {}
+    for name in names:
+        spellings.setdefault(same_name(name), name)
+    if len(spellings) < len(names):
+        source.photographs = [
+            photograph._replace(identity=spellings[same_name(photograph.identity)])
+            for photograph in source.photographs
+        ]
+
+
 def open_source(path: str | os.PathLike, identities: list[str] | None = None, min_images: int = 1) -> PhotographSource:
     """Opens photographs by what is found at `path`.
 
     Args:
-        path: a folder `ROOT/IDENTITY/*.jpg`; a `.rec` file, or a folder with `train.rec`; a `.tar` shard, or a folder
-            of them; a folder of `generate_dataset` or a cache of `prepare_faces`.
-        identities: only these; all if not given.
+        path: a folder `ROOT/IDENTITY/*.jpg`; a `.rec` file, or a folder with `train.rec` or a single other one; a
+            `.tar` shard, or a folder of them; a folder of `generate_dataset` or a cache of `prepare_faces`. It is
+            taken literally but for a `~` at its start.
+        identities: only these; all if not given. Names match in any Unicode normal form.
         min_images: identities with fewer photographs are left out.
+
+    Returns:
+        The photographs that are taken; `left_out` of it names everything else that was found, with the reason.
 
     Raises:
         ValueError: there are no photographs, an identity that was asked for is not there, or the data set or cache is
             not finished.
     """
-    from .face_cache import FaceCacheSource  # prepares what this module opens
-
-    path = Path(path)
-    shards = sorted(path.glob("*.tar")) if path.is_dir() else [path] if path.suffix == ".tar" else []
-    if (path / GENERATION).is_file():
-        source = _open_generated(path)
-    elif (path / "prepare.json").is_file():
-        source = FaceCacheSource(path)
-    elif path.suffix == ".rec" or (path / "train.rec").exists():
-        source = RecordIOSource(path if path.suffix == ".rec" else path / "train.rec")
-    elif shards:
-        source = WebDatasetSource(shards)
-    else:
-        source = FolderSource(path)
+    path = local_path(path)
+    source = _open_form(path)
+    _unite_spellings(source)
     counts = Counter(photograph.identity for photograph in source.photographs)
     if identities is not None:
-        missing = sorted(set(identities) - counts.keys())
+        wanted = {same_name(name): name for name in identities}
+        there = {same_name(name) for name in counts}
+        missing = sorted(name for key, name in wanted.items() if key not in there)
         if missing:
             raise ValueError(f"{len(missing)} identities have no photographs in {path}, as `{missing[0]}`.")
-        wanted = set(identities)
-        source.photographs = [photograph for photograph in source.photographs if photograph.identity in wanted]
-    source.photographs = [photo for photo in source.photographs if counts[photo.identity] >= min_images]
+        asked_for = {name for name in counts if same_name(name) in wanted}
+        _keep(source, asked_for, "of an identity that was not asked for")
+    enough = {name for name, count in counts.items() if count >= min_images}
+    _keep(source, enough, f"of an identity with fewer than {min_images} photographs")
     if not source.photographs:
+        found = "; ".join(describe_left_out(summarize_left_out(source.left_out)))
         raise ValueError(
-            f"{path} has no photographs: neither IDENTITY/FILE with a suffix of {', '.join(IMAGE_SUFFIXES)}, nor"
-            " train.rec, nor tar shards" + (f", with at least {min_images} of an identity." if min_images > 1 else ".")
+            f"{path} has no photographs: neither IDENTITY/FILE with a picture's suffix, nor a .rec file, nor tar"
+            " shards"
+            + (f", with at least {min_images} of an identity." if min_images > 1 else ".")
+            + (f" It has {found}." if found else "")
         )
     return source
+
+
+def _keep(source: PhotographSource, identities: set[str], reason: str) -> None:
+    others = [photograph for photograph in source.photographs if photograph.identity not in identities]
+    if others:
+        source.left_out |= {photograph.file: reason for photograph in others}
+        source.photographs = [photograph for photograph in source.photographs if photograph.identity in identities]

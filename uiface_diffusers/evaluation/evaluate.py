@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data.sources import open_source
+from ..data.sources import describe_left_out, open_source, summarize_left_out
 from ..encoders import check_same_encoder
 from ..faces import ALIGNED_SIZE, FaceEncoder
 from ..fingerprint import weights_fingerprint
@@ -124,6 +124,10 @@ def evaluate_dataset(
     _check_compared(compared, faces, references, same_people, neighbours)
 
     run = _Evaluation(faces, output / "cache", settings, device, recognisers)
+    for path, each in ((dataset, faces), (real, references)):
+        if each is not None and each.source.left_out:
+            lines = describe_left_out(summarize_left_out(each.source.left_out))
+            run.notes.append(f"Left out of {path}: {'; '.join(lines)}.")
     perceptual = (perceptual or load_lpips()).to(device)
     embeddings = {recogniser.name: faces.embed(recogniser, run.cache) for recogniser in recognisers}
     for name, of_name in embeddings.items():

@@ -1,7 +1,5 @@
 """A data set of aligned faces in any published form, and figures of its faces that are computed once and kept."""
 
-import hashlib
-import json
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from ..data.sources import Photograph, PhotographSource
+from ..data.sources import Photograph, PhotographSource, source_fingerprint, unreadable_reason
 from ..faces import FaceEncoder, NoEmbeddingError, UnusableFaceError, resize_aligned
-from ..files import complete_file, write_json
+from ..files import complete_file, read_json, write_json
 
 
 class FaceSet:
@@ -36,9 +34,8 @@ class FaceSet:
         self.source, self.left_out = source, left_out or {}
         self.photographs = list(source.photographs if photographs is None else photographs)
         self.names = [photograph.identity for photograph in self.photographs]
-        stamps = [[*photograph, source.stamp(photograph)] for photograph in self.photographs]
         # twelve hexadecimal digits: other faces, another key
-        self.key = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:12]
+        self.key = source_fingerprint(source, self.photographs)[:12]
 
     def __len__(self) -> int:
         return len(self.photographs)
@@ -119,15 +116,13 @@ class FaceSet:
         """Reads every picture, once: `folder` remembers it. Returns file -> what is wrong with it."""
         file = folder / f"checked-{self.key}.json"
         if file.exists():
-            return json.loads(file.read_text())
+            return read_json(file)
         wrong = {}
         for position, photograph in enumerate(tqdm(self.photographs, desc="check", unit="face")):
             try:
                 self.read(position)
             except OSError as error:
-                if error.errno is not None:  # not the picture but the disk or the network
-                    raise
-                wrong[photograph.file] = "unreadable"
+                wrong[photograph.file] = unreadable_reason(self.source, photograph, error)
             except UnusableFaceError as error:
                 wrong[photograph.file] = str(error)
         folder.mkdir(parents=True, exist_ok=True)

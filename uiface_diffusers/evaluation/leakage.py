@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers.utils import make_image_grid
 
 from ..data.face_cache import FaceCache
-from ..data.sources import open_source
+from ..data.sources import describe_left_out, open_source, summarize_left_out
 from ..encoders import check_same_encoder
 from ..faces import ALIGNED_SIZE, FaceEncoder
 from ..files import complete_file
@@ -149,6 +149,8 @@ def audit_dataset(
         raise ValueError(f"none of {len(images)} pictures in {dataset} can be used: {next(iter(unusable.values()))}.")
     for file, reason in unusable.items():
         log(f"left out: {file}: {reason}")
+    for line in describe_left_out(summarize_left_out(images.source.left_out)):
+        log(f"left out: {line}")
     embeddings = synthetic.embed(encoder, cache)
     report = measure_leakage(IdentityBank(embeddings, encoder.name, synthetic.names, encoder.fingerprint), real)
 

@@ -12,10 +12,11 @@ import numpy as np
 from tqdm import tqdm
 
 from ..data.benchmarks import Benchmark, read_benchmark
+from ..data.pairs import NUM_FOLDS, check_pairs
+from ..data.sources import is_system_entry
 from ..faces import has_direction
-from ..files import complete_file, write_json
+from ..files import complete_file, local_path, write_json
 
-NUM_FOLDS = 10
 # squared distances of unit vectors
 THRESHOLDS = np.arange(0, 4, 0.01)
 FALSE_ACCEPT_RATES = (1e-1, 1e-2, 1e-3, 1e-4)
@@ -268,17 +269,14 @@ def read_benchmarks(path: str | os.PathLike) -> list[Benchmark]:
     Raises:
         ValueError: there are none; or one is damaged, or cannot be measured.
     """
-    path = Path(path)
-    files = sorted(path.glob("*.bin")) if path.is_dir() else [path]
+    path = local_path(path)
+    found = sorted(path.glob("*.bin")) if path.is_dir() else [path]
+    files = [file for file in found if not is_system_entry(file.name)]
     if not files:
         raise ValueError(f"{path} has no .bin files: make them with `uiface make-benchmark`.")
     read = [read_benchmark(file) for file in files]
     for benchmark in read:
-        if len(benchmark) < NUM_FOLDS or benchmark.same.all() or not benchmark.same.any():
-            raise ValueError(
-                f"benchmark `{benchmark.name}` has {int(benchmark.same.sum())} genuine and"
-                f" {int((~benchmark.same).sum())} impostor pairs: {NUM_FOLDS} pairs are needed, of both kinds."
-            )
+        check_pairs(f"benchmark `{benchmark.name}`", benchmark.same)
         for position in {image: position for position, image in enumerate(benchmark.images)}.values():
             benchmark.face(position)
     return read

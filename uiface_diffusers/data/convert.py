@@ -1,0 +1,229 @@
+"""One form of a data set -> another; the pictures' files stay as they are, byte for byte."""
+
+import io
+import os
+import re
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+import PIL.Image
+from tqdm import tqdm
+
+from ..files import MAX_NAME, local_path
+from .image_folder import IMAGES_A_SHARD, shard_name
+from .recordio import INEXACT, RecordWriter
+from .sources import (
+    FolderSource,
+    Photograph,
+    PhotographSource,
+    RecordIOSource,
+    WebDatasetSource,
+    has_image_suffix,
+    is_system_entry,
+    open_source,
+    summarize_left_out,
+    unreadable_reason,
+)
+
+FORMATS = ("imagefolder", "recordio", "webdataset")
+MARKER = "conversion-not-finished"
+# of names of folders and files; the last three would break the list of a record file
+FORBIDDEN = re.compile(r"[/\\\0\t\r\n]")
+SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2", "PPM": ".ppm"}
+
+
+def convert_dataset(source: str | os.PathLike, output: str | os.PathLike, output_format: str) -> dict:
+    """Writes a data set in another form. Pictures are copied byte for byte, identities keep their names.
+
+    - `imagefolder`: `IDENTITY/FILE`, for torchvision's `ImageFolder` and `datasets`.
+    - `recordio`: `train.rec` and `train.idx` of InsightFace's form, for its loaders, and `train.lst` (key, label and
+      `IDENTITY/FILE`), by which `open_source` finds the names again. Labels are the names, where these are whole
+      numbers, or count the identities in their order.
+    - `webdataset`: shards of 1,000 pictures `IDENTITY/KEY.jpg` with `KEY.cls`, the label.
+
+    Args:
+        source: of any form that `open_source` opens.
+        output: a folder that is not there yet, or empty. It appears when it is complete: of a conversion that was
+            killed only `OUTPUT.part` is left, which the next one replaces.
+        output_format: `"imagefolder"`, `"recordio"` or `"webdataset"`.
+
+    Returns:
+        `photographs`, `identities`, and `left_out`: reason -> `count`, and the `first` ten names.
+
+    Raises:
+        ValueError: `output` is not empty or lies within the source, a name cannot be a folder's, or the set that was
+            written does not hold what was read.
+    """
+    if output_format not in FORMATS:
+        raise ValueError(f"`output_format` has to be one of {FORMATS} but is {output_format!r}.")
+    source, output = local_path(source), local_path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} is not empty: choose another folder.")
+    if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{output} lies within {source}: choose a folder beside it.")
+    opened = open_source(source)
+    folders = _folder_names([photograph.identity for photograph in opened.photographs])
+    part = output.with_name(f"{output.name}.part")
+    if (part / MARKER).exists():
+        shutil.rmtree(part)
+    elif part.exists():
+        raise ValueError(f"{part} is in the way: the conversion is written there until it is complete. Remove it.")
+    part.mkdir(parents=True)
+    (part / MARKER).touch()
+    write = {"imagefolder": _write_folders, "recordio": _write_records, "webdataset": _write_shards}[output_format]
+    try:
+        written = write(opened, folders, part)
+        (part / MARKER).unlink()
+        _check_written(part, written)
+    except BaseException:
+        shutil.rmtree(part)
+        raise
+    part.replace(output)
+    return {
+        "photographs": written.total(),
+        "identities": len(written),
+        "left_out": summarize_left_out(opened.left_out),
+    }
+
+
+def _check_written(folder: Path, written: Counter) -> None:
+    if not written:
+        raise ValueError("none of the pictures can be read.")
+    found = Counter(photograph.identity for photograph in open_source(folder).photographs)
+    if found != written:
+        name = min((found - written) + (written - found))
+        raise ValueError(
+            f"the conversion holds {found.total()} pictures of {len(found)} identities, {written.total()} of"
+            f" {len(written)} were written, and {name!r} differs: this is a fault of the program."
+        )
+
+
+def _folder_names(identities: list[str]) -> dict[str, str]:
+    """Identity -> the folder of its pictures.
+
+    Raises:
+        ValueError: it cannot be a folder's name.
+    """
+    folders = {name: FORBIDDEN.sub("_", name) for name in dict.fromkeys(identities)}
+    for name, folder in folders.items():
+        if not folder or is_system_entry(folder) or len(os.fsencode(folder)) > MAX_NAME:
+            reason = f"longer than {MAX_NAME} bytes" if len(os.fsencode(folder)) > MAX_NAME else "hidden or reserved"
+            raise ValueError(f"the identity's name {name!r} cannot be a folder's: {reason}. Rename it.")
+    twice = [name for name, number in Counter(folders.values()).items() if number > 1]
+    if twice:
+        raise ValueError(f"two identities would share the folder {twice[0]!r}: rename one.")
+    return folders
+
+
+def _suffix(content: bytes) -> str:
+    """By the format of a picture; `.jpg` of what Pillow does not know."""
+    try:
+        with PIL.Image.open(io.BytesIO(content)) as picture:
+            return SUFFIXES.get(picture.format, f".{picture.format.lower()}")
+    except Exception:  # damaged files raise nearly anything in Pillow's plug-ins
+        return ".jpg"
+
+
+def _file_name(source: PhotographSource, photograph: Photograph, content: bytes) -> str:
+    """A picture's file within its identity's folder."""
+    if isinstance(source, RecordIOSource):
+        return f"{int(photograph.file):08d}{_suffix(content)}"
+    if isinstance(source, FolderSource):
+        return "_".join(PurePosixPath(photograph.file).parts[1:])
+    if isinstance(source, WebDatasetSource):
+        shard = source.members[photograph.file][0]
+        return PurePosixPath(photograph.file.removeprefix(f"{shard.name}:")).name
+    # a cache keeps the photograph's name and has its own picture
+    path = PurePosixPath(photograph.file.rpartition(":")[2])
+    stem = path.name.removesuffix(path.suffix) if has_image_suffix(path.name) else path.name
+    return f"{stem}{_suffix(content)}"
+
+
+def _pictures(
+    source: PhotographSource,
+    folders: dict[str, str],
+    by_identity: bool = False,
+    key: Callable[[str], str] = lambda name: name,
+) -> Iterator[tuple[str, str, bytes]]:
+    """Folder, file and content of every picture; the keys of files in one folder differ."""
+    photographs = source.photographs
+    if by_identity:
+        order = {identity: place for place, identity in enumerate(folders)}
+        photographs = sorted(photographs, key=lambda photograph: order[photograph.identity])
+    taken: set[tuple[str, str]] = set()
+    for photograph in tqdm(photographs, desc="convert", unit="picture"):
+        try:
+            content = source.content(photograph)
+        except OSError as error:
+            source.left_out[photograph.file] = unreadable_reason(source, photograph, error)
+            continue
+        folder = folders[photograph.identity]
+        name = FORBIDDEN.sub("_", _file_name(source, photograph, content))
+        path = PurePosixPath(name)
+        stem, number = path.name.removesuffix(path.suffix), 1
+        while (folder, key(name)) in taken or len(os.fsencode(name)) > MAX_NAME or is_system_entry(name):
+            # as much of the name as leaves room for a number
+            short = os.fsencode(stem.lstrip("."))[: MAX_NAME - 40].decode("utf-8", "ignore")
+            name, number = f"{short}-{number}{path.suffix}", number + 1
+        taken.add((folder, key(name)))
+        yield folder, name, content
+
+
+def _key(name: str) -> str:
+    """The key of a webdataset sample, which ends at the first dot for most readers: dots within are replaced."""
+    path = PurePosixPath(name)
+    return path.name.removesuffix(path.suffix).replace(".", "_")
+
+
+def _labels(folders: dict[str, str]) -> dict[str, int]:
+    """Folder -> label: the name itself where all are different numbers, otherwise a count."""
+    names = list(folders.values())
+    if all(name.isdecimal() and int(name) <= INEXACT for name in names) and len(set(map(int, names))) == len(names):
+        return {name: int(name) for name in names}
+    return {name: number for number, name in enumerate(names)}
+
+
+def _write_folders(source: PhotographSource, folders: dict[str, str], output: Path) -> Counter:
+    written: Counter = Counter()
+    for folder, name, content in _pictures(source, folders):
+        (output / folder).mkdir(exist_ok=True)
+        (output / folder / name).write_bytes(content)
+        written[folder] += 1
+    return written
+
+
+def _write_records(source: PhotographSource, folders: dict[str, str], output: Path) -> Counter:
+    written, labels = Counter(), _labels(folders)
+    records = RecordWriter(output / "train.rec")
+    with records, open(output / "train.lst", "w", encoding="utf-8", newline="\n") as listing:
+        for folder, name, content in _pictures(source, folders, by_identity=True):
+            key = records.write(labels[folder], content)
+            listing.write(f"{key}\t{labels[folder]}\t{folder}/{name}\n")
+            written[folder] += 1
+    return written
+
+
+def _write_shards(source: PhotographSource, folders: dict[str, str], output: Path) -> Counter:
+    written, labels, shard = Counter(), _labels(folders), None
+    try:
+        for number, (folder, name, content) in enumerate(_pictures(source, folders, key=_key)):
+            if number % IMAGES_A_SHARD == 0:
+                if shard is not None:
+                    shard.close()
+                shard = tarfile.open(output / shard_name(number // IMAGES_A_SHARD), "w")
+            key = f"{folder}/{_key(name)}"
+            for file, data in (
+                (f"{key}{PurePosixPath(name).suffix}", content),
+                (f"{key}.cls", str(labels[folder]).encode()),
+            ):
+                member = tarfile.TarInfo(file)
+                member.size = len(data)
+                shard.addfile(member, io.BytesIO(data))
+            written[folder] += 1
+    finally:
+        if shard is not None:
+            shard.close()
+    return written
