@@ -191,6 +191,15 @@ def test_components_without_the_models_defaults_warn(tiny_pipeline):
         UIFacePipeline(**tiny_components())  # never had others
 
 
+def test_from_pipe_leaves_the_shared_models_as_they_are(tiny_pipeline):
+    """diffusers' own casts them to float32, under the other pipeline's feet."""
+    tiny_pipeline.unet.to(torch.bfloat16)
+    pipe = UIFacePipeline.from_pipe(tiny_pipeline, scheduler=DDPMScheduler(**BETAS))
+    assert pipe.unet is tiny_pipeline.unet and pipe.unet.dtype == torch.bfloat16 and pipe.vae.dtype == torch.float32
+    assert isinstance(pipe.scheduler, DDPMScheduler) and isinstance(tiny_pipeline.scheduler, DDIMScheduler)
+    assert UIFacePipeline.from_pipe(tiny_pipeline, torch_dtype=torch.float16).vae.dtype == torch.float16
+
+
 def test_components_of_a_loaded_pipeline_warn(tiny_pipeline, tmp_path):
     UIFacePipeline(**tiny_pipeline.components, guidance_scale=3.0).save_pretrained(tmp_path)
     loaded = UIFacePipeline.from_pretrained(tmp_path)
