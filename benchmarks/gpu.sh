@@ -36,11 +36,11 @@ if [ "$DEVICE" = cuda ]; then
   trap "kill $! 2> /dev/null" EXIT
 fi
 if [ "${TINY:-0}" = 1 ]; then
-  SMALL="--num-inference-steps 2 --rounds 1" ALL="float32 bf16" B1="1 2" B2=1 B3=1 B4=2 STEPS=2 PICTURES="--identities 2 --images 2"
+  SMALL="--num-inference-steps 2 --rounds 1" ALL="float32 bf16" B1="1 2" B2=1 B3=1 B4=2 B5=2 B6=1 STEPS=2 PICTURES="--identities 2 --images 2"
   SELECT="parity and float32"
 else
   SMALL="--num-inference-steps 10 --rounds 3" ALL="float32 tf32 bf16" B1="16 64 256 1024" B2="64 256" B3=256 B4="64 512 1024 2048"
-  STEPS=50 PICTURES="--identities 16 --images 64" SELECT=""
+  B5=512 B6="16 256" STEPS=50 PICTURES="--identities 16 --images 64" SELECT=""
 fi
 part tests 200 "$PYTHON" -m pytest -q -n "$TESTS" -p no:cacheprovider tests/test_cuda.py --durations=10 -k "$SELECT"
 rates sampling 100 sampling $SMALL --precision $ALL --batch-sizes $B1
@@ -50,8 +50,8 @@ if [ "${TINY:-0}" != 1 ]; then
 fi
 rates training 150 training --rounds 15 --precision bf16 --batch-sizes $B4 --decoded-samples 64 \
   ${ENCODER_ROOT:+--encoder-root "$ENCODER_ROOT"} ${COMPILE:+--compile}
-rates recognizer 60 training --rounds 10 --precision bf16 --batch-sizes ${B3/256/512} --recognizer '{"layers": 50}'
-rates generation 120 generation rates --num-inference-steps $STEPS --precision float32 bf16 --batch-sizes ${B3/256/16 256} $PICTURES
+rates recognizer 60 training --rounds 10 --precision bf16 --batch-sizes $B5 --recognizer '{"layers": 50}'
+rates generation 120 generation rates --num-inference-steps $STEPS --precision float32 bf16 --batch-sizes $B6 $PICTURES
 "$PYTHON" - "$ROWS" "$OUT/gpu.json" <<'P'
 import json, statistics, sys
 from pathlib import Path
@@ -70,5 +70,5 @@ if (rows / "power.csv").exists():
     print(f"== watts: {everything['watts']}")
 Path(sys.argv[2]).write_text(json.dumps(everything, indent=1) + "\n")
 P
-grep -E "^(FAILED|ERROR|XFAIL)|passed|failed" "$OUT/gpu.log"
+grep -aE "^(FAILED|ERROR|XFAIL|SKIPPED)|^[0-9]+ (passed|failed)|^[A-Za-z.]*Error" "$OUT/gpu.log"
 echo "total $(($(date +%s) - START)) s"
