@@ -65,8 +65,9 @@ for file in sorted(rows.glob("*.json"), key=lambda file: file.stat().st_mtime):
         figures = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
         print("  " + "  ".join(f"{name} {value}" for name, value in figures.items()))
 if (rows / "power.csv").exists():
-    watts = [float(line.split(",")[0]) for line in (rows / "power.csv").read_text().splitlines()[:-1]]
-    everything["watts"] = {"mean": statistics.fmean(watts), "most": max(watts)}
+    watts = [line.split(",")[0] for line in (rows / "power.csv").read_text().splitlines()[:-1]]
+    watts = [float(each) for each in watts if each.replace(".", "").isdigit()] or [0.0]
+    everything["watts"] = {"mean": round(statistics.fmean(watts)), "most": round(max(watts))}
     print(f"== watts: {everything['watts']}")
 Path(sys.argv[2]).write_text(json.dumps(everything, indent=1) + "\n")
 P
