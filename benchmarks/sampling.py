@@ -12,6 +12,9 @@
     python benchmarks/sampling.py --model published --batch-size 8 --num-inference-steps 10
     python benchmarks/sampling.py --dtype bfloat16              the pipeline and its floor in bfloat16
     python benchmarks/sampling.py --scaling                     cost over batches of 1 to 64 and latents of 16, 32, 64
+    python benchmarks/sampling.py --device cuda --precision float32 tf32 bf16 --batch-sizes 16 64 256
+                                                                a table of rates, decoding included; with --plain also
+                                                                of the plain sampler in the same precision
 
 `published` is the published size with random weights. The boundary threshold is 0 if none is given: every sample seeks
 its boundary until the cap. Prints a table, and JSON with the machine. The rate of a matrix product in each dtype says
@@ -32,7 +35,16 @@ import diffusers
 import torch
 from diffusers import DDIMScheduler, VQModel
 from diffusers.models.attention_processor import AttnProcessor2_0
-from machine import describe_machine, median_seconds
+from machine import (
+    Roofline,
+    Table,
+    add_device_arguments,
+    describe_device,
+    describe_machine,
+    median_seconds,
+    peak_gib,
+    use_precision,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline, UIFaceUNet2DModel, default_checkpoint
@@ -101,8 +113,8 @@ def plain_sampler(pipe: UIFacePipeline, embeds, noise, args) -> tuple[torch.Tens
     try:
         identity, empty = pipe.encode_identity(embeds), pipe.empty_context(len(embeds)).context
         pipe.scheduler.set_timesteps(args.num_inference_steps)
-        latents, flags, previous = noise, torch.zeros(len(embeds), dtype=torch.bool), None
-        boundaries = torch.full((len(embeds),), -1)
+        latents, flags, previous = noise, torch.zeros(len(embeds), dtype=torch.bool, device=noise.device), None
+        boundaries = torch.full((len(embeds),), -1, device=noise.device)
         for t in pipe.scheduler.timesteps:
             below_cap = t < args.latest_boundary
             stage_two = flags | below_cap
@@ -162,7 +174,7 @@ def bare_rows(pipe: UIFacePipeline, row_counts: list[int], noise: torch.Tensor) 
     pipe.unet.set_attn_processor(AttnProcessor2_0())
     try:
         for rows in row_counts:
-            states = noise[torch.arange(rows) % len(noise)]
+            states = noise[torch.arange(rows, device=noise.device) % len(noise)]
             pipe.unet(states, 500, pipe.empty_context(rows).context.to(noise.dtype))
         decode_latents(pipe.vae, noise)
     finally:
@@ -180,22 +192,86 @@ def record_rows(pipe: UIFacePipeline, sample: Callable) -> tuple[list[int], tupl
     return rows, result
 
 
+def load(args: argparse.Namespace) -> UIFacePipeline:
+    pipe = published_pipeline() if args.model == "published" else UIFacePipeline.from_pretrained(args.model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw_inputs(pipe: UIFacePipeline, args: argparse.Namespace, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings and noise of a batch."""
+    generator = torch.Generator().manual_seed(args.seed)
+    embeds = torch.nn.functional.normalize(torch.randn(batch_size, 512, generator=generator))
+    side, channels = args.latent_size or pipe.unet.config.sample_size, pipe.unet.config.in_channels
+    return embeds, torch.randn(batch_size, channels, side, side, generator=generator)
+
+
 def build(args: argparse.Namespace) -> tuple[UIFacePipeline, UIFacePipeline, torch.Tensor, torch.Tensor]:
     """The pipeline in float32 for the plain sampler, the one to be measured, embeddings and noise."""
+    plain = load(args)
+    pipe = plain if args.dtype == "float32" else load(args).to(dtype=getattr(torch, args.dtype))
+    return plain, pipe, *draw_inputs(plain, args, args.batch_size)
 
-    def load() -> UIFacePipeline:
-        if args.model == "published":
-            return published_pipeline()
-        return UIFacePipeline.from_pretrained(args.model)
 
-    plain = load()
-    pipe = plain if args.dtype == "float32" else load().to(dtype=getattr(torch, args.dtype))
-    for each in (plain, pipe):
-        each.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(args.seed)
-    embeds = torch.nn.functional.normalize(torch.randn(args.batch_size, 512, generator=generator))
-    side, channels = args.latent_size or plain.unet.config.sample_size, plain.unet.config.in_channels
-    return plain, pipe, embeds, torch.randn(args.batch_size, channels, side, side, generator=generator)
+def rates(args: argparse.Namespace) -> None:
+    """Images per second, decoding included, over precisions and batches. A call of fewer than 50 steps stands for one
+    of 50, in proportion."""
+    machine = describe_device(args.device, args.precision)
+    print(json.dumps(machine), flush=True)
+    table = Table(args, machine=machine)
+    args.only = "exact"  # decoding is timed alone
+    for precision in args.precision:
+        pipe = load(args).to(args.device, use_precision(precision))
+        if args.channels_last:
+            pipe.unet.to(memory_format=torch.channels_last)
+            pipe.vae.to(memory_format=torch.channels_last)
+
+        def measure(batch_size: int, pipe=pipe, precision=precision) -> dict:
+            embeds, noise = draw_inputs(pipe, args, batch_size)
+            embeds, noise = embeds.to(args.device), noise.to(args.device, pipe.unet.dtype)
+            with Roofline(machine, precision) as sampling:
+                rows, (latents, _) = record_rows(pipe, lambda: exact_sampler(pipe, embeds, noise, args))
+
+            @torch.no_grad()
+            def decode() -> None:
+                decode_latents(pipe.vae, latents.to(pipe.vae.dtype))
+
+            with Roofline(machine, precision) as decoding:
+                decode()
+            peak_gib()
+            decode_seconds = median_seconds(decode, args.rounds)
+            decode_peak = peak_gib()
+            exact_sampler(pipe, embeds, noise, args)
+            seconds = median_seconds(lambda: exact_sampler(pipe, embeds, noise, args), args.rounds)
+            peak = peak_gib()
+            longer = 50 / args.num_inference_steps
+            total = longer * seconds + decode_seconds
+            found = {
+                "images/s at 50 steps": batch_size / total,
+                "rows/s": sum(rows) / seconds,
+                "rows/image": sum(rows) / batch_size,
+                "share of the roofline": (longer * sampling.seconds + decoding.seconds) / total,
+                "share of matmul": (longer * sampling.flops + decoding.flops) / total / sampling.flops_per_second,
+                "sampling, s": seconds,
+                "decoding, s": decode_seconds,
+                "sampling, GiB": peak,
+                "decoding, GiB": decode_peak,
+            }
+            if args.plain:
+                plain_sampler(pipe, embeds, noise, args)
+                plain = median_seconds(lambda: plain_sampler(pipe, embeds, noise, args), args.rounds)
+                found |= {"plain / exact": (longer * plain + decode_seconds) / total, "plain, GiB": peak_gib()}
+            return found
+
+        for batch_size in args.batch_sizes:
+            table.measure(
+                lambda batch_size=batch_size, measure=measure: measure(batch_size),
+                model="published" if args.model == "published" else Path(args.model).name,
+                precision=precision,
+                layout="channels_last" if args.channels_last else "contiguous",
+                batch=batch_size,
+                steps=args.num_inference_steps,
+            )
 
 
 def scaling(pipe: UIFacePipeline, args: argparse.Namespace) -> list[dict]:
@@ -247,10 +323,18 @@ def main() -> None:
     parser.add_argument("--scaling", action="store_true", help="only the table over batches and latents")
     parser.add_argument("--only", choices=("plain", "exact"), help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0)
+    add_device_arguments(parser)
+    parser.add_argument("--channels-last", action="store_true", help="of the table of rates: memory format")
+    parser.add_argument("--plain", action="store_true", help="of the table of rates: the plain sampler, too")
     args = parser.parse_args()
+    if args.batch_sizes is not None:
+        rates(args)
+        return
     plain, pipe, embeds, noise = build(args)
     own_noise = noise.to(pipe.unet.dtype)
-    settings = {name: value for name, value in vars(args).items() if name != "only"}
+    settings = {
+        name: str(value) if name == "device" else value for name, value in vars(args).items() if name != "only"
+    }
     if args.scaling:
         print(json.dumps({"settings": settings, "machine": describe_machine(), "table": scaling(pipe, args)}))
         return

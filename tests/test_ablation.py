@@ -124,7 +124,7 @@ def test_figures_and_accuracies_are_collected(options, root, capsys, tmp_path):
     for group in range(2):
         report = json.loads((work / "single" / f"evaluation-group-{group}" / "report.json").read_text())
         figures = {(f["name"], f["conditions"].get("recogniser")): f["value"] for f in report["figures"]}
-        assert figures["eer", "judge"] != figures["eer", "toy"]
+        assert figures["genuine_mean", "judge"] != figures["genuine_mean", "toy"]
         expected = {
             "LPIPS": figures["intra_class_lpips", None],
             "precision": figures["precision", None],

@@ -396,6 +396,7 @@ def test_a_face_of_which_a_network_makes_nothing_is_named(workspace, encoder, pe
 def test_unusable_pictures_can_be_left_out(workspace, arguments, tmp_path, capsys):
     write_set(tmp_path / "set")
     unusable(tmp_path / "set")
+    (tmp_path / "set" / ".DS_Store").touch()
     arguments = ["evaluate", str(tmp_path / "set"), *arguments[2:], "--output", str(tmp_path / "output")]
     with pytest.raises(SystemExit, match=r"uiface evaluate: 2 of 20 pictures.*--skip-unusable"):
         cli.main(arguments)
@@ -405,7 +406,8 @@ def test_unusable_pictures_can_be_left_out(workspace, arguments, tmp_path, capsy
     reasons = {"carla/0002.png": "unreadable", "dora/0001.png": "not aligned: 112x90 is not square"}
     assert report["left_out"] == reasons
     assert {each["conditions"].get("features") for each in report["figures"]} == {None, "toy"}
-    assert len(report["notes"]) == 1 and "--same-people" in report["notes"][0]
+    assert report["notes"][0] == f"Left out of {tmp_path / 'set'}: 1 hidden or of the system: .DS_Store."
+    assert len(report["notes"]) == 2 and "--same-people" in report["notes"][1]
     with pytest.raises(SystemExit, match="has the report of .*choose another folder"):
         cli.main(["evaluate", str(workspace / "set"), *arguments[2:]])
 

@@ -124,7 +124,7 @@ def test_every_mode_of_pillow_becomes_rgb(mode):
 
 def test_pictures_without_a_range_are_refused(encoder):
     face = np.zeros((112, 112, 3))
-    with pytest.raises(ValueError, match="uint8 in 0..255 or uint16 .* float64"):
+    with pytest.raises(ValueError, match="photograph 0: .*uint8 in 0..255 or uint16 .* float64"):
         encoder.embed([face])
     with pytest.raises(ValueError, match="uint8 in 0..255, this one is float64"):
         encoder.features([face])

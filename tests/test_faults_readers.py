@@ -341,6 +341,21 @@ def test_broken_shards_and_classes(tmp_path):
             open_source(tmp_path)
 
 
+def test_a_shard_that_ends_too_early(tmp_path):
+    """Python reads no further than a damaged header, without a word."""
+    shard = write_tar(tmp_path / "0.tar", [(f"anna/{number}.png", picture(number)) for number in range(4)])
+    content = shard.read_bytes()
+    shard.write_bytes(content[: 4 * 1024])
+    source = open_source(shard)
+    assert len(files(source)) == 4 and source.left_out == {"0.tar": "without a tar file's end: it may be cut short"}
+    for broken in (content[:1024] + b"x" + content[1025:], content[:1500], 2 * content):
+        shard.write_bytes(broken)
+        with pytest.raises(
+            ValueError, match="0.tar (goes on behind its end at byte|is no tar file, or a part of one)"
+        ):
+            open_source(shard)
+
+
 # text
 
 

@@ -297,8 +297,8 @@ def test_mistakes_are_named_before_anything_is_lost(tiny_pipeline, toy_root, tmp
         generate_dataset(tiny_pipeline, bank(3, "other"), tmp_path / "new", encoder=encoder)
     with pytest.raises(ValueError, match="empty"):
         generate_dataset(tiny_pipeline, bank(0), tmp_path / "new")
-    for names in (["a", "../b", "c"], ["a", "b", "a"]):
-        with pytest.raises(ValueError, match="cannot be a folder|have one name"):
+    for names in (["a", "../b", "c"], ["a", "b", "a"], ["a", "é" * 128, "c"]):
+        with pytest.raises(ValueError, match="cannot be a folder|have one name|longer than 255 bytes"):
             generate_dataset(tiny_pipeline, IdentityBank(bank().embeddings, "toy", names), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

@@ -84,6 +84,7 @@ def test_the_command_shows_the_worst_pairs(toy_root, tmp_path, capsys):
     copy = PIL.Image.open(tmp_path / "real" / "b" / "0.png")
     copy.save(tmp_path / "set" / "sc" / "0000.png")
     copy.resize((100, 112)).save(tmp_path / "set" / "sc" / "0001.png")
+    (tmp_path / "set" / "sc" / "notes.txt").touch()
     pack = ["--encoder", "toy", "--encoder-root", str(toy_root), "--det-size", "160"]
     encoder = FaceEncoder("toy", str(toy_root), det_size=160)
     prepare_faces(tmp_path / "real", tmp_path / "cache", encoder, image_size=112, aligned=True)
@@ -93,6 +94,7 @@ def test_the_command_shows_the_worst_pairs(toy_root, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "3 images of 3 identities against 3 real embeddings" in printed
     assert "left out: sc/0001.png: not aligned: 100x112 is not square" in printed
+    assert "left out: 1 no picture by its suffix: sc/notes.txt" in printed
     assert not list(tmp_path.glob("*.cache"))
     assert "sc/0000.png: 1.000 to b" in printed and "33.33 % of the images" in printed
     grid = np.asarray(PIL.Image.open(plot))

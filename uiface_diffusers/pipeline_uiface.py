@@ -254,6 +254,26 @@ class UIFacePipeline(DiffusionPipeline):
         return own_class_names(config, cls.__name__) if isinstance(config, dict) else config
 
     @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "UIFacePipeline":
+        """A pipeline that shares the components of another one, with its defaults; for example one per thread.
+
+        The models keep their dtype if none is given: diffusers' own `from_pipe` would cast them to float32, also for
+        the pipeline they are shared with.
+
+        Args:
+            pipeline: the other one.
+            kwargs: components and defaults that differ, for example `scheduler`; and `torch_dtype`.
+        """
+        own = {*cls._get_signature_keys(cls)[0], *MODEL_DEFAULTS}
+        if not isinstance(pipeline, UIFacePipeline) or not kwargs.keys() <= own:
+            return super().from_pipe(pipeline, **kwargs)
+        defaults = {name: pipeline.config[name] for name in MODEL_DEFAULTS}
+        new = cls(**pipeline.components | defaults | kwargs)
+        if pipeline.config.get("_name_or_path") is not None:
+            new.register_to_config(_name_or_path=pipeline.config["_name_or_path"])
+        return new
+
+    @classmethod
     def from_unet(
         cls,
         pretrained_model_name_or_path: str | os.PathLike,

@@ -55,6 +55,7 @@ class RecordReader:
         with open(self.path, "rb") as file:
             if file.read(len(LFS_POINTER)) in (LFS_POINTER, b""):
                 raise ValueError(f"{self.path} cannot be read: {damage(self.path)}.")
+        self.size = self.path.stat().st_size
         # opened by each process that reads
         self._file, self._process = None, None
         self.offsets = _read_index(self.index) if self.index.is_file() else self._rebuild_index()
@@ -178,12 +179,13 @@ class RecordReader:
             OSError: there is no record where one has to be.
             ValueError: the index is of another file, or the file is cut short.
         """
-        size, end, missing = self.path.stat().st_size, 0, []
-        for key, offset in sorted(self.offsets.items(), key=itemgetter(1)):
-            if offset >= size:
+        end, missing = 0, []
+        places = sorted(self.offsets.items(), key=itemgetter(1))
+        for key, offset in tqdm(places, desc="index", unit="record"):
+            if offset >= self.size:
                 raise ValueError(
-                    f"{self.path} ends at byte {size}, {self.index.name} has the record of key {key} at byte {offset}:"
-                    " the file is cut short, or the index is of another one. Copy both again."
+                    f"{self.path} ends at byte {self.size}, {self.index.name} has the record of key {key} at byte"
+                    f" {offset}: the file is cut short, or the index is of another one. Copy both again."
                 )
             end = self._walk(end, offset, missing)
             if end > offset:
@@ -192,7 +194,7 @@ class RecordReader:
                     f" {self.path.name}: the index is of another file, or lists a record twice."
                 )
             end = self._record_end(offset)
-        self._walk(end, size, missing)
+        self._walk(end, self.size, missing)
         return missing
 
     def _walk(self, position: int, until: int, missing: list[int]) -> int:
@@ -205,7 +207,7 @@ class RecordReader:
 
     def _record_end(self, offset: int) -> int:
         """Where the record at a place ends, with its padding."""
-        start, size, flag = offset, self.path.stat().st_size, FIRST
+        start, flag = offset, FIRST
         while flag not in (WHOLE, LAST):
             self._open().seek(offset)
             head = self._file.read(8)
@@ -214,16 +216,16 @@ class RecordReader:
                 raise OSError(f"{self.path}: no record at byte {offset}: damaged, or of another index.")
             flag, length = word >> 29, word & (2**29 - 1)
             offset += 8 + length + -length % 4
-        if offset - (-length % 4) > size:
+        if offset - (-length % 4) > self.size:
             raise OSError(
                 f"{self.path}: the record at byte {start} is truncated: the file is cut short. Copy it again."
             )
         return offset
 
     def _rebuild_index(self) -> dict[int, int]:
-        size, offset, offsets, numbers = self.path.stat().st_size, 0, [], []
-        with tqdm(total=size, unit="B", unit_scale=True, desc=f"{self.index.name} is missing, index") as progress:
-            while offset < size:
+        offset, offsets, numbers = 0, [], []
+        with tqdm(total=self.size, unit="B", unit_scale=True, desc=f"{self.index.name} is missing, index") as progress:
+            while offset < self.size:
                 try:
                     end = self._record_end(offset)
                     self._open().seek(offset + 4)

@@ -299,9 +299,11 @@ class WebDatasetSource:
         classes: dict[str, str] = {}
         others: dict[str, str] = {}
         places: dict[str, tuple[Path, int, int]] = {}
+        end = 0
         with tarfile.open(shard, "r:") as tar:  # compressed, a picture could not be read at its offset
             for member in tar:
                 name = printable(str(PurePosixPath(member.name)))
+                end = member.offset_data + (-(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
                 if member.isdir():
                     continue
                 if member.islnk() and printable(str(PurePosixPath(member.linkname))) in places:
@@ -321,6 +323,7 @@ class WebDatasetSource:
                     classes[name.removesuffix(".cls")] = _class_text(tar, member, shard)
                 else:
                     others[name] = NO_PICTURE
+        self._check_end(shard, end)
         keys = {key for name in pictures for key in _keys(name)}
         for name, reason in others.items():
             # what belongs to a picture's sample is no picture that was forgotten
@@ -338,6 +341,21 @@ class WebDatasetSource:
             self.photographs.append(photograph)
             folders.append(folder)
         return folders
+
+    def _check_end(self, shard: Path, end: int) -> None:
+        """Python takes a damaged header for the end of the archive: behind that there are only zeros."""
+        with open(shard, "rb") as file:
+            file.seek(end)
+            marked = bool(start := file.read(tarfile.BLOCKSIZE))
+            while start:
+                if start.strip(b"\0"):
+                    raise ValueError(
+                        f"{shard} goes on behind its end at byte {end}: it is damaged there, or several shards were"
+                        " joined. Copy it again, or give the shards one by one."
+                    )
+                start = file.read(1 << 20)
+        if not marked:
+            self.left_out[shard.name] = "without a tar file's end: it may be cut short"
 
     def read(self, photograph: Photograph) -> np.ndarray:
         return load_photograph(io.BytesIO(self.content(photograph)))
