@@ -50,6 +50,7 @@ from uiface_diffusers.training_utils import (
     add_hub_arguments,
     add_machine_arguments,
     add_optimizer_arguments,
+    compiled,
     data_fingerprint,
     describe_recipe,
     ema_weights,
@@ -253,7 +254,7 @@ def denoising_loss(
     timesteps = TIMESTEP_SAMPLING[timestep_sampling](batch_size, scheduler.config.num_train_timesteps, device)
     is_empty = torch.rand(batch_size, device=device) < empty_probability
     # the empty context gets a gradient in every step
-    is_empty[0] = True
+    is_empty[:1].fill_(True)
 
     noisy = scheduler.add_noise(latents, noise, timesteps)
     prediction = denoiser(noisy, timesteps, identity_embeds, is_empty).float()
@@ -502,11 +503,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         face_encoder = FaceEncoder(encoder.name, args.encoder_root, det_size=160)
         check_same_encoder("the training data", encoder, "the pack of --encoder_root", face_encoder.encoder_mark)
         if args.identity_weight:
-            recognizer = face_encoder.to_torch().to(accelerator.device)
+            recognizer = compiled(accelerator, face_encoder.to_torch().to(accelerator.device))
     perceptual = None
     if args.lpips_weight:
         perceptual = load_lpips("alex", args.lpips_backbone).to(accelerator.device)
         perceptual.spatial = True
+        perceptual = compiled(accelerator, perceptual)
     decodes = recognizer is not None or perceptual is not None
     if decodes:
         vae.to(memory_format=torch.channels_last)  # decodes and differentiates a quarter faster

@@ -44,6 +44,7 @@ from uiface_diffusers.training_utils import (
     add_checkpoint_arguments,
     add_machine_arguments,
     add_optimizer_arguments,
+    compiled,
     data_fingerprint,
     ema_weights,
     facial_feature_weights,
@@ -329,9 +330,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if args.lpips_weight:
         perceptual = load_lpips(args.lpips_network, args.lpips_backbone).to(device)
         perceptual.spatial = args.facial_features
+        perceptual = compiled(accelerator, perceptual)
     recognizer = None
     if args.identity_weight:
         recognizer = load_differentiable(args.identity_encoder, args.encoder_root).to(device)
+        recognizer = compiled(accelerator, recognizer)
 
     # 3. optimiser
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]

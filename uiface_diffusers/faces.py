@@ -25,6 +25,7 @@ from .encoders import EncoderMark
 from .files import warn_once, why_unreadable
 from .identities import IdentityBank
 from .pictures import is_picture, rgb_bytes
+from .static_shapes import with_static_shapes
 
 ALIGNED_SIZE = 112
 SELECTIONS = ("largest", "central")
@@ -471,13 +472,8 @@ class TorchRecognizer(nn.Module):
         for module in self.network.modules():
             if isinstance(module, nn.LayerNorm):  # onnx2torch reads the shape from a value info that may be missing
                 module.normalized_shape = tuple(module.weight.shape)
-            # shapes and axes are read in every call: on a GPU each would have to be waited for
-            for name, constant in list(module.named_buffers(recurse=False)):
-                if not constant.is_floating_point():
-                    delattr(module, name)
-                    setattr(module, name, constant)
-
         probe = torch.rand(1, 3, ALIGNED_SIZE, ALIGNED_SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        with_static_shapes(self.network, probe)
         expected = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: probe.numpy()})[0])
         deviation = (self.network(probe) - expected).abs().max().item()
         if not deviation < 1e-3 * max(1.0, expected.abs().max().item()):
@@ -496,4 +492,8 @@ class TorchRecognizer(nn.Module):
         size = (ALIGNED_SIZE, ALIGNED_SIZE)
         faces = F.interpolate(faces, size, mode="bilinear", antialias=True) if faces.shape[-2:] != size else faces
         pixels = ((faces + 1) * 127.5 - self.mean) / self.std
-        return F.normalize(torch.vmap(self.network)(pixels[:, None])[:, 0])
+        return F.normalize(torch.vmap(self._features)(pixels[:, None])[:, 0])
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        # a function of its own: `torch.compile` cannot name a module that `vmap` is given
+        return self.network(pixels)

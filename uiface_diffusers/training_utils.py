@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import DynamoBackend, InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from filelock import FileLock, Timeout
@@ -232,6 +232,13 @@ def training_folder(accelerator: Accelerator, folder: Path) -> Iterator[None]:
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
+
+
+def compiled(accelerator: Accelerator, function: Callable) -> Callable:
+    """A function or frozen module as `Accelerator.prepare` compiles the trained model: by the backend of
+    `ACCELERATE_DYNAMO_BACKEND` or `accelerate config`; itself where there is none."""
+    plugin = accelerator.state.dynamo_plugin
+    return function if plugin.backend == DynamoBackend.NO else torch.compile(function, **plugin.to_kwargs())
 
 
 def is_due(step: int, every: int) -> bool:
