@@ -37,8 +37,8 @@ from uiface_diffusers import IdentityBank, UIFacePipeline, generate_dataset
 from uiface_diffusers.attention_processor import UIFaceAttnProcessor, installed_processors
 from uiface_diffusers.fingerprint import model_fingerprint, pipeline_fingerprint
 from uiface_diffusers.latents import decode_latents
-from uiface_diffusers.pipeline_uiface import step_after_switch
 from uiface_diffusers.seeds import CANDIDATE, PERTURBATION, image_generator, noise_generator, noise_seed
+from uiface_diffusers.two_stage.schedulers import step_after_switch
 
 EMBEDS = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
 

@@ -11,7 +11,7 @@ from conftest import BETAS, TINY_UNET, tiny_components
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
 
 from uiface_diffusers import UIFacePipeline, UIFaceUNet2DModel
-from uiface_diffusers.schedulers import SUPPORTED
+from uiface_diffusers.two_stage.schedulers import SUPPORTED
 
 SCHEDULERS = sorted(name for name in dir(diffusers.schedulers) if name.endswith("Scheduler"))
 STOCHASTIC = (

@@ -15,12 +15,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
 from .fingerprint import unwrapped
-from .models.unet_uiface import UIFaceUNet2DModel
 from .two_stage import (
     ATTENTION_MAP_SIZE,
     RowPlan,
@@ -201,15 +199,6 @@ class CrossInjectionAttnProcessor(UIFaceAttnProcessor):
         return query, key, value
 
 
-def attends_to_contexts_only(unet: torch.nn.Module) -> bool:
-    """Whether the UNet uses its contexts in cross-attention alone, and as they are given: then their keys and values
-    can be computed beforehand. UNets of other people's classes may do anything with them."""
-    unet = unwrapped(unet)
-    others = ("encoder_hid_dim_type", "addition_embed_type", "dual_cross_attention")
-    is_known = type(unet) in (UIFaceUNet2DModel, UNet2DConditionModel)
-    return is_known and not any(unet.config.get(name) for name in others)
-
-
 def cross_attention_names(unet: torch.nn.Module) -> list[str]:
     """Names of the UNet's cross-attention modules; empty for a UNet without any."""
     return [
@@ -247,27 +236,25 @@ def two_stage_processors(unet: AttentionMixin) -> dict[str, UIFaceAttnProcessor]
 
 
 def attention_states(
-    unet: AttentionMixin, contexts: torch.Tensor | None = None, cross_injection: bool = True
+    unet: AttentionMixin, tokens: Mapping[str, torch.Tensor] | None = None, cross_injection: bool = True
 ) -> dict[str, AttentionState]:
     """The states of a call, one for each attention module by its name.
 
     Args:
         unet: the UNet.
-        contexts (`torch.Tensor` of shape `(1 + B, tokens, dim)`, *optional*): the empty context, then every sample's
-            own, of a UNet that `attends_to_contexts_only`. Their keys and values are then computed here, once for all
-            steps.
+        tokens (*optional*): for every cross-attention module by its name, the contexts as it sees them
+            `(1 + B, tokens, dim)`: the empty one, then every sample's own. Their keys and values are then computed
+            here, once for all steps.
         cross_injection (`bool`, defaults to `True`): whether the keys' covariances will be needed.
     """
     states = {}
-    unet = unwrapped(unet)
-    for name, module in unet.named_modules():
+    for name, module in unwrapped(unet).named_modules():
         if not isinstance(module, Attention):
             continue
         states[name] = AttentionState()
-        if module.is_cross_attention and contexts is not None:
-            block = unet.get_submodule(name.rpartition(".")[0])
-            tokens = block.context_tokens(contexts) if hasattr(block, "context_tokens") else contexts
-            states[name].contexts = CrossInjectionAttnProcessor.encode_contexts(module, tokens, cross_injection)
+        if module.is_cross_attention and tokens is not None:
+            contexts = CrossInjectionAttnProcessor.encode_contexts(module, tokens[name], cross_injection)
+            states[name].contexts = contexts
     return states
 
 

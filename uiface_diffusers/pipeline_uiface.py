@@ -1,4 +1,3 @@
-import copy
 import inspect
 import math
 import os
@@ -15,23 +14,16 @@ import diffusers
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoModel, DiffusionPipeline, DPMSolverSinglestepScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers import AutoModel, DiffusionPipeline, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import create_repo
 
-from .attention_processor import (
-    AttentionMapRecorder,
-    attends_to_contexts_only,
-    attention_states,
-    cross_attention_names,
-    installed_processors,
-    two_stage_processors,
-)
+from .attention_processor import installed_processors
+from .denoisers import denoiser_kind
 from .encoders import check_same_encoder, projector_mark
 from .fingerprint import unwrapped
 from .hub import download_pipeline, fill_card, load_card, own_class_names, write_remote_code
@@ -40,8 +32,9 @@ from .latents import FirstStage, decode_latents
 from .models.empty_context import EmptyContext
 from .models.identity_projector import IdentityProjector
 from .models.unet_uiface import UIFaceUNet2DModel
-from .schedulers import check_scheduler, check_timesteps
-from .two_stage import attention_map, combine_rows, guidance_difference, map_distance, plan_rows, update_flags
+from .two_stage import TwoStageSampler
+from .two_stage.boundary import boundary_rule
+from .two_stage.schedulers import check_scheduler, check_timesteps, starts_step, step_after_switch
 
 INJECTIONS = (None, "self", "cross", "both")
 # arguments of the call whose defaults are the model's own: entries of the pipeline's configuration
@@ -84,18 +77,6 @@ class UIFacePipelineOutput(BaseOutput):
     boundary_timesteps: torch.Tensor
 
 
-def _random_generators(
-    generator: torch.Generator | list[torch.Generator] | None, device: torch.device
-) -> list[torch.Generator]:
-    """Those that diffusers' `randn_tensor` draws from: without a generator, the default one of the samples' device."""
-    if generator is not None:
-        return generator if isinstance(generator, list) else [generator]
-    if device.type == "cpu":
-        return [torch.default_generator]
-    of_devices = getattr(getattr(torch, device.type, None), "default_generators", ())
-    return [of_devices[device.index or 0]] if of_devices else []
-
-
 def _plain(value: Any) -> Any:
     """A numpy number as Python's."""
     return value.item() if isinstance(value, np.generic) else value
@@ -113,70 +94,6 @@ def _check_number(name: str, value: Any, low: float = -math.inf, high: float = m
         raise ValueError(f"`{name}` has to be a finite number{limits} but is {value!r}.")
 
 
-def step_after_switch(
-    scheduler,
-    switched: torch.Tensor,
-    model_output: torch.Tensor,
-    timestep: torch.Tensor,
-    sample: torch.Tensor,
-    **step_kwargs: Any,
-) -> torch.Tensor:
-    """`scheduler.step` where the context of some samples has just changed. What a multistep scheduler remembers of
-    them is replaced, as if the present prediction had been theirs at every remembered step: their update is the
-    first-order one and mixes no two contexts. A corrector does not go back on their last step.
-
-    Args:
-        scheduler: a diffusers scheduler, with history or without.
-        switched (`torch.LongTensor`): the samples whose context changed.
-        model_output, timestep, sample, step_kwargs: what `scheduler.step` takes.
-
-    Returns:
-        `torch.Tensor` of shape `(B, C, H, W)`: the previous sample.
-    """
-    generators = _random_generators(step_kwargs.get("generator"), sample.device)
-
-    def step_copy(copied) -> torch.Tensor:
-        # the copy draws the noise that the scheduler itself will draw after it
-        states = [each.get_state() for each in generators]
-        previous = copied.step(model_output, timestep, sample, **step_kwargs, return_dict=False)[0]
-        for each, state in zip(generators, states, strict=True):
-            each.set_state(state)
-        return previous
-
-    for name in ("model_outputs", "ets", "derivatives"):
-        history = getattr(scheduler, name, None)
-        if not history or all(entry is None for entry in history):
-            continue
-        # each scheduler remembers predictions in a form of its own: let a copy of it make that form
-        probe = copy.deepcopy(scheduler)
-        step_copy(probe)
-        present = [entry for entry in getattr(probe, name) if entry is not None][-1]
-        for entry in history:
-            if entry is not None:
-                entry[switched] = present[switched].to(entry.dtype)
-
-    if getattr(scheduler, "last_sample", None) is None:
-        return scheduler.step(model_output, timestep, sample, **step_kwargs, return_dict=False)[0]
-    # predictor-correctors (UniPC, SA): the rows of a copy that has no last step to correct
-    restarted = copy.deepcopy(scheduler)
-    restarted.last_sample = None
-    restarted_previous = step_copy(restarted)
-    previous = scheduler.step(model_output, timestep, sample, **step_kwargs, return_dict=False)[0]
-    previous[switched] = restarted_previous[switched]
-    scheduler.last_sample[switched] = restarted.last_sample[switched]
-    return previous
-
-
-def _is_called_as_unet(model: torch.nn.Module) -> bool:
-    try:
-        inspect.signature(type(model).forward).bind(
-            model, "sample", "timestep", encoder_hidden_states=None, cross_attention_kwargs=None, return_dict=False
-        )
-    except TypeError:
-        return False
-    return True
-
-
 class UIFacePipeline(DiffusionPipeline):
     r"""Synthetic faces by two-stage, identity-conditioned latent diffusion (UIFace, arXiv 2502.19803).
 
@@ -187,7 +104,8 @@ class UIFacePipeline(DiffusionPipeline):
     Args:
         vae ([`AutoencoderKL`], [`AutoencoderTiny`] or [`VQModel`]): the first stage.
         unet ([`UIFaceUNet2DModel`] or [`UNet2DConditionModel`]): the denoiser; it must have cross-attention.
-        scheduler ([`SchedulerMixin`]): one of `uiface_diffusers.schedulers.SUPPORTED`, with epsilon or v prediction.
+        scheduler ([`SchedulerMixin`]): one of `uiface_diffusers.two_stage.schedulers.SUPPORTED`, with epsilon or v
+            prediction.
         identity_projector ([`IdentityProjector`]): identity embedding -> identity context.
         empty_context ([`EmptyContext`]): the learned context of nobody.
         guidance_scale, boundary_threshold, latest_boundary, injection_strength (*optional*): what the call takes where
@@ -378,18 +296,8 @@ class UIFacePipeline(DiffusionPipeline):
     @staticmethod
     def _check_components(vae, unet, identity_projector, empty_context) -> None:
         if unet is not None:
-            model = unwrapped(unet)
-            name = type(model).__name__
-            if not cross_attention_names(model):
-                raise ValueError(f"`unet` ({name}) has no cross-attention: it cannot follow a context.")
-            two_stage_processors(model)
-            is_known = isinstance(model, UIFaceUNet2DModel | UNet2DConditionModel)
-            # other people's classes are taken if they can be called in the same way
-            if not is_known and (type(model).__module__.startswith("diffusers.") or not _is_called_as_unet(model)):
-                raise ValueError(
-                    f"`unet` is {name}, which is called in another way: UIFaceUNet2DModel and UNet2DConditionModel can"
-                    " be sampled from."
-                )
+            denoiser_kind(unet)
+            name = type(unwrapped(unet)).__name__
             if unet.config.out_channels != unet.config.in_channels:
                 raise ValueError(
                     f"`unet` ({name}) predicts {unet.config.out_channels} channels for {unet.config.in_channels}"
@@ -712,128 +620,56 @@ class UIFacePipeline(DiffusionPipeline):
         )
         self._guidance_scale = guidance_scale
         self._interrupt = False
-        device, dtype = self._execution_device, self.unet.dtype
-        # the UNet alone works in its own dtype: rounded between the steps, latents would lead to another image
-        latents_dtype = torch.promote_types(torch.float32, dtype)
+        device = self._execution_device
         batch_size = (1 if identity_embeds is None else len(identity_embeds)) * num_images_per_prompt
 
         # 2. contexts: the empty one, then every sample's own
-        contexts = self.empty_context(1, return_dict=False)[0].to(device=device, dtype=dtype)
+        contexts = self.empty_context(1, return_dict=False)[0].to(device=device, dtype=self.unet.dtype)
         if identity_embeds is not None:
-            identity_context = self.encode_identity(identity_embeds, num_images_per_prompt, device, dtype)
-            contexts = torch.cat([contexts, identity_context])
-        injects_cross = boundary is not None and injection in ("cross", "both")
-        # what is offloaded encodes them in every step, where its weights are at hand
-        is_offloaded = self.unet.device != device or _is_group_offload_enabled(self.unet)
-        encodes_once = not is_offloaded and attends_to_contexts_only(self.unet)
-        states = attention_states(self.unet, contexts if encodes_once else None, injects_cross)
+            own = self.encode_identity(identity_embeds, num_images_per_prompt, device, self.unet.dtype)
+            contexts = torch.cat([contexts, own])
 
-        # 3. timesteps, start noise; schedulers look the timesteps up on the CPU, the UNet gets them where it is
+        # 3. timesteps, start noise; schedulers look the timesteps up on the CPU, the denoiser gets them where it is
         self.scheduler.set_timesteps(num_inference_steps)
         timesteps = self.scheduler.timesteps
-        unet_timesteps = timesteps.float() if timesteps.is_floating_point() else timesteps
-        unet_timesteps = unet_timesteps.to(device)
+        denoiser_timesteps = (timesteps.float() if timesteps.is_floating_point() else timesteps).to(device)
         schedule = [float(t) for t in timesteps]
         self._num_timesteps = len(timesteps)
+        # the denoiser alone works in its own dtype: rounded between the steps, latents would lead to another image
+        latents_dtype = torch.promote_types(torch.float32, self.unet.dtype)
         latents = self.prepare_latents(batch_size, latents_dtype, device, generator, latents)
         step_kwargs = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_kwargs["generator"] = generator
 
         # 4. denoise
-        # the single stage has nothing to inject
-        injected = injection if boundary is not None else None
-        flags = torch.zeros(batch_size, dtype=torch.bool)
-        stage_two = torch.zeros(batch_size, dtype=torch.bool)
-        boundary_timesteps = torch.full((batch_size,), -1)
-        previous_map = distance = difference = None
-        steps_since_empty = 0
-        low, high = (0.0, math.inf) if guidance_interval is None else map(float, guidance_interval)
-        plan = planned = None
+        rule = boundary_rule(boundary, batch_size, latest_boundary, guide_from_boundary, boundary_threshold)
+        sampler = TwoStageSampler(
+            rule,
+            identity_embeds is not None,
+            guidance_scale,
+            injection,
+            guidance_interval,
+            reuse_empty_branch,
+            device,
+        )
+        denoiser = denoiser_kind(self.unet)(self.unet, contexts, device, sampler.injects_cross, injection_strength)
         with installed_processors(self.unet), self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
 
-                # what is decided at the start of a step holds for its inner evaluations, too
-                starts_step = self._starts_step()
-                if distance is not None:
-                    # the one wait for the device, with the last step's work queued behind it
-                    flags = update_flags(flags, distance.cpu(), boundary_threshold)
-                    distance = None
-                previous_stage_two = stage_two
-                if starts_step and identity_embeds is not None:
-                    stage_two = self._stage_two(schedule[i], boundary, latest_boundary, flags)
-                    boundary_timesteps[stage_two & ~previous_stage_two] = int(schedule[i])
-                if starts_step:
-                    in_interval = low <= schedule[i] <= high
-                    below_cap = boundary is None or guide_from_boundary or schedule[i] < latest_boundary
-                    # of every sample of any batch
-                    all_below_cap = below_cap and (boundary != "adaptive" or schedule[i] < latest_boundary)
-                    can_reuse = reuse_empty_branch > 1 and all_below_cap and in_interval and bool(stage_two.all())
-                    reuse = can_reuse and 0 < steps_since_empty < reuse_empty_branch
-                    steps_since_empty = steps_since_empty + 1 if reuse else int(can_reuse)
-                guided = below_cap and in_interval and self.guidance_scale != 1
-                # the flags that a map can still set take effect in the next step, if that is not below the cap
-                seeks = identity_embeds is not None and boundary == "adaptive" and starts_step
-                seeks = seeks and any(latest_boundary <= later < schedule[i] for later in schedule[i + 1 :])
-
-                options = {
-                    "guided": guided,
-                    "self_injection": injected in ("self", "both") and in_interval,
-                    "cross_injection": injected in ("cross", "both") and below_cap and in_interval,
-                    "record": seeks,
-                    "keep_empty": can_reuse,
-                    "reuse_empty": reuse,
-                }
-                # most steps take the rows of the step before, whose indices are on the device
-                if planned != (stage_two.tolist(), options):
-                    planned = (stage_two.tolist(), options)
-                    plan = plan_rows(stage_two, **options).to(device, non_blocking=True)
-                recorder = AttentionMapRecorder(*latents.shape[-2:]) if plan.recorded is not None else None
+                sampler.guidance_scale = self.guidance_scale  # callbacks may have changed it
+                plan = sampler.begin_step(schedule[i], schedule[i + 1 :], starts_step(self.scheduler))
                 model_input = self.scheduler.scale_model_input(latents, t)
-                rows = self.unet(
-                    model_input[plan.samples].to(dtype),
-                    unet_timesteps[i],
-                    encoder_hidden_states=None if encodes_once else contexts[plan.contexts],
-                    cross_attention_kwargs={
-                        "row_plan": plan,
-                        "injection_strength": injection_strength,
-                        "recorder": recorder,
-                        "states": states,
-                    },
-                    return_dict=False,
-                )[0].to(latents_dtype)
-                noise_pred = combine_rows(rows, plan, self.guidance_scale if guided else None, difference)
-                if can_reuse and not reuse and plan.source is not None:
-                    difference = guidance_difference(rows, plan)
-                elif not reuse:
-                    steps_since_empty = 0  # nothing was kept
-
-                if recorder is not None:
-                    # the seeking samples' rows only; a sample's first map has no predecessor
-                    seeking = plan.empty[plan.recorded]
-                    current = torch.full((batch_size, *recorder.map_shape), torch.nan, device=device)
-                    current[seeking] = attention_map(recorder.block_maps)
-                    if previous_map is not None:
-                        distance = map_distance(current, previous_map)
-                    previous_map = current
-
-                switched = (stage_two & ~previous_stage_two).nonzero().flatten()
-                if i > 0 and len(switched):
-                    latents = step_after_switch(
-                        self.scheduler,
-                        switched.to(device, non_blocking=True),
-                        noise_pred,
-                        t,
-                        latents,
-                        **step_kwargs,
-                    )
-                else:
-                    latents = self.scheduler.step(noise_pred, t, latents, **step_kwargs, return_dict=False)[0]
+                rows, block_maps = denoiser(model_input, denoiser_timesteps[i], plan)
+                noise_pred = sampler.combine(rows.to(latents_dtype))
+                if block_maps:
+                    sampler.observe(block_maps)
+                latents = step_after_switch(self.scheduler, sampler.switched, noise_pred, t, latents, **step_kwargs)
 
                 if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "stage_two": stage_two}
+                    tensors = {"latents": latents, "stage_two": sampler.stage_two}
                     callback_kwargs = {k: tensors[k] for k in callback_on_step_end_tensor_inputs}
                     callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
                     latents = callback_outputs.pop("latents", latents)
@@ -846,22 +682,5 @@ class UIFacePipeline(DiffusionPipeline):
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
-            return (images, boundary_timesteps)
-        return UIFacePipelineOutput(images=images, boundary_timesteps=boundary_timesteps)
-
-    def _starts_step(self) -> bool:
-        """Whether the scheduler's next evaluation begins a step. An inner evaluation of a Runge-Kutta or second-order
-        step belongs to the step that is under way: there no sample switches and no map is taken."""
-        if isinstance(self.scheduler, PNDMScheduler):
-            counter, warm_up = self.scheduler.counter, len(self.scheduler.prk_timesteps)
-            return counter % 4 == 0 if counter < warm_up else counter != 1
-        if isinstance(self.scheduler, DPMSolverSinglestepScheduler):
-            return self.scheduler.order_list[self.scheduler.step_index or 0] == 1
-        return getattr(self.scheduler, "state_in_first_order", True)
-
-    @staticmethod
-    def _stage_two(t: float, boundary: str | int | None, latest_boundary: int, flags: torch.Tensor) -> torch.Tensor:
-        """The samples that follow their identity at timestep `t`, `(B,)` booleans."""
-        if boundary == "adaptive":
-            return flags | (t < latest_boundary)
-        return torch.full_like(flags, boundary is None or t <= boundary)
+            return (images, sampler.boundary_timesteps)
+        return UIFacePipelineOutput(images=images, boundary_timesteps=sampler.boundary_timesteps)
