@@ -166,8 +166,9 @@ def head_pose(landmarks: np.ndarray) -> tuple[float, float]:
 
     They are tangents. The tip of the nose stands out of the plane of eyes and mouth by a length d. A head that turns
     by an angle a moves it by d sin(a) in the picture (in parallel projection), while the distances along the turn
-    shrink by cos(a): yaw = d / |right - left| tan(a), with the distance of the unturned face; likewise pitch. From
-    `SIDE_VIEW` on a face looks sideways.
+    shrink by cos(a): yaw = d / |right - left| tan(a), with the distance of the unturned face; likewise pitch. Above
+    `SIDE_VIEW` a face looks sideways. Near a profile the eyes come together, and yaw grows without bound, with the
+    errors of the landmarks: its arctangent is bounded.
 
     Args:
         landmarks (`np.ndarray` of shape `(5, 2)`): eyes, nose, corners of the mouth; left in the picture first.
