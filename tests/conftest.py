@@ -251,14 +251,18 @@ def _save_onnx(path: Path, nodes, inputs, outputs, constants) -> None:
     onnx.save(model, path)
 
 
-def write_toy_pack(root: Path, name: str = "toy", batch: int | str = "n", needs_blue: bool = False) -> None:
+# of the toy detector: eyes, nose and corners of the mouth about the center of a disc, in units of 8 pixels
+TOY_POINTS = ((-2, -2), (2, -2), (0, 0), (-1.6, 2), (1.6, 2))
+
+
+def write_toy_pack(
+    root: Path, name: str = "toy", batch: int | str = "n", needs_blue: bool = False, points=TOY_POINTS
+) -> None:
     """An insightface model pack whose faces are red discs: a detector of red in SCRFD's form (scores, box distances,
     landmark distances at strides 8, 16, 32), and a fixed random projection of the 112x112 face as the recogniser; all
     zero of a face without any blue, if it needs some."""
     folder = root / "models" / name
     folder.mkdir(parents=True)
-    # five points about the centre of a disc, in units of the stride
-    points = np.array([[-2, -2], [2, -2], [0, 0], [-1.6, 2], [1.6, 2]], np.float32).reshape(1, 10)
     constants = [
         _constant("red", np.array([0.5, -0.25, -0.25], np.float32).reshape(1, 3, 1, 1)),
         _constant("column", np.array([-1, 1], np.int64)),
@@ -266,7 +270,7 @@ def write_toy_pack(root: Path, name: str = "toy", batch: int | str = "n", needs_
         _constant("gain", np.float32(4)),
         _constant("offset", np.float32(-2.3)),
         _constant("box", np.full((1, 4), 5, np.float32)),
-        _constant("points", points),
+        _constant("points", np.array(points, np.float32).reshape(1, 10)),
     ]
     nodes = [helper.make_node("Conv", ["image", "red"], ["redness"])]
     scores, boxes, landmarks = [], [], []

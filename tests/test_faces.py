@@ -295,7 +295,7 @@ def test_aligned_faces_are_not_detected_again(encoder, tmp_path):
 
 
 def test_prepare_goes_on_after_sigkill(toy_root, tmp_path):
-    """Several shards of real work, killed at a moment that depends on the first finished shard only."""
+    """Several shards of real work, killed twice: within the first shard, and after it was finished."""
     source = tmp_path / "source"
     for person in range(4):
         (source / f"p{person}").mkdir(parents=True)
@@ -304,12 +304,13 @@ def test_prepare_goes_on_after_sigkill(toy_root, tmp_path):
             os.link(source / f"p{person}" / "0000.png", source / f"p{person}" / f"{index:04d}.png")
     arguments = ["--encoder", "toy", "--encoder-root", str(toy_root), "--det-size", "160", "--image-size", "32"]
     command = [sys.executable, "-m", "uiface_diffusers.cli", "prepare", str(source), *arguments, "--output"]
-    process = subprocess.Popen([*command, str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
     first = tmp_path / "killed" / "faces-00000.parquet"
-    while not first.exists() and process.poll() is None:
-        pass
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    for reached in (tmp_path / "killed" / "prepare.json", first):
+        process = subprocess.Popen([*command, str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
+        while not reached.exists() and process.poll() is None:
+            pass
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "killed" / "report.json").exists()
     with pytest.raises(ValueError, match="not finished"):
         FaceCache(tmp_path / "killed")
@@ -320,6 +321,8 @@ def test_prepare_goes_on_after_sigkill(toy_root, tmp_path):
     killed, whole = FaceCache(tmp_path / "killed"), FaceCache(tmp_path / "whole")
     assert len(killed) == len(whole) == 1080 and killed.embeddings().names == whole.embeddings().names
     assert torch.equal(killed.embeddings().embeddings, whole.embeddings().embeddings)
+    for file in ("faces-00000.parquet", "faces-00001.parquet", "prepare.json", "report.json"):
+        assert (killed.folder / file).read_bytes() == (whole.folder / file).read_bytes()
 
 
 def test_other_settings_in_a_begun_cache_are_refused(encoder, toy_photographs, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import REPOSITORY, TINY_UNET, Outcome, run_script, tiny_autoencoder
+from conftest import REPOSITORY, TINY_UNET, Outcome, run_script, tiny_autoencoder, write_toy_pack
 from filelock import FileLock
 from hub_server import HubServer
 from safetensors.torch import load_file
@@ -22,7 +22,7 @@ from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline, UI
 from uiface_diffusers.data import FaceCache, LatentSet, cache_latents, prepare_faces
 from uiface_diffusers.evaluation import load_lpips
 from uiface_diffusers.faces import FaceEncoder
-from uiface_diffusers.training_utils import facial_feature_weights
+from uiface_diffusers.training_utils import facial_feature_weights, sampling_weights
 
 TRAIN = REPOSITORY / "training" / "train.py"
 sys.path.insert(0, str(TRAIN.parent))
@@ -493,6 +493,86 @@ def test_balanced_sampling_gives_every_identity_its_share():
     # a resumed run draws the same
     resumed = iter(train_script.EndlessBatchSampler(100, 50, seed=0, start=60, weights=weights))
     assert next(resumed) == next(batches)
+
+
+def pose_fixture() -> tuple[list[str], list[int], np.ndarray]:
+    """Two caches of 100 and 60 faces, of 10 identities of 10 faces and of 2 of 50 and 10; 12 and 3 are side views."""
+    names = [f"first/{face // 10}" for face in range(100)] + ["second/0"] * 50 + ["second/1"] * 10
+    poses = np.zeros((160, 2), np.float32)
+    poses[:12, 0], poses[[100, 101, 155], 0], poses[20, 0] = -0.3, 0.4, np.nan
+    return names, [100, 60], poses
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("shares", [None, [3, 1]])
+def test_side_views_get_their_share(balanced, shares):
+    names, lengths, poses = pose_fixture()
+    weights = sampling_weights(names, lengths, poses, balanced, shares, side_view_share=0.4).numpy()
+    weights /= weights.sum()
+    sideways = np.abs(poses[:, 0]) > 0.25
+    assert weights[sideways].sum() == pytest.approx(0.4, abs=1e-3)
+    if shares is not None:
+        assert weights[:100].sum() == pytest.approx(0.75, abs=1e-3)
+    # a product: of a cache and a pose, what an identity weighs is left as it was
+    of_identity = np.ones(160) if not balanced else np.repeat([1 / 10, 1 / 50, 1 / 10], [100, 50, 10])
+    factors = weights / of_identity
+    for part in (slice(0, 100), slice(100, 160)):
+        for group in (factors[part][sideways[part]], factors[part][~sideways[part]]):
+            assert np.allclose(group, group[0])
+    first, second = factors[[0, 50]], factors[[100, 120]]
+    assert first[0] / first[1] == pytest.approx(second[0] / second[1])
+
+
+def test_weights_without_side_views_are_as_before():
+    names, lengths, poses = pose_fixture()
+    assert sampling_weights(names, lengths) is None
+    balanced = np.repeat([1 / 10, 1 / 50, 1 / 10], [100, 50, 10])
+    assert np.array_equal(sampling_weights(names, lengths, balanced=True).numpy(), balanced)
+    shares = sampling_weights(names, lengths, balanced=True, shares=[3, 1]).numpy()
+    expected = np.concatenate([balanced[:100] * 0.75 / 10, balanced[100:] * 0.25 / 2])
+    assert np.allclose(shares, expected, rtol=1e-12)
+    none = sampling_weights(names, lengths, shares=[1, 0]).numpy()
+    assert none[100:].max() == 0 and np.allclose(none[:100], 0.01)
+
+
+def test_shares_that_the_faces_do_not_allow_are_refused():
+    names, lengths, poses = pose_fixture()
+    poses[100:, 0] = 0
+    with pytest.raises(ValueError, match=r"\[1, 3\], --side_view_share 0.5\) .*\[100, 60\] faces with \[12, 0\] side"):
+        sampling_weights(names, lengths, poses, shares=[1, 3], side_view_share=0.5)
+    with pytest.raises(ValueError, match=r"with \[0, 0\] side views: choose others"):
+        sampling_weights(names, lengths, np.zeros((160, 2)), side_view_share=0.1)
+
+
+def test_side_view_share_trains(workspace, toy_photographs, tmp_path):
+    """A cache of faces that look ahead and one of side views, which a detector of its own finds."""
+    write_toy_pack(tmp_path, points=[(-2, -2), (2, -2), (1.5, 0), (-1.6, 2), (1.6, 2)])
+    prepare_faces(toy_photographs, tmp_path / "side", FaceEncoder("toy", str(tmp_path), det_size=160), image_size=16)
+    data = ("--train_data", str(workspace / "cache"), str(tmp_path / "side"), "--max_train_steps", "2")
+    result = train(workspace, "side", *data, "--side_view_share", "0.3", "--balanced_sampling")
+    assert result.returncode == 0, result.stderr
+    (checkpoint,) = (workspace / "side").glob("checkpoint-*")
+    assert json.loads((checkpoint / "training.json").read_text())["fixed"]["side_view_share"] == 0.3
+    resume = ("--resume_from_checkpoint", "latest", "--side_view_share", "0.5", "--balanced_sampling")
+    result = train(workspace, "side", *data, *resume)
+    assert result.returncode != 0 and "side_view_share: 0.3 then, 0.5 now" in result.stderr
+
+    args = train_script.parse_args(options_of(workspace, "side_weights", *data, "--side_view_share", "0.3"))
+    _, names, weights, _ = train_script.load_training_data(
+        args, train_script.Accelerator(cpu=True), tiny_autoencoder()
+    )
+    assert len(names) == 48 and weights[24:].sum() / weights.sum() == pytest.approx(0.3)
+
+
+def test_side_view_share_needs_poses(workspace, toy_root, tmp_path):
+    (tmp_path / "a").mkdir()
+    for index in range(4):
+        PIL.Image.new("RGB", (112, 112), (0, 0, 255)).save(tmp_path / "a" / f"{index}.png")
+    encoder = FaceEncoder("toy", str(toy_root), det_size=160)
+    prepare_faces(tmp_path, workspace / "aligned", encoder, image_size=16, aligned=True)
+    result = train(workspace, "no_poses", "--train_data", str(workspace / "aligned"), "--side_view_share", "0.3")
+    assert result.returncode != 0 and "needs head poses, which these caches lack" in result.stderr
+    assert not list((workspace / "aligned").glob("latents-*"))  # refused before anything is encoded
 
 
 def test_denoiser_follows_the_context_it_is_told():

@@ -41,6 +41,7 @@ from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.files import write_json
 from uiface_diffusers.fingerprint import model_fingerprint
 from uiface_diffusers.latents import decode_latents
+from uiface_diffusers.options import real
 from uiface_diffusers.pipeline_uiface import MODEL_DEFAULTS
 from uiface_diffusers.seeds import mix_seed
 from uiface_diffusers.training_utils import (
@@ -63,6 +64,7 @@ from uiface_diffusers.training_utils import (
     make_lr_scheduler,
     parse_recipe,
     positive,
+    sampling_weights,
     save_checkpoint,
     schedule_settings,
     training_folder,
@@ -98,8 +100,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--train_data_shares",
         nargs="+",
-        type=float,
+        type=real(0),
         help="how much of the training each cache gets, one number per cache; by default, in proportion to its faces",
+    )
+    group.add_argument(
+        "--side_view_share",
+        type=real(0, 1),
+        help="how much of the training looks sideways (|yaw| > 0.25), also where --train_data_shares and"
+        " --balanced_sampling are given; by default, in proportion to the faces",
     )
     group.add_argument("--output_dir", type=Path, help="pipeline, checkpoints, logs and validation grids")
 
@@ -386,24 +394,26 @@ def load_training_data(
     encoder = common_encoder({str(cache.folder): cache.encoder_mark for cache in caches})
     # too few faces are named before they are encoded
     EndlessBatchSampler(sum(map(len, caches)), args.train_batch_size, args.seed, 0, accelerator.num_processes)
-    with accelerator.main_process_first():
-        files = [file for cache in caches for file in cache_latents(cache, vae, accelerator.device)]
     banks = [cache.embeddings() for cache in caches]
     names = [f"{cache.folder}/{name}" for cache, bank in zip(caches, banks, strict=True) for name in bank.names]
+    poses = None
+    if args.side_view_share is not None:
+        poses = np.concatenate([cache.poses() for cache in caches])
+        unknown = np.isnan(poses[:, 0]).sum()
+        if unknown:
+            logger.warning(f"{unknown} of {len(poses)} faces have no head pose: they count as no side views")
+    lengths = [len(cache) for cache in caches]
+    weights = sampling_weights(
+        names, lengths, poses, args.balanced_sampling, args.train_data_shares, args.side_view_share
+    )
+    with accelerator.main_process_first():
+        files = [file for cache in caches for file in cache_latents(cache, vae, accelerator.device)]
     latents, embeddings = LatentSet(files), torch.cat([bank.embeddings for bank in banks])
     if len(latents) != len(embeddings):
         raise ValueError(
             f"{len(latents)} cached latents for {len(embeddings)} faces in {args.train_data}: delete the latents-*"
             " files to encode them again."
         )
-    weights = None
-    if args.balanced_sampling:
-        _, numbers, counts = np.unique(names, return_inverse=True, return_counts=True)
-        weights = torch.from_numpy(1 / counts[numbers])
-    if args.train_data_shares is not None:
-        weights = torch.ones(len(latents), dtype=torch.float64) if weights is None else weights
-        parts = zip(weights.split([len(bank) for bank in banks]), args.train_data_shares, strict=True)
-        weights = torch.cat([part * share / part.sum() for part, share in parts])
     return LatentFaces(latents, embeddings), names, weights, encoder
 
 
@@ -544,7 +554,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     fixed |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, **schedule_settings(args)}
     fixed |= {"train_data": data_fingerprint(args.train_data), "vae": model_fingerprint(vae)}
     fixed |= {"prediction_type": args.prediction_type, "unet": args.unet}
-    fixed |= {"train_data_shares": args.train_data_shares}
+    fixed |= {"train_data_shares": args.train_data_shares, "side_view_share": args.side_view_share}
     step, hours_before = 0, 0.0
     if checkpoint is not None:
         step, hours_before = load_checkpoint(accelerator, ema, checkpoint, fixed)

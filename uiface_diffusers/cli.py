@@ -40,16 +40,19 @@ def _add_encoder_arguments(
     )
 
 
-def _face_encoder(args: argparse.Namespace):
+def _face_encoder(args: argparse.Namespace, **options):
     """The encoder of `_add_encoder_arguments`."""
     from .faces import FaceEncoder
 
-    return FaceEncoder(args.encoder, args.encoder_root, args.providers, args.det_size)
+    return FaceEncoder(args.encoder, args.encoder_root, args.providers, args.det_size, **options)
 
 
 def _prepare(args: argparse.Namespace) -> None:
+    import torch
+
     from .data import prepare_faces
     from .data.sources import describe_left_out
+    from .faces import SIDE_VIEW
     from .files import read_lines
 
     identities = None
@@ -61,7 +64,7 @@ def _prepare(args: argparse.Namespace) -> None:
     report = prepare_faces(
         args.source,
         args.output,
-        _face_encoder(args),
+        _face_encoder(args, threads=1),
         image_size=args.image_size,
         face=args.face,
         aligned=args.aligned,
@@ -69,10 +72,18 @@ def _prepare(args: argparse.Namespace) -> None:
         min_images=args.min_images,
         outlier_threshold=args.outlier_threshold,
         drop_outliers=args.drop_outliers,
+        min_in_frame=args.min_in_frame,
+        threads=args.threads or torch.get_num_threads(),
     )
     print(f"{report['faces']} faces of {report['identities']} identities from {report['photographs']} photographs")
     for reason, count in report["reasons"].items():
         print(f"  skipped {count}: {reason}")
+    if report["poses_known"]:
+        print(f"  {report['side_views']} of {report['poses_known']} look sideways (|yaw| > {SIDE_VIEW})")
+        below = ", ".join(f"{share}: {count}" for share, count in report["in_frame_below"].items())
+        print(f"  faces by the share of the aligned picture within the photograph, below {below}")
+    else:
+        print("  head poses are not known: kept for photographs in which this version detected the face")
     print(f"  {len(report['several_faces'])} photographs have several faces: the {args.face} one was taken")
     print(f"  {len(report['duplicates'])} are duplicates (kept)")
     state = "left out" if args.drop_outliers else "kept; --drop-outliers leaves them out"
@@ -668,6 +679,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="least cosine of a face to the median of its identity's embeddings (default: %(default)s)",
     )
     prepare.add_argument("--drop-outliers", action="store_true", help="leave outliers out")
+    prepare.add_argument(
+        "--min-in-frame",
+        type=real(0, 1),
+        metavar="SHARE",
+        help="skip faces of whose aligned picture less than this share lies within the photograph",
+    )
+    prepare.add_argument(
+        "--threads", type=whole(), help="photographs at the same time (default: torch's, the number of cores)"
+    )
     prepare.set_defaults(run=_prepare)
 
     convert = commands.add_parser(

@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler
 
+from .faces import SIDE_VIEW
 from .options import expand_home, real, whole
 from .seeds import mix_seed
 
@@ -136,6 +138,70 @@ class EndlessBatchSampler(Sampler):
                 first = (batch * self.world_size + self.rank) * self.batch_size
                 yield order[first : first + self.batch_size].tolist()
             epoch, position = epoch + 1, 0
+
+
+def sampling_weights(
+    names: Sequence[str],
+    lengths: Sequence[int],
+    poses: np.ndarray | None = None,
+    balanced: bool = False,
+    shares: Sequence[float] | None = None,
+    side_view_share: float | None = None,
+) -> torch.Tensor | None:
+    """How often each face of several caches is drawn, for `EndlessBatchSampler`: the product of a factor of its
+    identity (one over its number of faces, if balanced), one of its cache and one of its pose. The latter two are such
+    that caches and side views get their shares of what is drawn, both at once, by iterative proportional fitting
+    (Deming & Stephan 1940).
+
+    Args:
+        names: the identity of each face, another one in each cache.
+        lengths: faces of each cache, in the order of `names`.
+        poses (`np.ndarray` of shape `(N, 2)`, *optional*): `FaceCache.poses`, for `side_view_share`. Faces whose pose
+            is not known (NaN) count as no side views.
+        balanced (`bool`, defaults to `False`): every identity as often, but for the shares.
+        shares (*optional*): how much of what is drawn is of each cache, relative to the others; in proportion to the
+            weights of their faces if not given.
+        side_view_share (`float`, *optional*): how much of what is drawn looks sideways, |yaw| > 0.25.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`, or `None` if all faces are drawn alike.
+
+    Raises:
+        ValueError: no pose is known, or the faces do not allow the shares.
+    """
+    if not balanced and shares is None and side_view_share is None:
+        return None
+    weights = np.ones(len(names))
+    if balanced:
+        _, numbers, counts = np.unique(names, return_inverse=True, return_counts=True)
+        weights = 1 / counts[numbers]
+    cache = np.repeat(np.arange(len(lengths)), lengths)
+    margins = []  # the group of each face, the share of each group
+    if shares is not None:
+        margins.append((cache, np.array(shares) / np.sum(shares)))
+    if side_view_share is not None:
+        yaws = poses[:, 0]
+        if np.isnan(yaws).all():
+            raise ValueError(
+                "a share of side views (--side_view_share) needs head poses, which these caches lack: run `uiface"
+                " prepare` of this version on the photographs, without --aligned, into a new folder."
+            )
+        sideways = (np.abs(yaws) > SIDE_VIEW).astype(int)
+        margins.append((sideways, np.array([1 - side_view_share, side_view_share])))
+    for _ in range(200):
+        for groups, wanted in margins:
+            totals = np.bincount(groups, weights, minlength=len(wanted))
+            weights = weights * np.divide(wanted, totals, out=np.zeros(len(wanted)), where=totals > 0)[groups]
+    for groups, wanted in margins:
+        if not np.allclose(np.bincount(groups, weights, minlength=len(wanted)), wanted, atol=1e-3):
+            of_caches = f"caches of {list(lengths)} faces"
+            if side_view_share is not None:
+                of_caches += f" with {np.bincount(cache, sideways, len(lengths)).astype(int).tolist()} side views"
+            raise ValueError(
+                f"the shares (--train_data_shares {shares}, --side_view_share {side_view_share}) cannot be had from"
+                f" {of_caches}: choose others."
+            )
+    return torch.from_numpy(weights)
 
 
 LR_SCHEDULERS = ("cosine_warm_restarts", "constant", "constant_with_warmup", "cosine", "linear")

@@ -12,9 +12,10 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -29,12 +30,16 @@ from ..encoders import EncoderMark
 from ..faces import (
     ALIGNED_SIZE,
     SELECTIONS,
+    SIDE_VIEW,
     FaceEncoder,
     UnusableFaceError,
     align_face,
     has_direction,
+    head_pose,
     load_photograph,
+    out_of_frame,
     resize_aligned,
+    template_landmarks,
 )
 from ..files import check_settings, complete_file, damage, local_path, read_json, write_json
 from ..identities import IdentityBank
@@ -54,6 +59,10 @@ SHARD_SIZE = 1000
 BATCH_SIZE = 64
 # a median says nothing about fewer
 LEAST_FOR_MEDIAN = 3
+# columns that earlier versions did not write
+POSE_COLUMNS = ["yaw", "pitch", "out_of_frame"]
+# shares of the template within the photograph that the report counts the faces below
+IN_FRAME = (0.9, 0.7, 0.5)
 
 
 def _arrow_schema() -> pa.Schema:
@@ -67,14 +76,19 @@ def _arrow_schema() -> pa.Schema:
         "detection_score": Value("float32"),
         "faces_found": Value("int32"),
         "photograph_sha256": Value("string"),
+        # null where nothing was detected
+        "landmarks": Sequence(Value("float32")),
+        "yaw": Value("float32"),
+        "pitch": Value("float32"),
+        "out_of_frame": Value("float32"),
     }
     return Features(features).arrow_schema
 
 
 def _prepare_photograph(
-    photograph: np.ndarray, encoder: FaceEncoder, image_size: int, face: str, aligned: bool
+    photograph: np.ndarray, encoder: FaceEncoder, image_size: int, face: str, aligned: bool, min_in_frame: float | None
 ) -> SimpleNamespace:
-    """`image` (the face at `image_size`), `for_encoder` (at 112), `detection_score`, `faces_found`.
+    """`image` (the face at `image_size`), `for_encoder` (at 112) and `columns`, what else the cache keeps of it.
 
     Raises:
         UnusableFaceError: what makes the photograph unusable.
@@ -82,13 +96,20 @@ def _prepare_photograph(
     if not aligned:
         faces = encoder.detect(photograph)
         found = encoder.select(faces, photograph.shape, face)
-        at_112 = align_face(photograph, found.landmarks)
-        image = align_face(photograph, found.landmarks, image_size)
-        return SimpleNamespace(image=image, for_encoder=at_112, detection_score=found.score, faces_found=len(faces))
+        outside = out_of_frame(found.landmarks, photograph.shape)
+        if 1 - outside < (min_in_frame or 0):
+            raise UnusableFaceError(f"out of frame: {1 - outside:.3f} of the template is within the photograph")
+        yaw, pitch = head_pose(found.landmarks)
+        columns = {"detection_score": found.score, "faces_found": len(faces)}
+        columns |= {"landmarks": template_landmarks(found.landmarks).ravel()}
+        columns |= {"yaw": yaw, "pitch": pitch, "out_of_frame": outside}
+        image, at_112 = (align_face(photograph, found.landmarks, size) for size in (image_size, ALIGNED_SIZE))
+        return SimpleNamespace(image=image, for_encoder=at_112, columns=columns)
     image, at_112 = resize_aligned(photograph, image_size), resize_aligned(photograph)
     if len(photograph) < ALIGNED_SIZE:
         raise UnusableFaceError(f"smaller than {ALIGNED_SIZE}x{ALIGNED_SIZE}")
-    return SimpleNamespace(image=image, for_encoder=at_112, detection_score=1.0, faces_found=1)
+    columns = {"detection_score": 1.0, "faces_found": 1}
+    return SimpleNamespace(image=image, for_encoder=at_112, columns=columns)
 
 
 def prepare_faces(
@@ -102,6 +123,8 @@ def prepare_faces(
     min_images: int = 1,
     outlier_threshold: float = 0.2,
     drop_outliers: bool = False,
+    min_in_frame: float | None = None,
+    threads: int = 1,
 ) -> dict:
     """Aligns and embeds photographs into a cache. Goes on where an earlier call was stopped.
 
@@ -120,18 +143,32 @@ def prepare_faces(
             median of its identity's embeddings (of three or more) is below it: often another person's.
         drop_outliers (`bool`, defaults to `False`): leave them out. They are reported in any case. A later call may
             drop what was kept, or take another threshold, as long as nothing was dropped.
+        min_in_frame (`float`, *optional*): skip faces of whose 112x112 template less than this share lies within the
+            photograph: the rest of the aligned face is black.
+        threads (`int`, defaults to 1): photographs that are read, detected and aligned at the same time. The cache
+            does not depend on it. Give an encoder with `threads=1`, so that they do not wait for each other.
 
     Returns:
         The report: `photographs`, `faces`, `identities`, `reasons` (a count a reason), `skipped` (file -> reason),
         `several_faces` (file -> how many were found, if more than one), `duplicates` (file -> the first file with
         the same pixels), `outliers` (file -> cosine) and `left_out` (of what was found beside the photographs:
-        reason -> `count`, and the `first` ten names).
+        reason -> `count`, and the `first` ten names). Of the faces: `poses_known` (how many have a head pose; those
+        of aligned pictures have none), `side_views` (how many of these look sideways, |yaw| > 0.25) and
+        `in_frame_below` (0.9, 0.7, 0.5 -> of how many less of the template lies within the photograph).
 
     Raises:
-        ValueError: nothing to prepare, no face in any photograph, or `output` was begun with other settings.
+        ValueError: nothing to prepare, no face in any photograph, or `output` was begun with other settings or by a
+            version that did not keep head poses.
     """
     if face not in SELECTIONS:
         raise ValueError(f"`face` has to be one of {SELECTIONS} but is {face!r}.")
+    if min_in_frame is not None and not 0 <= min_in_frame <= 1:
+        raise ValueError(f"`min_in_frame` is a share from 0 to 1, not {min_in_frame}.")
+    if min_in_frame and aligned:
+        raise ValueError(
+            "`min_in_frame` (--min-in-frame) needs photographs: where faces are aligned already (--aligned), their"
+            " photograph's edges are not known."
+        )
     _arrow_schema()  # what is not installed is named before the work
     output = local_path(output)
     photographs = open_source(source, identities, min_images)
@@ -140,20 +177,23 @@ def prepare_faces(
     settings |= {"det_size": encoder.det_size, "det_thresh": encoder.det_thresh}
     prints = {"identity_encoder_fingerprint": encoder.fingerprint}
     prints["detector_fingerprint"] = None if aligned else encoder.detector_fingerprint
+    # as if it were not there in caches of earlier versions, which had no such limit
+    settings |= {"min_in_frame": min_in_frame or None}
     settings |= {"photographs": total, "files": source_fingerprint(photographs, progress=True)}
     check_settings(output / "prepare.json", settings | prints, if_known=list(prints))
 
-    shards = []
+    shards = [output / f"faces-{number:05d}.parquet" for number in range(-(-total // SHARD_SIZE))]
+    _check_same_columns(shards)
     with tqdm(total=total, unit="photo", desc="prepare") as progress:
-        for start in range(0, total, SHARD_SIZE):
-            part = photographs.photographs[start : start + SHARD_SIZE]
-            shards.append(output / f"faces-{start // SHARD_SIZE:05d}.parquet")
-            if shards[-1].exists():
-                if _shard_rows(shards[-1]) + len(_shard_skipped(shards[-1])) != len(part):
-                    raise ValueError(f"{shards[-1]} does not hold the photographs of its shard: delete it.")
+        for number, shard in enumerate(shards):
+            part = photographs.photographs[number * SHARD_SIZE : (number + 1) * SHARD_SIZE]
+            if shard.exists():
+                if _shard_rows(shard) + len(_shard_skipped(shard)) != len(part):
+                    raise ValueError(f"{shard} does not hold the photographs of its shard: delete it.")
                 progress.update(len(part))
             else:
-                _write_shard(shards[-1], photographs, part, encoder, image_size, face, aligned, progress=progress)
+                how = (encoder, image_size, face, aligned, min_in_frame)
+                _write_shard(shard, photographs, part, *how, threads=threads, progress=progress)
 
     outliers = _find_outliers_once(output / "outliers.json", shards, outlier_threshold, drop_outliers)
     if drop_outliers:
@@ -164,7 +204,8 @@ def prepare_faces(
     if len(skipped) == total:
         raise ValueError(f"none of {total} photographs gave a face: {dict(Counter(skipped.values()))}.")
     columns = ["file", "identity", "faces_found", "photograph_sha256"]
-    rows = [row for shard in shards for row in _read_shard(shard, columns).to_pylist()]
+    rows = [row for shard in shards for row in _read_shard(shard, columns, POSE_COLUMNS).to_pylist()]
+    yaws, outside = (np.array([row.get(name) for row in rows], float) for name in ("yaw", "out_of_frame"))
     first_with: dict[str, str] = {}
     duplicates = {}
     for row in rows:
@@ -177,6 +218,9 @@ def prepare_faces(
         "identities": len({row["identity"] for row in rows}),
         # an outlier's reason goes on with its cosine
         "reasons": dict(Counter(reason.partition(":")[0] for reason in skipped.values())),
+        "poses_known": int((~np.isnan(yaws)).sum()),
+        "side_views": int((np.abs(yaws) > SIDE_VIEW).sum()),
+        "in_frame_below": {str(share): int((1 - outside < share).sum()) for share in IN_FRAME},
         "several_faces": {row["file"]: row["faces_found"] for row in rows if row["faces_found"] > 1},
         "skipped": skipped,
         "duplicates": duplicates,
@@ -187,35 +231,74 @@ def prepare_faces(
     return report
 
 
+def _check_same_columns(shards: list[Path]) -> None:
+    """
+    Raises:
+        ValueError: shards are to be added to those of an earlier version, which have fewer columns: `datasets` would
+            not read them together.
+    """
+    there = [shard for shard in shards if shard.exists()]
+    earlier = [shard for shard in there if not set(POSE_COLUMNS) <= set(_shard_columns(shard))]
+    if earlier and len(there) < len(shards):
+        raise ValueError(
+            f"{earlier[0]} is of an earlier version, which did not keep head poses, and {len(shards) - len(there)} of"
+            f" {len(shards)} shards are missing: choose another folder, or delete the {len(earlier)} shards without"
+            " poses to prepare them again."
+        )
+
+
 def _write_shard(
-    shard: Path, source: PhotographSource, photographs: list[Photograph], encoder: FaceEncoder, *settings, progress
+    shard: Path,
+    source: PhotographSource,
+    photographs: list[Photograph],
+    encoder: FaceEncoder,
+    *settings,
+    threads: int,
+    progress: tqdm,
 ) -> None:
     """Prepares the photographs of one shard and writes it, with what was skipped in the metadata."""
     schema, rows, for_encoder, skipped = _arrow_schema(), [], [], {}
-    for photograph in photographs:
-        progress.update()
+    reading = Lock()  # sources are not made for several threads
+
+    def prepare(photograph: Photograph) -> tuple[dict, np.ndarray] | str:
+        """Row and aligned face, or why it is skipped."""
         try:
-            pixels = source.read(photograph)
+            with reading:
+                content = source.content(photograph)
+            pixels = load_photograph(io.BytesIO(content))
             face = _prepare_photograph(pixels, encoder, *settings)
         except OSError as error:
-            skipped[photograph.file] = unreadable_reason(source, photograph, error)
+            with reading:
+                return unreadable_reason(source, photograph, error)
         except UnusableFaceError as error:
-            skipped[photograph.file] = str(error)
-        else:
-            png = io.BytesIO()
-            PIL.Image.fromarray(face.image).save(png, "png")
-            row = {"image": {"bytes": png.getvalue(), "path": None}, **photograph._asdict()}
-            row |= {"detection_score": face.detection_score, "faces_found": face.faces_found}
-            rows.append({**row, "photograph_sha256": hashlib.sha256(pixels.tobytes()).hexdigest()})
-            for_encoder.append(face.for_encoder)
+            return str(error)
+        png = io.BytesIO()
+        PIL.Image.fromarray(face.image).save(png, "png")
+        row = {"image": {"bytes": png.getvalue(), "path": None}, **photograph._asdict(), **face.columns}
+        return {**row, "photograph_sha256": hashlib.sha256(pixels.tobytes()).hexdigest()}, face.for_encoder
+
+    with ThreadPoolExecutor(threads) as pool:
+        # closed, so that an interrupt does not wait for all of them
+        with closing(pool.map(prepare, photographs)) as prepared:
+            for photograph, result in zip(photographs, prepared, strict=True):
+                progress.update()
+                if isinstance(result, str):
+                    skipped[photograph.file] = result
+                else:
+                    rows.append(result[0])
+                    for_encoder.append(result[1])
+        batches = [for_encoder[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
+        # a GPU's memory has to hold one batch only
+        embed = pool.map if encoder.runs_on_cpu else map
+        features = list(embed(encoder.features, batches))
     embedded = []
-    for start in range(0, len(rows), BATCH_SIZE):
-        batch, features = rows[start : start + BATCH_SIZE], encoder.features(for_encoder[start : start + BATCH_SIZE])
+    if rows:
+        features = np.concatenate(features)
         usable = has_direction(features)
-        skipped |= {row["file"]: "no embedding" for row, fine in zip(batch, usable, strict=True) if not fine}
+        skipped |= {row["file"]: "no embedding" for row, fine in zip(rows, usable, strict=True) if not fine}
         embeddings = features[usable] / np.linalg.norm(features[usable], axis=1, keepdims=True)
-        kept = itertools.compress(batch, usable)
-        embedded += [{**row, "embedding": embedding} for row, embedding in zip(kept, embeddings, strict=True)]
+        kept = itertools.compress(rows, usable)
+        embedded = [{**row, "embedding": embedding} for row, embedding in zip(kept, embeddings, strict=True)]
     metadata = {**(schema.metadata or {}), b"skipped": json.dumps(skipped).encode()}
     with complete_file(shard) as beside:
         pq.write_table(pa.Table.from_pylist(embedded, schema.with_metadata(metadata)), beside)
@@ -234,7 +317,11 @@ def _naming(shard: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_shard(shard: Path, columns: list[str] | None = None) -> pa.Table:
+def _read_shard(shard: Path, columns: list[str] | None = None, if_there: Sequence[str] = ()) -> pa.Table:
+    """All columns of a shard, or some, and those of `if_there` that it has."""
+    if if_there:
+        there = _shard_columns(shard)
+        columns = [*(columns or []), *(name for name in if_there if name in there)]
     with _naming(shard):
         # a file object: pyarrow would take a path for a pattern or an address
         with open(shard, "rb") as file:
@@ -244,6 +331,11 @@ def _read_shard(shard: Path, columns: list[str] | None = None) -> pa.Table:
 def _shard_rows(shard: Path) -> int:
     with _naming(shard):
         return pq.read_metadata(shard).num_rows
+
+
+def _shard_columns(shard: Path) -> list[str]:
+    with _naming(shard):
+        return pq.read_schema(shard).names
 
 
 def _shard_skipped(shard: Path) -> dict[str, str]:
@@ -351,6 +443,13 @@ class FaceCache:
         embeddings = np.stack(table["embedding"].to_numpy())
         names, mark = table["identity"].to_pylist(), self.encoder_mark
         return IdentityBank(torch.from_numpy(embeddings), mark.name, names, mark.fingerprint)
+
+    def poses(self) -> np.ndarray:
+        """Yaw and pitch of each face (see `head_pose`), `(N, 2)` float32, in the order of `embeddings`. NaN where they
+        are not known: of pictures that were aligned already, and in caches of earlier versions."""
+        tables = [_read_shard(shard, ["file"], if_there=("yaw", "pitch")).to_pandas() for shard in self.shards]
+        tables = [table.reindex(columns=["yaw", "pitch"]) for table in tables]
+        return np.concatenate([table.to_numpy(np.float32) for table in tables])
 
     def images(self, positions: Sequence[int]) -> list[np.ndarray]:
         """The faces at some positions, in the order of `embeddings`."""
