@@ -210,7 +210,8 @@ def test_readers_of_the_field_read_it(tiny_pipeline, tmp_path):
     assert not (tmp_path / "shards" / "images").exists()
     # our own reader, as a source of photographs
     source = open_source(tmp_path / "shards" / "shards")
-    assert [photograph.identity for photograph in source.photographs] == ["000000"] * 4 + ["000001"] * 4 + ["000002"] * 4
+    names = ["000000"] * 4 + ["000001"] * 4 + ["000002"] * 4
+    assert [photograph.identity for photograph in source.photographs] == names
 
 
 def test_shards_by_parts_that_do_not_know_each_other(tiny_pipeline, tmp_path):
