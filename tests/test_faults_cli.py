@@ -17,11 +17,17 @@ import PIL.Image
 import pytest
 import torch
 import yaml
+from accelerate import cpu_offload
 from conftest import REPOSITORY, draw_person, tiny_components, write_toy_pack
 
 from uiface_diffusers import IdentityBank, UIFacePipeline, cli
-from uiface_diffusers.options import expand_home
-from uiface_diffusers.training_utils import add_optimizer_arguments, data_fingerprint, parse_recipe, schedule_settings
+from uiface_diffusers.data import LatentSet
+from uiface_diffusers.evaluation.face_set import computed_once
+from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.fingerprint import pipeline_fingerprint
+from uiface_diffusers.identities import make_identities
+from uiface_diffusers.options import expand_home, json_object
+from uiface_diffusers.training_utils import add_optimizer_arguments, parse_recipe, run_script, schedule_settings
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1000\n"
 
@@ -196,26 +202,6 @@ def test_options_that_a_schedule_reads_are_fixed():
     assert settings("--lr_scheduler", "cosine", "--lr_restart_steps", "7") == cosine
 
 
-def test_training_data_is_told_from_data_of_the_same_size(tmp_path):
-    def write(name: str, settings: str, shard: bytes) -> str:
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "prepare.json").write_text(json.dumps({"settings": {"files": settings}}))
-        (folder / "faces-00000.parquet").write_bytes(shard)
-        return str(folder)
-
-    first = write("first", "a", b"1234")
-    expected = data_fingerprint([first])
-    assert data_fingerprint([write("moved", "a", b"1234")]) == expected
-    # latents and reports come and go
-    (tmp_path / "first" / "latents-00000.safetensors").write_bytes(b"1")
-    (tmp_path / "first" / "report.json").write_text("{}")
-    assert data_fingerprint([first]) == expected
-    others = [write("other", "b", b"1234"), write("longer", "a", b"12345")]
-    prints = {data_fingerprint(paths) for paths in ([first], *([each] for each in others), [first, *others], others)}
-    assert len(prints) == 5
-
-
 def imports(path) -> set[tuple[str, bool]]:
     """Modules that a file imports, and whether within a function."""
     found, tree = set(), ast.parse(path.read_text())
@@ -271,3 +257,71 @@ def test_rotated_photographs_are_prepared_and_embedded_alike(tmp_path, toy_root)
     encoder = FaceEncoder("toy", os.fspath(toy_root), det_size=160)
     embedded = encoder.embed([PIL.Image.open(file)]).embeddings
     assert torch.allclose(FaceCache(tmp_path / "cache").embeddings().embeddings, embedded, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("both are `toy`"), FileNotFoundError(2, "none", "x"), ImportError("yaml")]
+)
+def test_scripts_end_with_a_message(error, monkeypatch):
+    def main():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train.py"])
+    with pytest.raises(SystemExit, match=f"^train.py: {re.escape(str(error))}$"):
+        run_script(main)
+    for script in sorted((REPOSITORY / "training").rglob("*.py")):
+        assert script.read_text().endswith('if __name__ == "__main__":\n    run_script(main)\n'), script
+
+
+def test_numeric_options_of_scripts_have_a_range():
+    for script in sorted((REPOSITORY / "training").rglob("*.py")):
+        assert not re.search(r"type=(int|float|json\.loads)\b", script.read_text()), script
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3", "word"])
+def test_options_in_json_are_objects(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a JSON object of options"):
+        json_object(text)
+    assert json_object('{"layers": 2}') == {"layers": 2}
+
+
+def test_wrong_settings_of_new_identities_do_not_begin_a_folder(tmp_path, toy_root):
+    pipeline, encoder = UIFacePipeline(**tiny_components()), FaceEncoder("toy", os.fspath(toy_root), det_size=160)
+    for options, message in (
+        ({"num_inference_steps": 0}, "`num_inference_steps` has to be a positive integer but is 0"),
+        ({"guidance_scale": float("nan")}, "`guidance_scale` has to be a finite number"),
+        ({"guidance": 2}, "the pipeline's call has no argument 'guidance'"),
+        ({"batch_size": 0}, "`batch_size` has to be positive but is 0"),
+        ({"exclude": [IdentityBank(torch.eye(3), None)]}, "embeddings of 3 and of 16 numbers cannot be compared"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_identities(pipeline, encoder, 2, tmp_path / "bank", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_elsewhere_have_no_fingerprint(tiny_pipeline):
+    cpu_offload(tiny_pipeline.unet, "cpu")
+    with pytest.raises(ValueError, match="UIFaceUNet2DModel are not at hand but on the meta device"):
+        pipeline_fingerprint(tiny_pipeline)
+
+
+def test_files_that_are_computed_once_and_damaged_are_named(tmp_path):
+    rows = computed_once(tmp_path / "rows", 3, lambda part: torch.ones(len(part), 2), "rows")
+    file = tmp_path / "rows" / "000000.safetensors"
+    whole = file.read_bytes()
+    for content, message in (
+        (whole[:-4], "is damaged, cut short"),
+        (b"", "is empty"),
+        (LFS_POINTER, "is a Git LFS pointer"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"000000.safetensors {message}.*Delete it, and it is computed again"):
+            computed_once(tmp_path / "rows", 3, None, "rows")
+        with pytest.raises(ValueError, match="000000.safetensors"):
+            LatentSet([file])
+    file.write_bytes(whole)
+    with pytest.raises(ValueError, match="has 3 rows, not 4"):
+        computed_once(tmp_path / "rows", 4, None, "rows")
+    assert torch.equal(rows, computed_once(tmp_path / "rows", 3, None, "rows"))
+    with pytest.raises(ValueError, match="has no tensor `latents`"):
+        LatentSet([file])

@@ -152,3 +152,12 @@ def test_subclasses_and_other_spacings_are_taken(exact_pipeline):
     for options in ({"use_karras_sigmas": True}, {"timestep_spacing": "trailing"}, {"use_exponential_sigmas": True}):
         exact_pipeline.scheduler = make_scheduler("DPMSolverMultistepScheduler", **options)
         assert sample(exact_pipeline, boundary=500, num_inference_steps=5).images.isfinite().all()
+
+
+@pytest.mark.parametrize("steps", [3, 4, 10])
+def test_few_steps_of_an_ancestral_scheduler(exact_pipeline, steps):
+    """Interpolated timesteps rise by a rounding error; with two steps, one is NaN."""
+    exact_pipeline.scheduler = make_scheduler("KDPM2AncestralDiscreteScheduler")
+    assert sample(exact_pipeline, boundary=None, num_inference_steps=steps).images.isfinite().all()
+    with pytest.raises(ValueError, match="3 timesteps of KDPM2AncestralDiscreteScheduler are too few: one is"):
+        sample(exact_pipeline, num_inference_steps=2)

@@ -709,7 +709,7 @@ def test_a_time_limit_saves_and_stops(workspace):
         (("--unet", '{"block_out_channels": [32], "attention_levels": []}'), "`attention_levels` has 0 entries"),
         (("--train_data", "nowhere"), "no cache of prepared faces"),
         (("--train_batch_size", "64"), "24 faces do not fill 1 batch(es) of 64: lower --train_batch_size"),
-        (("--checkpointing_steps", "0"), "--checkpointing_steps: '0' is no whole number above zero"),
+        (("--checkpointing_steps", "0"), "--checkpointing_steps: '0' is not a whole number from 1 on"),
         (("--config", "nowhere.yaml"), "--config nowhere.yaml cannot be read"),
     ],
 )

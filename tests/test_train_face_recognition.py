@@ -538,7 +538,7 @@ def test_unfinished_generation_is_refused(forms, tmp_path):
     [
         (("--recognizer", '{"layer": 18}'), "--recognizer has unknown options: layer"),
         (("--train_batch_size", "1"), "--train_batch_size has to be 2 at least"),
-        (("--epochs", "0"), "--epochs: '0' is no whole number above zero"),
+        (("--epochs", "0"), "--epochs: '0' is not a whole number from 1 on"),
         (("--head", "softmax"), "argument --head"),
     ],
 )

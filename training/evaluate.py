@@ -51,8 +51,9 @@ from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.generation import bank_hash
 from uiface_diffusers.hub import IDENTITIES
 from uiface_diffusers.identities import largest_cosines
-from uiface_diffusers.options import expand_home
+from uiface_diffusers.options import expand_home, real, whole
 from uiface_diffusers.seeds import NOISE_VERSION, image_generator
+from uiface_diffusers.training_utils import run_script
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -64,13 +65,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--judge", required=True, help="model pack that the training did not see")
     parser.add_argument("--encoder_root", default="~/.insightface")
     parser.add_argument("--lpips_backbone", help="AlexNet's convolutions; torchvision downloads them if not given")
-    parser.add_argument("--same_person", type=float, default=0.5, help="cosine from which two faces are one person's")
-    parser.add_argument("--num_identities", type=int, default=100, help="of the training, unseen, and of the bank")
-    parser.add_argument("--images_per_identity", type=int, default=4)
-    parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--guidance_scale", type=float, help="default: the model's")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--same_person", type=real(-1, 1), default=0.5, help="cosine from which two faces are one person's"
+    )
+    parser.add_argument("--num_identities", type=whole(), default=100, help="of the training, unseen, and of the bank")
+    parser.add_argument("--images_per_identity", type=whole(), default=4)
+    parser.add_argument("--num_inference_steps", type=whole(), default=50)
+    parser.add_argument("--guidance_scale", type=real(0), help="default: the model's")
+    parser.add_argument("--batch_size", type=whole(), default=16)
+    parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--output", type=Path, required=True)
     return parser.parse_args(expand_home(argv))
 
@@ -324,4 +327,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -25,7 +25,8 @@ from uiface_diffusers.evaluation.people import People
 from uiface_diffusers.files import write_json
 from uiface_diffusers.hub import IDENTITIES
 from uiface_diffusers.identities import keep_distinct, largest_cosines
-from uiface_diffusers.options import expand_home
+from uiface_diffusers.options import expand_home, json_object, real, whole
+from uiface_diffusers.training_utils import run_script
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,10 +34,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("pipeline", help="a pipeline that training/train.py saved")
     parser.add_argument("--faces", nargs="+", required=True, help="caches that it was trained on")
     parser.add_argument("--identities", type=Path, help="bank of `uiface identities make`")
-    parser.add_argument("--num_identities", type=int, default=200)
-    parser.add_argument("--max_similarity", type=float, default=0.3)
-    parser.add_argument("--defaults", type=json.loads, default={}, help="arguments of the pipeline's call, as JSON")
-    parser.add_argument("--seed", type=int, default=0, help="of identities that are drawn")
+    parser.add_argument("--num_identities", type=whole(), default=200)
+    parser.add_argument("--max_similarity", type=real(-1, 1), default=0.3)
+    parser.add_argument("--defaults", type=json_object, default={}, help="arguments of the pipeline's call, as JSON")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of identities that are drawn")
     parser.add_argument("--output", type=Path, required=True)
     return parser.parse_args(expand_home(argv))
 
@@ -71,4 +72,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

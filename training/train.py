@@ -15,6 +15,7 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.files import write_json
 from uiface_diffusers.fingerprint import model_fingerprint
 from uiface_diffusers.latents import decode_latents
-from uiface_diffusers.options import real
+from uiface_diffusers.options import json_object, real, whole
 from uiface_diffusers.pipeline_uiface import MODEL_DEFAULTS
 from uiface_diffusers.seeds import mix_seed
 from uiface_diffusers.training_utils import (
@@ -52,7 +53,6 @@ from uiface_diffusers.training_utils import (
     add_machine_arguments,
     add_optimizer_arguments,
     compiled,
-    data_fingerprint,
     describe_recipe,
     ema_weights,
     facial_feature_weights,
@@ -62,8 +62,9 @@ from uiface_diffusers.training_utils import (
     load_checkpoint,
     make_accelerator,
     make_lr_scheduler,
+    open_caches,
     parse_recipe,
-    positive,
+    run_script,
     sampling_weights,
     save_checkpoint,
     schedule_settings,
@@ -83,11 +84,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--init_from", help="pipeline to start from: folder or Hub repository")
     group.add_argument("--vae", help="first stage: folder or Hub repository of a diffusers autoencoder")
     group.add_argument("--vae_subfolder", help="subfolder of the first stage")
-    group.add_argument("--unet", type=json.loads, default={}, help="UIFaceUNet2DModel options, as JSON")
-    group.add_argument("--context_dropout", type=float, default=0.25, help="dropout of the context's components")
+    group.add_argument("--unet", type=json_object, default={}, help="UIFaceUNet2DModel options, as JSON")
+    group.add_argument("--context_dropout", type=real(0, 1), default=0.25, help="dropout of the context's components")
     group.add_argument(
         "--empty_probability",
-        type=float,
+        type=real(0, 1),
         default=0.2,
         help="how often the empty context is trained; beside it, the first sample of every batch and process has it",
     )
@@ -113,17 +114,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("objective and optimiser")
     group.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), default="epsilon")
-    group.add_argument("--snr_gamma", type=float, help="min-SNR loss weights (Hang et al. 2023); 5.0 is usual")
+    group.add_argument("--snr_gamma", type=real(0), help="min-SNR loss weights (Hang et al. 2023); 5.0 is usual")
     group.add_argument(
         "--identity_weight",
-        type=float,
+        type=real(0),
         default=0.0,
         help="of 1 - cosine between the denoised face and the identity it was told (DCFace, Kim et al. 2023); needs"
         " --encoder_root and v_prediction",
     )
     group.add_argument(
         "--lpips_weight",
-        type=float,
+        type=real(0),
         default=0.0,
         help="of LPIPS between the denoised and the clean face, both decoded, with weight on eyes and mouth; needs"
         " v_prediction",
@@ -132,7 +133,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--lpips_backbone", help="AlexNet's convolutions for it; torchvision downloads them if not given"
     )
     group.add_argument(
-        "--decoded_samples", type=positive, default=8, help="faces per batch that are decoded for these two losses"
+        "--decoded_samples", type=whole(), default=8, help="faces per batch that are decoded for these two losses"
     )
     group.add_argument(
         "--decoded_noise",
@@ -147,19 +148,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="logit_normal: sigmoid of a normal with mean -0.5 and deviation 1.2 (Esser et al. 2024), which spends"
         " fewer samples on nearly pure noise",
     )
-    group.add_argument("--train_batch_size", type=positive, default=64, help="samples a step and process")
-    group.add_argument("--max_train_steps", type=positive, default=250_000)
-    group.add_argument("--max_train_hours", type=float, help="save and stop after this time in this run")
-    group.add_argument("--gradient_accumulation_steps", type=positive, default=1, help="batches of one optimiser step")
+    group.add_argument("--train_batch_size", type=whole(), default=64, help="samples a step and process")
+    group.add_argument("--max_train_steps", type=whole(), default=250_000)
+    group.add_argument("--max_train_hours", type=real(0), help="save and stop after this time in this run")
+    group.add_argument("--gradient_accumulation_steps", type=whole(), default=1, help="batches of one optimiser step")
     add_optimizer_arguments(group, learning_rate=1e-4, lr_scheduler="cosine_warm_restarts")
-    group.add_argument("--ema_decay", type=float, default=0.9999)
+    group.add_argument("--ema_decay", type=real(0, 1), default=0.9999)
 
     add_machine_arguments(parser).add_argument("--gradient_checkpointing", **SWITCH)
 
     group = add_checkpoint_arguments(parser, steps=5000)
-    group.add_argument("--snapshot_steps", type=int, default=0, help="keep the pipeline of every so many steps, too")
-    group.add_argument("--validation_seeds", type=int, default=4, help="pictures a row of the grid")
-    group.add_argument("--validation_inference_steps", type=int, default=50)
+    group.add_argument(
+        "--snapshot_steps", type=whole(0), default=0, help="keep the pipeline of every so many steps, too"
+    )
+    group.add_argument("--validation_seeds", type=whole(), default=4, help="pictures a row of the grid")
+    group.add_argument("--validation_inference_steps", type=whole(), default=50)
     group.add_argument(
         "--encoder_root",
         help="folder with models/PACK of the caches' encoder: the grid's mean cosine to its identities is logged",
@@ -179,6 +182,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             f"--train_data_shares has {len(args.train_data_shares)} numbers for {len(args.train_data)} caches"
         )
+    if args.train_data_shares is not None and not sum(args.train_data_shares):
+        parser.error("--train_data_shares are all 0: nothing would be drawn")
     if args.init_from is not None and args.unet:
         parser.error("--unet cannot change the network of --init_from")
     return args
@@ -383,14 +388,10 @@ class LossLog:
 
 
 def load_training_data(
-    args, accelerator: Accelerator, vae
+    args, caches: Sequence[FaceCache], accelerator: Accelerator, vae
 ) -> tuple[LatentFaces, list[str], torch.Tensor | None, EncoderMark]:
     """Data set, identity of each face, how often each face is drawn (None: all alike), and encoder. Checks that the
-    caches belong together before anything is encoded."""
-    caches = [FaceCache(folder) for folder in args.train_data]
-    sizes = {str(cache.folder): cache.image_size for cache in caches}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"the caches differ in `image_size`: {sizes}. Prepare them alike.")
+    caches are of one encoder before anything is encoded."""
     encoder = common_encoder({str(cache.folder): cache.encoder_mark for cache in caches})
     # too few faces are named before they are encoded
     EndlessBatchSampler(sum(map(len, caches)), args.train_batch_size, args.seed, 0, accelerator.num_processes)
@@ -499,15 +500,19 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    with torch.device("meta"):
-        UIFaceUNet2DModel(**args.unet)  # wrong options are named before anything is encoded
+    try:
+        with torch.device("meta"):
+            UIFaceUNet2DModel(**args.unet)  # wrong options are named before anything is encoded
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"--unet {json.dumps(args.unet)} makes no network: {error}") from error
     rank, world_size = accelerator.process_index, accelerator.num_processes
 
     # 1. data
     vae_path, vae_subfolder = (args.vae, args.vae_subfolder) if args.vae else (args.init_from, "vae")
     vae = AutoModel.from_pretrained(vae_path, subfolder=vae_subfolder).eval().requires_grad_(False)
     vae.to(accelerator.device)
-    dataset, names, sample_weights, encoder = load_training_data(args, accelerator, vae)
+    caches = open_caches(args.train_data)
+    dataset, names, sample_weights, encoder = load_training_data(args, caches, accelerator, vae)
     face_encoder = recognizer = None
     if args.encoder_root is not None:
         face_encoder = FaceEncoder(encoder.name, args.encoder_root, det_size=160)
@@ -552,7 +557,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     fixed = {"seed": args.seed, "train_batch_size": args.train_batch_size, "num_processes": world_size}
     fixed |= {"faces": len(dataset), "balanced_sampling": args.balanced_sampling}
     fixed |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, **schedule_settings(args)}
-    fixed |= {"train_data": data_fingerprint(args.train_data), "vae": model_fingerprint(vae)}
+    fixed |= {"train_data": [cache.fingerprint for cache in caches], "vae": model_fingerprint(vae)}
     fixed |= {"prediction_type": args.prediction_type, "unet": args.unet}
     fixed |= {"train_data_shares": args.train_data_shares, "side_view_share": args.side_view_share}
     step, hours_before = 0, 0.0
@@ -703,4 +708,4 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

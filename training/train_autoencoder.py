@@ -30,12 +30,12 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from uiface_diffusers.data import FaceCache
 from uiface_diffusers.data.face_cache import load_pictures
 from uiface_diffusers.evaluation import load_lpips, reconstruction_quality
 from uiface_diffusers.evaluation.reconstruction import to_unit_range
 from uiface_diffusers.faces import FaceEncoder, TorchRecognizer
 from uiface_diffusers.latents import FirstStage
+from uiface_diffusers.options import json_object, real, whole
 from uiface_diffusers.pictures import rgb_bytes
 from uiface_diffusers.seeds import mix_seed
 from uiface_diffusers.training_utils import (
@@ -45,7 +45,6 @@ from uiface_diffusers.training_utils import (
     add_machine_arguments,
     add_optimizer_arguments,
     compiled,
-    data_fingerprint,
     ema_weights,
     facial_feature_weights,
     find_checkpoint,
@@ -54,8 +53,9 @@ from uiface_diffusers.training_utils import (
     load_checkpoint,
     make_accelerator,
     make_lr_scheduler,
+    open_caches,
     parse_recipe,
-    positive,
+    run_script,
     save_checkpoint,
     schedule_settings,
     training_folder,
@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("data and model")
     group.add_argument("--train_data", nargs="+", help="caches of `uiface prepare`, all of one size")
     group.add_argument("--validation_data", help="cache of other people; faces of the training if not given")
-    group.add_argument("--autoencoder", type=json.loads, help="the model's config as JSON, with `_class_name`")
+    group.add_argument("--autoencoder", type=json_object, help="the model's config as JSON, with `_class_name`")
     group.add_argument("--init_from", help="start from this model: folder or Hub repository")
     group.add_argument(
         "--freeze_encoder",
@@ -84,10 +84,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--output_dir", type=Path, help="model, checkpoints, logs and validation grids")
 
     group = parser.add_argument_group("objective and optimiser")
-    group.add_argument("--lpips_weight", type=float, default=1.0)
+    group.add_argument("--lpips_weight", type=real(0), default=1.0)
     group.add_argument("--lpips_network", choices=("alex", "squeeze", "vgg"), default="alex")
     group.add_argument("--lpips_backbone", help="its convolutions' weights; torchvision downloads them if not given")
-    group.add_argument("--identity_weight", type=float, default=0.0, help="of 1 - cosine to the face's embedding")
+    group.add_argument("--identity_weight", type=real(0), default=0.0, help="of 1 - cosine to the face's embedding")
     group.add_argument(
         "--identity_encoder",
         default="buffalo_l",
@@ -96,38 +96,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--encoder_root", default="~/.insightface", help="folder with models/PACK")
     group.add_argument(
         "--regularization_weight",
-        type=float,
+        type=real(0),
         default=1e-3,
         help="AutoencoderKL: KL divergence, AutoencoderTiny: half the latents' square, mean over their components;"
         " VQModel: commitment loss",
     )
     group.add_argument(
         "--scale_equivariance_probability",
-        type=float,
+        type=real(0, 1),
         default=0.0,
         help="steps that reconstruct the half-size face from half-size latents, for latents that are easier to"
         " denoise (EQ-VAE, Kouzelis et al. 2025)",
     )
     group.add_argument(
         "--latent_noise",
-        type=float,
+        type=real(0),
         default=0.0,
         help="standard deviation of noise on the latents that are decoded, so that the decoder forgives a denoiser's"
         " errors; in the units of the unscaled latents",
     )
     group.add_argument("--facial_features", **SWITCH, help="more weight of L1 and LPIPS on eyes and mouth")
-    group.add_argument("--adversarial_weight", type=float, default=0.0, help="of the patch discriminator's hinge loss")
-    group.add_argument("--adversarial_start", type=int, default=0, help="first step with the discriminator")
-    group.add_argument("--train_batch_size", type=positive, default=16, help="faces a step and process")
-    group.add_argument("--max_train_steps", type=positive, default=100_000)
-    group.add_argument("--max_train_hours", type=float, help="save and stop after this time in this run")
+    group.add_argument(
+        "--adversarial_weight", type=real(0), default=0.0, help="of the patch discriminator's hinge loss"
+    )
+    group.add_argument("--adversarial_start", type=whole(0), default=0, help="first step with the discriminator")
+    group.add_argument("--train_batch_size", type=whole(), default=16, help="faces a step and process")
+    group.add_argument("--max_train_steps", type=whole(), default=100_000)
+    group.add_argument("--max_train_hours", type=real(0), help="save and stop after this time in this run")
     add_optimizer_arguments(group, learning_rate=5e-4, lr_scheduler="cosine")
-    group.add_argument("--ema_decay", type=float, default=0.999)
+    group.add_argument("--ema_decay", type=real(0, 1), default=0.999)
 
     add_machine_arguments(parser)
 
     group = add_checkpoint_arguments(parser, steps=1000)
-    group.add_argument("--validation_faces", type=int, default=64)
+    group.add_argument("--validation_faces", type=whole(), default=64)
 
     args = parse_recipe(parser, argv, required=("train_data", "output_dir"))
     if (args.autoencoder is None) == (args.init_from is None):
@@ -147,11 +149,9 @@ class FacePictures(Dataset):
     """
 
     def __init__(self, folders: list[str]):
-        caches = [FaceCache(folder) for folder in folders]
-        sizes = {str(cache.folder): cache.image_size for cache in caches}
-        if len(set(sizes.values())) > 1:
-            raise ValueError(f"the caches differ in `image_size`: {sizes}. Prepare them alike.")
+        caches = open_caches(folders)
         self.image_size = caches[0].image_size
+        self.fingerprints = [cache.fingerprint for cache in caches]
         self.table = load_pictures([shard for cache in caches for shard in cache.shards])
 
     def __len__(self) -> int:
@@ -322,7 +322,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         if type(vae).__name__ not in AUTOENCODERS:
             raise ValueError(f"{args.init_from} is a {type(vae).__name__}, not one of {', '.join(AUTOENCODERS)}.")
     else:
-        vae = AUTOENCODERS[args.autoencoder["_class_name"]].from_config(args.autoencoder)
+        try:
+            vae = AUTOENCODERS[args.autoencoder["_class_name"]].from_config(args.autoencoder)
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"--autoencoder {json.dumps(args.autoencoder)} makes no model: {error}") from error
     trained = Reconstruction(vae, args.freeze_encoder, args.latent_noise)
     if args.channels_last:
         trained.to(memory_format=torch.channels_last)
@@ -357,7 +360,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         accelerator.init_trackers("train_autoencoder", config=settings)
     # what the data's order depends on, besides the step, and what a checkpoint's optimiser would overrule
     fixed = {"seed": args.seed, "train_batch_size": args.train_batch_size, "num_processes": world_size}
-    fixed |= {"faces": len(dataset), "train_data": data_fingerprint(args.train_data), **schedule_settings(args)}
+    fixed |= {"faces": len(dataset), "train_data": dataset.fingerprints, **schedule_settings(args)}
     fixed |= {"autoencoder": args.autoencoder, "freeze_encoder": args.freeze_encoder}
     step, hours_before = 0, 0.0
     if checkpoint is not None:
@@ -469,4 +472,4 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -47,6 +47,7 @@ from uiface_diffusers.faces import ALIGNED_SIZE
 from uiface_diffusers.files import write_json
 from uiface_diffusers.hub import load_card
 from uiface_diffusers.models.margin_heads import MARGIN_HEADS, MarginHead
+from uiface_diffusers.options import json_object, real, whole
 from uiface_diffusers.seeds import mix_seed
 from uiface_diffusers.training_utils import (
     LR_SCHEDULERS,
@@ -55,7 +56,6 @@ from uiface_diffusers.training_utils import (
     add_hub_arguments,
     add_machine_arguments,
     add_optimizer_arguments,
-    data_fingerprint,
     describe_recipe,
     find_checkpoint,
     is_due,
@@ -64,7 +64,7 @@ from uiface_diffusers.training_utils import (
     make_accelerator,
     make_lr_scheduler,
     parse_recipe,
-    positive,
+    run_script,
     save_checkpoint,
     schedule_settings,
     training_folder,
@@ -89,28 +89,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("data and model")
     group.add_argument("--train_data", nargs="+", help="data sets of aligned faces, each of other people")
-    group.add_argument("--min_images_per_identity", type=int, default=1, help="identities with fewer are left out")
-    group.add_argument("--checked_faces", type=int, help="read before the first step; default: all")
-    group.add_argument("--flip_probability", type=float, default=0.5)
-    group.add_argument("--crop_probability", type=float, default=0.2, help="of a random resized crop")
-    group.add_argument("--crop_scale", type=float, nargs=2, default=(0.2, 1.0), help="least and largest area")
-    group.add_argument("--recognizer", type=json.loads, default={}, help="IResNetConfig options, as JSON")
+    group.add_argument("--min_images_per_identity", type=whole(), default=1, help="identities with fewer are left out")
+    group.add_argument("--checked_faces", type=whole(), help="read before the first step; default: all")
+    group.add_argument("--flip_probability", type=real(0, 1), default=0.5)
+    group.add_argument("--crop_probability", type=real(0, 1), default=0.2, help="of a random resized crop")
+    group.add_argument("--crop_scale", type=real(0, 1), nargs=2, default=(0.2, 1.0), help="least and largest area")
+    group.add_argument("--recognizer", type=json_object, default={}, help="IResNetConfig options, as JSON")
     group.add_argument("--output_dir", type=Path, help="model, checkpoints and logs")
 
     group = parser.add_argument_group("objective and optimiser")
     group.add_argument("--head", choices=tuple(MARGIN_HEADS), default="arcface")
-    group.add_argument("--margin", type=float, help="default: the head's own")
-    group.add_argument("--scale", type=float, default=64.0, help="of the cosines")
-    group.add_argument("--train_batch_size", type=positive, default=512, help="faces a step and process")
-    group.add_argument("--epochs", type=positive, default=40)
-    group.add_argument("--max_train_steps", type=positive, help="instead of --epochs")
-    group.add_argument("--max_train_hours", type=float, help="save and stop after this time in this run")
-    group.add_argument("--gradient_accumulation_steps", type=positive, default=1, help="batches of one optimiser step")
+    group.add_argument("--margin", type=real(), help="default: the head's own")
+    group.add_argument("--scale", type=real(0), default=64.0, help="of the cosines")
+    group.add_argument("--train_batch_size", type=whole(), default=512, help="faces a step and process")
+    group.add_argument("--epochs", type=whole(), default=40)
+    group.add_argument("--max_train_steps", type=whole(), help="instead of --epochs")
+    group.add_argument("--max_train_hours", type=real(0), help="save and stop after this time in this run")
+    group.add_argument("--gradient_accumulation_steps", type=whole(), default=1, help="batches of one optimiser step")
     add_optimizer_arguments(group, 0.1, "multi_step", ("multi_step", *LR_SCHEDULERS))
-    group.add_argument("--lr_milestones", type=int, nargs="*", default=[22, 28, 32], help="of multi_step, in epochs")
-    group.add_argument("--lr_decay", type=float, default=0.1, help="the learning rate's factor at each of them")
-    group.add_argument("--momentum", type=float, default=0.9)
-    group.add_argument("--weight_decay", type=float, default=5e-4)
+    group.add_argument(
+        "--lr_milestones", type=whole(0), nargs="*", default=[22, 28, 32], help="of multi_step, in epochs"
+    )
+    group.add_argument("--lr_decay", type=real(0), default=0.1, help="the learning rate's factor at each of them")
+    group.add_argument("--momentum", type=real(0, 1), default=0.9)
+    group.add_argument("--weight_decay", type=real(0), default=5e-4)
 
     add_machine_arguments(parser)
 
@@ -119,8 +121,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_hub_arguments(group, "recogniser")
 
     args = parse_recipe(parser, argv, required=("train_data", "output_dir"))
-    if not isinstance(args.recognizer, dict):
-        parser.error("--recognizer is not a JSON object of options")
     unknown = sorted(args.recognizer.keys() - inspect.signature(IResNetConfig.__init__).parameters.keys())
     if unknown:
         parser.error(f"--recognizer has unknown options: {', '.join(unknown)}")
@@ -397,7 +397,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, config: IResNetCon
     fixed |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "head": args.head}
     fixed |= {name: getattr(args, name) for name in ("learning_rate", "momentum", "weight_decay")}
     fixed |= {
-        "train_data": data_fingerprint(args.train_data),
+        "train_data": [faces.fingerprint],
         "recognizer": args.recognizer,
         **schedule_settings(args),
     }
@@ -503,4 +503,4 @@ def train(args: argparse.Namespace, accelerator: Accelerator, config: IResNetCon
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import inspect
 import json
 import re
 import shutil
@@ -104,15 +103,6 @@ def _convert(args: argparse.Namespace) -> None:
         print(f"  left out {line}")
 
 
-def _sampling_parameters() -> dict[str, inspect.Parameter]:
-    """Arguments of the pipeline's call that the command line has under the same names."""
-    from . import UIFacePipeline
-    from .generation import OWN_ARGUMENTS
-
-    parameters = inspect.signature(UIFacePipeline.__call__).parameters
-    return {name: value for name, value in parameters.items() if name not in {"self", *OWN_ARGUMENTS}}
-
-
 # of the pipeline's call
 SAMPLING_TYPES = {
     "num_inference_steps": whole(),
@@ -170,8 +160,8 @@ def _generate(args: argparse.Namespace) -> None:
     if not bank_file.is_file():
         raise ValueError(f"{bank_file} is missing: name a bank of identities by --identities.")
     identities = IdentityBank.load(bank_file)
-    sampling = {name: getattr(args, name) for name in _sampling_parameters() if hasattr(args, name)}
     pipeline = _load_pipeline(folder, dtype=getattr(torch, args.dtype))
+    sampling = {name: getattr(args, name) for name in pipeline.sampling_defaults() if hasattr(args, name)}
     if args.scheduler is not None:
         scheduler = getattr(diffusers, args.scheduler, None)
         if not hasattr(scheduler, "from_config") or "Scheduler" not in args.scheduler:
@@ -243,12 +233,12 @@ def _add_generate(commands) -> None:
     generate.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     generate.add_argument("--device", type=device, help="default: what accelerate finds")
     generate.add_argument("--push-to-hub", metavar="REPO", help="upload the complete data set")
-    from .pipeline_uiface import MODEL_DEFAULTS
+    from .pipeline_uiface import MODEL_DEFAULTS, UIFacePipeline
 
     group = generate.add_argument_group("sampling: arguments of the pipeline's call")
-    for name, parameter in _sampling_parameters().items():
+    for name, value in UIFacePipeline.sampling_defaults().items():
         option = f"--{name.replace('_', '-')}"
-        default = "the model's" if name in MODEL_DEFAULTS else parameter.default
+        default = "the model's" if name in MODEL_DEFAULTS else value
         # absent if not given: None is a value
         group.add_argument(
             option,

@@ -23,7 +23,7 @@ from insightface.utils import ensure_available, face_align
 from torch import nn
 
 from .encoders import EncoderMark
-from .files import warn_once, why_unreadable
+from .files import local_path, warn_once, why_unreadable
 from .identities import IdentityBank
 from .pictures import is_picture, rgb_bytes
 from .static_shapes import with_static_shapes
@@ -252,7 +252,7 @@ def execution_providers(
 
 def _pack_folder(name: str, root: str | os.PathLike) -> Path:
     """The folder of a model pack, downloaded if it is not there."""
-    root = Path(root).expanduser()
+    root = local_path(root)
     folder = root / "models" / name
     if not folder.exists():
         try:

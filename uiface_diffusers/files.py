@@ -14,7 +14,6 @@ from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 
 @cache
@@ -26,8 +25,9 @@ def warn_once(message: str) -> None:
 @contextmanager
 def complete_file(path: str | os.PathLike) -> Iterator[Path]:
     """Gives a name beside `path` to write to, and renames at the end: `path` is complete or not there at all, also
-    when two processes write it."""
+    when two processes write it. Its folder is made."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     # short: a name of 255 bytes has no room for more
     beside = path.with_name(f"{path.name[:40]}.{uuid4().hex[:12]}.part")
     try:
@@ -49,7 +49,7 @@ BYTE_ORDER_MARKS = {
 
 
 def local_path(path: str | os.PathLike) -> Path:
-    """A path with `~/` expanded; everything else in it is taken literally."""
+    """A path with `~/` expanded, for every path that a user gives; everything else in it is taken literally."""
     path = Path(path)
     return path.expanduser() if path.parts[:1] == ("~",) else path
 
@@ -64,13 +64,29 @@ def printable(name: str) -> str:
     return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def damage(path: Path) -> str:
-    """What is wrong with a file that cannot be read, and what to do."""
+def why_unreadable(path: str | os.PathLike, error: object) -> str:
+    """What is wrong with a file that cannot be read, and what to do: a sentence that starts with the path.
+
+    Args:
+        path: the file.
+        error: what its library said; the first line is shown where nothing better is known.
+    """
+    path = Path(path)
+    if not path.exists():
+        return f"{path} is missing"
+    if path.is_dir():
+        return f"{path} is a folder, not a file"
     with open(path, "rb") as file:
-        start = file.read(len(LFS_POINTER))
-    if start == LFS_POINTER:
-        return "it is a Git LFS pointer, not the file itself: run `git lfs pull`"
-    return "it is empty: copy it again" if not start else "it is damaged or cut short: copy it again"
+        start = file.read(64)
+    if not start:
+        return f"{path} is empty: copy it again"
+    if start.startswith(LFS_POINTER):
+        return f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder"
+    # a safetensors file may start with b"\x80", too: the length of what follows
+    if start.startswith((b"PK\x03\x04", b"\x80")) and start[8:9] != b"{" and path.suffix not in (".npz", ".bin"):
+        return f"{path} is a zip archive or a pickle, such as torch.save writes"
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return f"{path} is damaged, cut short or of another kind: {reason}"
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:
@@ -82,7 +98,7 @@ def read_lines(path: str | os.PathLike) -> list[str]:
     path = local_path(path)
     content = path.read_bytes()
     if content.startswith(LFS_POINTER):
-        raise ValueError(f"{path} cannot be read: {damage(path)}.")
+        raise ValueError(f"{why_unreadable(path, 'no text')}.")
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
     try:
         text = content.decode(encoding)
@@ -98,33 +114,15 @@ def read_lines(path: str | os.PathLike) -> list[str]:
     return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n") if text else []
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: str | os.PathLike) -> Any:
     """
     Raises:
-        ValueError: the file is no JSON; the message names it.
+        ValueError: the file is missing or no JSON; the message names it.
     """
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}): {damage(path)}.") from error
-
-
-def why_unreadable(path: str | os.PathLike, error: object) -> str:
-    """What is wrong with a file that its library cannot read, for people: the path and the reason."""
-    path = Path(path)
-    if not path.exists():
-        return f"{path} is missing"
-    if path.is_dir():
-        return f"{path} is a folder, not a file"
-    with open(path, "rb") as file:
-        head = file.read(64)
-    if not head:
-        return f"{path} is empty: copy it again"
-    if head.startswith(b"version https://git-lfs"):
-        return f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder"
-    if head.startswith((b"PK\x03\x04", b"\x80")) and path.suffix != ".npz":
-        return f"{path} is a zip archive or a pickle, such as torch.save writes"
-    return f"{path} is damaged, cut short or of another kind: {error}"
+        return json.loads(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no JSON file: {why_unreadable(path, error)}.") from error
 
 
 def read_torch(path: str | os.PathLike) -> Any:
@@ -143,16 +141,36 @@ def read_torch(path: str | os.PathLike) -> Any:
         raise ValueError(f"{path} is damaged, or holds more than tensors: not loaded. {reason}") from error
 
 
-def read_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file.
+@contextmanager
+def open_safetensors(path: str | os.PathLike) -> Iterator[Any]:
+    """A safetensors file as `safe_open` gives it.
 
     Raises:
         ValueError: it is missing, empty, cut short, a Git LFS pointer or of another kind; the message says which.
     """
     try:
-        return load_file(path)
+        file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"no safetensors file: {why_unreadable(path, error)}.") from error
+    with file:
+        yield file
+
+
+def read_safetensors(path: str | os.PathLike, wanted: Collection[str] = ()) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file.
+
+    Args:
+        path: the file.
+        wanted: names that have to be among them.
+
+    Raises:
+        ValueError: as of `open_safetensors`, or a tensor is not in it.
+    """
+    with open_safetensors(path) as file:
+        missing = sorted(set(wanted) - set(file.keys()))
+        if missing:
+            raise ValueError(f"{path} has no tensor `{missing[0]}`: it is of another kind.")
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def check_safetensors(folder: Path) -> None:
@@ -162,11 +180,21 @@ def check_safetensors(folder: Path) -> None:
         ValueError: a file is empty, cut short, a Git LFS pointer or of another kind.
     """
     for file in sorted(folder.glob("*/*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"no safetensors file: {why_unreadable(file, error)}.") from error
+        with open_safetensors(file):
+            pass
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that `check_settings` wrote.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    content = read_json(path)
+    settings = content.get("settings") if isinstance(content, dict) else None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is damaged: it has no settings. Restore it, or choose another folder.")
+    return settings
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -192,10 +220,7 @@ def check_settings(path: Path, settings: dict[str, Any], if_known: Collection[st
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"settings": settings, **notes})
         return
-    try:
-        begun = json.loads(path.read_text())["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: restore it, or choose another folder. ({error!r})") from error
+    begun = read_settings(path)
     for name in if_known:
         if settings.get(name) is not None and begun.get(name) is None:
             warn_once(f"{path} does not say `{name}`, which cannot be compared with {settings[name]!r}.")

@@ -26,12 +26,30 @@ def public_config(component: Any) -> dict[str, Any]:
     return {name: value for name, value in component.config.items() if not name.startswith("_") and name not in other}
 
 
+def _state_dict(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """
+    Raises:
+        ValueError: the weights are elsewhere.
+    """
+    weights = module.state_dict()
+    if any(tensor.is_meta for tensor in weights.values()):
+        raise ValueError(
+            f"the weights of {type(module).__name__} are not at hand but on the meta device, as after"
+            " `enable_sequential_cpu_offload()`: put the model on one device."
+        )
+    return weights
+
+
 def model_fingerprint(component: Any) -> str:
-    """Twelve hexadecimal digits of a component's class, configuration and weights, compiled or not."""
+    """Twelve hexadecimal digits of a component's class, configuration and weights, compiled or not.
+
+    Raises:
+        ValueError: the weights are on the meta device.
+    """
     component = unwrapped(component)
     content = json.dumps([type(component).__name__, public_config(component)], sort_keys=True, default=str)
     digest = hashlib.sha256(content.encode())
-    weights = component.state_dict() if isinstance(component, torch.nn.Module) else {}
+    weights = _state_dict(component) if isinstance(component, torch.nn.Module) else {}
     # a part that was compiled alone
     weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in weights.items()}
     for name, tensor in sorted(weights.items()):
@@ -43,7 +61,7 @@ def model_fingerprint(component: Any) -> str:
 def weights_fingerprint(module: torch.nn.Module) -> str:
     """Twelve hexadecimal digits of the weights of a module that has no configuration."""
     digest = hashlib.sha256()
-    for tensor in unwrapped(module).state_dict().values():
+    for tensor in _state_dict(unwrapped(module)).values():
         digest.update(tensor.detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()[:12]
 

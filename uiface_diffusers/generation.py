@@ -12,7 +12,6 @@ nothing else: not on the batch, the number of processes or an interruption.
 """
 
 import hashlib
-import inspect
 import io
 import json
 import os
@@ -61,7 +60,7 @@ from .data.image_folder import (
 )
 from .encoders import check_same_encoder
 from .faces import FaceEncoder
-from .files import MAX_NAME, check_settings, complete_file
+from .files import MAX_NAME, check_settings, complete_file, local_path, read_settings
 from .fingerprint import pipeline_fingerprint
 from .hub import IDENTITIES
 from .identities import IdentityBank, perturb_embeddings
@@ -70,17 +69,6 @@ from .pipeline_uiface import UIFacePipeline
 from .seeds import NOISE_VERSION, PERTURBATION, image_generator, noise_seed
 
 OUTPUT_FORMATS = ("imagefolder", "webdataset")
-# arguments of the pipeline's call that a data set gives itself
-OWN_ARGUMENTS = {
-    "identity_embeds",
-    "num_images_per_prompt",
-    "generator",
-    "latents",
-    "output_type",
-    "return_dict",
-    "callback_on_step_end",
-    "callback_on_step_end_tensor_inputs",
-}
 SIZE_CATEGORIES = (
     (1_000, "n<1K"),
     (10_000, "1K<n<10K"),
@@ -173,7 +161,7 @@ def generate_dataset(
     batch_size, shard = int(batch_size), (int(shard[0]), int(shard[1]))
     state = PartialState()
     part = (shard[0] * state.num_processes + state.process_index, shard[1] * state.num_processes)
-    output = Path(output)
+    output = local_path(output)
     settings = {
         "model": pipeline_fingerprint(pipeline),
         "scheduler": type(pipeline.scheduler).__name__,
@@ -216,15 +204,9 @@ def generate_dataset(
     )
 
 
-def _sampling_defaults(pipeline: UIFacePipeline) -> dict[str, Any]:
-    """The arguments of the pipeline's call that a data set leaves open, with their defaults."""
-    parameters = inspect.signature(pipeline.__call__).parameters
-    return {name: parameter.default for name, parameter in parameters.items() if name not in OWN_ARGUMENTS}
-
-
 def _sampling(pipeline: UIFacePipeline, given: Mapping[str, Any]) -> dict[str, Any]:
     """What the pipeline's call will take, with the values of its configuration."""
-    sampling = _sampling_defaults(pipeline) | given
+    sampling = pipeline.sampling_defaults() | given
     defaults = pipeline.default_sampling(sampling["num_inference_steps"])
     return sampling | {name: value for name, value in defaults.items() if sampling[name] is None}
 
@@ -238,10 +220,7 @@ def _plain(value: Any) -> Any:
 
 def _check_noise(file: Path) -> None:
     """Refuses a folder whose images have noise of another version: those still missing would have other noise."""
-    try:
-        begun = json.loads(file.read_text())["settings"].get("noise", 1) if file.exists() else NOISE_VERSION
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return  # damaged, as `check_settings` will say
+    begun = read_settings(file).get("noise", 1) if file.exists() else NOISE_VERSION
     if begun != NOISE_VERSION:
         raise ValueError(
             f"{file.parent} was begun with noise of version {begun}, this uiface-diffusers draws version"
@@ -283,22 +262,8 @@ def _check_arguments(pipeline: UIFacePipeline, identities: IdentityBank, argumen
         raise ValueError("`min_similarity` needs an `encoder` to measure by.")
     if any(hasattr(module, "_hf_hook") for module in pipeline.components.values()):
         raise ValueError("the pipeline is offloaded; images are decoded beside sampling: put it on one device.")
-    taken = _sampling_defaults(pipeline).keys()
-    unknown = sorted(arguments["sampling"].keys() - taken)
-    if unknown:
-        raise ValueError(
-            f"the pipeline's call has no argument {unknown[0]!r} that could be given here: {sorted(taken)}."
-        )
     # wrong embeddings and settings are named before anything is loaded or written
-    pipeline.check_inputs(
-        identity_embeds=pipeline.prepare_identity_embeds(identities),
-        num_images_per_prompt=1,
-        generator=None,
-        latents=None,
-        output_type="latent",
-        callback_on_step_end_tensor_inputs=None,
-        **_sampling_defaults(pipeline) | arguments["sampling"],
-    )
+    pipeline.check_sampling(pipeline.prepare_identity_embeds(identities), **arguments["sampling"])
     if arguments["identity_perturbation"] is not None:
         perturb_embeddings(identities.embeddings[:1], arguments["identity_perturbation"], [torch.Generator()])
 

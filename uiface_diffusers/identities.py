@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from .encoders import EncoderMark, check_same_encoder, projector_mark
-from .files import check_settings, complete_file, read_safetensors, read_torch, why_unreadable
+from .files import (
+    check_settings,
+    complete_file,
+    local_path,
+    open_safetensors,
+    read_safetensors,
+    read_torch,
+    why_unreadable,
+)
 from .fingerprint import pipeline_fingerprint
 from .seeds import CANDIDATE, NOISE_VERSION, image_generator
 
@@ -89,7 +96,7 @@ class IdentityBank:
         for name in ("identity_encoder", "identity_encoder_fingerprint"):
             if getattr(self, name) is not None:
                 metadata[name] = getattr(self, name)
-        with complete_file(path) as file:
+        with complete_file(local_path(path)) as file:
             save_file({"embeddings": self.embeddings.contiguous()}, file, metadata=metadata)
 
     @classmethod
@@ -99,11 +106,8 @@ class IdentityBank:
         Raises:
             ValueError: the file is missing, damaged or no identity bank; the message names it and says why.
         """
-        try:
-            file = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"no identity bank: {why_unreadable(path, error)}.") from error
-        with file:
+        path = local_path(path)
+        with open_safetensors(path) as file:
             if "embeddings" not in file.keys():
                 raise ValueError(f"{path} has no tensor `embeddings`: not an identity bank.")
             metadata = file.metadata() or {}
@@ -156,7 +160,7 @@ def import_identities(
         ValueError: the file is damaged, has several arrays and no `key`, or rows are zero or not finite; the message
             has their numbers, from 0.
     """
-    file = Path(file)
+    file = local_path(file)
     content = _read_arrays(file)
     names: list[str] = []
     if isinstance(content, Mapping):
@@ -210,6 +214,15 @@ def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return ", ".join(shown) + (f" and {len(shapes) - 10} more" if len(shapes) > 10 else "")
 
 
+def check_same_dimension(dimension: int, other: int) -> None:
+    """
+    Raises:
+        ValueError: embeddings of the two cannot be compared.
+    """
+    if dimension != other:
+        raise ValueError(f"embeddings of {dimension} and of {other} numbers cannot be compared: give one encoder's.")
+
+
 def largest_cosines(embeddings: torch.Tensor, known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine to, and position of, the nearest known embedding, in blocks: the full matrix is never held.
 
@@ -219,7 +232,11 @@ def largest_cosines(embeddings: torch.Tensor, known: torch.Tensor) -> tuple[torc
 
     Returns:
         Two tensors of shape `(N,)`: cosines (-1 without known embeddings) and positions.
+
+    Raises:
+        ValueError: the dimensions differ.
     """
+    check_same_dimension(embeddings.shape[1], known.shape[1])
     cosines = embeddings.new_full((len(embeddings),), -1.0)
     positions = torch.zeros(len(embeddings), dtype=torch.long)
     for start in range(0, len(embeddings), CANDIDATE_ROWS):
@@ -372,16 +389,20 @@ def make_identities(
         The report: `candidates`, `kept`, `near an excluded identity`, `near a kept identity`, `no face`.
 
     Raises:
-        ValueError: an encoder does not match; or too few identities were found: the message has the report, and
-            `output` holds what was found.
+        ValueError: an encoder or a setting does not fit, before anything is written; or too few identities were found:
+            the message has the report, and `output` holds what was found.
     """
+    for name, value in {"number": number, "batch_size": batch_size, "max_candidates": max_candidates}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` has to be positive but is {value}.")
+    pipeline.check_sampling(**sampling)
     check_same_encoder("the pipeline", projector_mark(pipeline.identity_projector), "the pack", encoder.encoder_mark)
     for bank in exclude:
         check_same_encoder("an excluded bank", bank.encoder_mark, "the pack", encoder.encoder_mark)
-    excluded = [F.normalize(bank.embeddings) for bank in exclude]
-    dimension = pipeline.identity_projector.config.identity_dim
-    distinct = DistinctIdentities(torch.cat(excluded or [torch.empty(0, dimension)]), max_similarity, number)
+    excluded = _join(exclude, pipeline.identity_projector.config.identity_dim)
+    distinct = DistinctIdentities(excluded, max_similarity, number)
     max_candidates = 20 * number if max_candidates is None else max_candidates
+    output = local_path(output)
     folder = Path(f"{output}.candidates")
     settings = {"seed": seed, "batch_size": batch_size, "sampling": sampling}
     settings |= {"model": pipeline_fingerprint(pipeline), "noise": NOISE_VERSION}
@@ -399,7 +420,7 @@ def make_identities(
                 found = [bool(encoder.detect(np.asarray(picture))) for picture in pictures]
                 with complete_file(file) as beside:
                     save_file({"embeddings": encoder.embed_pictures(pictures), "found": torch.tensor(found)}, beside)
-            candidates = load_file(file)
+            candidates = read_safetensors(file, ("embeddings", "found"))
             faceless += int((~candidates["found"]).sum())
             distinct.add(candidates["embeddings"][candidates["found"]])
             progress.update(len(distinct.kept) - progress.n)
@@ -416,6 +437,13 @@ def make_identities(
     return report
 
 
+def _join(banks: Sequence[IdentityBank], dimension: int) -> torch.Tensor:
+    """The embeddings of all banks, `(N, dimension)`, of unit length."""
+    for bank in banks:
+        check_same_dimension(bank.embeddings.shape[1], dimension)
+    return torch.cat([torch.empty(0, dimension), *(F.normalize(bank.embeddings) for bank in banks)])
+
+
 def keep_distinct(
     bank: IdentityBank, exclude: Sequence[IdentityBank] = (), max_similarity: float = 0.3, number: int | None = None
 ) -> tuple[IdentityBank, dict[str, int]]:
@@ -423,9 +451,7 @@ def keep_distinct(
     of `DistinctIdentities`."""
     for other in exclude:
         check_same_encoder("the bank", bank.encoder_mark, "an excluded bank", other.encoder_mark)
-    excluded = [F.normalize(other.embeddings) for other in exclude]
-    empty = torch.empty(0, bank.embeddings.shape[1])
-    distinct = DistinctIdentities(torch.cat(excluded or [empty]), max_similarity, number)
+    distinct = DistinctIdentities(_join(exclude, bank.embeddings.shape[1]), max_similarity, number)
     taken = distinct.add(F.normalize(bank.embeddings))
     return bank.take(taken.nonzero().flatten().tolist()), distinct.report
 

@@ -1,19 +1,21 @@
 """Types of command line options, whose errors name the value and the range, and `~` in them."""
 
 import argparse
+import json
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from .files import local_path
 
 
 def expand_home(argv: Sequence[str] | None = None) -> list[str]:
     """The words of a command line (`sys.argv` if not given) with `~` as the home folder: the shell leaves it in
     `--option=~/path` and in quotation marks."""
     argv = sys.argv[1:] if argv is None else argv
-    return [re.sub(r"^(--[\w-]+=)?(~.*)$", lambda m: (m[1] or "") + os.path.expanduser(m[2]), word) for word in argv]
+    return [re.sub(r"^(--[\w-]+=)?(~(?:/.*)?)$", lambda m: f"{m[1] or ''}{local_path(m[2])}", word) for word in argv]
 
 
 def whole(least: int = 1, multiple_of: int = 1) -> Callable[[str], int]:
@@ -95,6 +97,17 @@ def timestep_pair(text: str) -> tuple[float, float]:
     if low > high:
         raise argparse.ArgumentTypeError(f"{text!r} is not two timesteps, the lower one first, such as 200,1000")
     return low, high
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The type of options as a JSON object."""
+    try:
+        options = json.loads(text)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object of options, such as '{{\"layers\": 2}}'")
+    return options
 
 
 def part(text: str) -> tuple[int, int]:

@@ -77,6 +77,19 @@ class UIFacePipelineOutput(BaseOutput):
     boundary_timesteps: torch.Tensor
 
 
+# of a single call: whom, from which noise, and what becomes of the result
+CALL_ARGUMENTS = {
+    "identity_embeds",
+    "num_images_per_prompt",
+    "generator",
+    "latents",
+    "output_type",
+    "return_dict",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+}
+
+
 def _plain(value: Any) -> Any:
     """A numpy number as Python's."""
     return value.item() if isinstance(value, np.generic) else value
@@ -411,6 +424,32 @@ class UIFacePipeline(DiffusionPipeline):
         # last, so that a scheduler's own complaints are about its steps
         self.scheduler.set_timesteps(int(num_inference_steps))
         check_timesteps(self.scheduler)
+
+    @classmethod
+    def sampling_defaults(cls) -> dict[str, Any]:
+        """The arguments of the call that say how to sample, with their defaults: all but those of a single call."""
+        parameters = inspect.signature(cls.__call__).parameters
+        return {name: each.default for name, each in parameters.items() if name not in {"self", *CALL_ARGUMENTS}}
+
+    def check_sampling(self, identity_embeds: torch.Tensor | None = None, **sampling: Any) -> None:
+        """Checks the arguments of `sampling_defaults` before many calls.
+
+        Args:
+            identity_embeds: as `prepare_identity_embeds` gives them.
+            sampling: some of the arguments.
+
+        Raises:
+            ValueError: there is no such argument, or a value does not fit.
+        """
+        defaults = self.sampling_defaults()
+        unknown = sorted(sampling.keys() - defaults.keys())
+        if unknown:
+            raise ValueError(
+                f"the pipeline's call has no argument {unknown[0]!r} that could be given here: {sorted(defaults)}."
+            )
+        single = {"generator": None, "latents": None, "output_type": "latent"}
+        single |= {"num_images_per_prompt": 1, "callback_on_step_end_tensor_inputs": None}
+        self.check_inputs(identity_embeds=identity_embeds, **single, **defaults | sampling)
 
     def prepare_identity_embeds(self, identity_embeds: Any) -> torch.Tensor | None:
         """Brings identity embeddings into one form: `(batch, identity_dim)`, float32, of unit length.

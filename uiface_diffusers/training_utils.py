@@ -2,11 +2,11 @@
 
 import argparse
 import functools
-import hashlib
 import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,11 +21,13 @@ from accelerate.utils import DynamoBackend, InitProcessGroupKwargs, ProjectConfi
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Sampler
 
+from .data import FaceCache
 from .faces import SIDE_VIEW
+from .files import read_json, read_safetensors
 from .options import expand_home, real, whole
 from .seeds import mix_seed
 
@@ -36,11 +38,25 @@ logger = logging.getLogger(__name__)
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
 
 
-def positive(text: str) -> int:
-    """A whole number above zero, as an option's type."""
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above zero")
-    return int(text)
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's `main`: what a user can mend ends it with a message and exit code 1, not with a traceback."""
+    try:
+        main()
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
+def open_caches(folders: Sequence[str | os.PathLike]) -> list[FaceCache]:
+    """Caches of `prepare_faces` that are trained on together.
+
+    Raises:
+        ValueError: one is no finished cache, or they differ in size.
+    """
+    caches = [FaceCache(folder) for folder in folders]
+    sizes = {str(cache.folder): cache.image_size for cache in caches}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"the caches differ in `image_size`: {sizes}. Prepare them alike.")
+    return caches
 
 
 def parse_recipe(
@@ -214,8 +230,8 @@ def add_optimizer_arguments(
     group.add_argument("--learning_rate", type=real(0), default=learning_rate)
     group.add_argument("--lr_scheduler", choices=lr_schedulers, default=lr_scheduler)
     group.add_argument("--lr_warmup_steps", type=whole(0), default=0, help="of the schedules that have a warm-up")
-    group.add_argument("--lr_restart_steps", type=positive, default=10_000, help="T_0 of cosine_warm_restarts")
-    group.add_argument("--lr_restart_factor", type=positive, default=2, help="T_mult of cosine_warm_restarts")
+    group.add_argument("--lr_restart_steps", type=whole(), default=10_000, help="T_0 of cosine_warm_restarts")
+    group.add_argument("--lr_restart_factor", type=whole(), default=2, help="T_mult of cosine_warm_restarts")
     group.add_argument("--max_grad_norm", type=real(0), help="clip the gradient's norm")
 
 
@@ -232,11 +248,11 @@ def add_machine_arguments(parser: argparse.ArgumentParser):
 def add_checkpoint_arguments(parser: argparse.ArgumentParser, steps: int):
     """The options of checkpoints, logs and validation, every `steps` steps by default; returns the group."""
     group = parser.add_argument_group("checkpoints, logs, validation")
-    group.add_argument("--checkpointing_steps", type=positive, default=steps)
-    group.add_argument("--checkpoints_total_limit", type=positive, default=2)
+    group.add_argument("--checkpointing_steps", type=whole(), default=steps)
+    group.add_argument("--checkpoints_total_limit", type=whole(), default=2)
     group.add_argument("--resume_from_checkpoint", help="a checkpoint folder, or `latest`")
     group.add_argument("--report_to", default="tensorboard", help="an accelerate tracker, or `none`")
-    group.add_argument("--logging_steps", type=positive, default=50)
+    group.add_argument("--logging_steps", type=whole(), default=50)
     group.add_argument("--validation_steps", type=whole(0), default=steps, help="0: no validation")
     return group
 
@@ -395,7 +411,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
     path = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
     if path is not None and not (path / "training.json").is_file():
         raise ValueError(f"{path} is no checkpoint; in {output_dir} are {[p.name for p in checkpoints]}.")
-    step = -1 if path is None else json.loads((path / "training.json").read_text())["step"]
+    step = -1 if path is None else _read_state(path)["step"]
     later = [p for p in checkpoints if _checkpoint_step(p) > step]
     if later:
         raise ValueError(
@@ -416,23 +432,6 @@ def schedule_settings(args: argparse.Namespace) -> dict[str, Any]:
     if args.lr_scheduler == "multi_step":
         names += ["lr_milestones", "lr_decay"]
     return {name: getattr(args, name) for name in names}
-
-
-def data_fingerprint(paths: Sequence[str | os.PathLike]) -> str:
-    """Twelve hexadecimal digits that tell training data from others of the same size, without reading the faces: of
-    each data set its settings, and the names and sizes of its shards; not where it lies."""
-    digest = hashlib.sha256()
-    for path in map(Path, paths):
-        folder = path if path.is_dir() else path.parent
-        for name in ("prepare.json", "generation.json"):
-            if (folder / name).is_file():
-                settings = json.loads((folder / name).read_text()).get("settings")
-                digest.update(json.dumps([name, settings], sort_keys=True).encode())
-        shards = [path] if path.is_file() else [*folder.glob("*"), *(folder / "shards").glob("*")]
-        for shard in sorted(shard for shard in shards if shard.suffix in (".parquet", ".rec", ".tar")):
-            digest.update(json.dumps([shard.name, shard.stat().st_size]).encode())
-        digest.update(b"end")
-    return digest.hexdigest()[:12]
 
 
 def save_checkpoint(
@@ -473,6 +472,17 @@ def save_checkpoint(
             shutil.rmtree(old.rename(beside))
 
 
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: the checkpoint's `training.json` is damaged.
+    """
+    state = read_json(checkpoint / "training.json")
+    if not isinstance(state, dict) or "step" not in state:
+        raise ValueError(f"{checkpoint / 'training.json'} is damaged: go on with an earlier checkpoint.")
+    return state
+
+
 def load_checkpoint(
     accelerator: Accelerator, ema: EMAModel | None, checkpoint: Path, fixed: dict
 ) -> tuple[int, float]:
@@ -485,7 +495,7 @@ def load_checkpoint(
         ValueError: a setting has changed since, by which the order of the data would be another (some faces would be
             seen twice, others never), or which the checkpoint's state would silently overrule.
     """
-    state = json.loads((checkpoint / "training.json").read_text())
+    state = _read_state(checkpoint)
     before, fixed = state.get("fixed", {}), json.loads(json.dumps(fixed))
     unknown = sorted(fixed.keys() - before.keys())
     if unknown:  # of an earlier version
@@ -502,7 +512,7 @@ def load_checkpoint(
         )
     accelerator.load_state(checkpoint)
     if ema is not None:
-        shadow = load_file(checkpoint / "ema.safetensors")
+        shadow = read_safetensors(checkpoint / "ema.safetensors")
         for i, parameter in enumerate(ema.shadow_params):
             parameter.copy_(shadow[str(i)])
         ema.optimization_step = state["ema_step"]

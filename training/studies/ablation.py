@@ -43,8 +43,9 @@ from uiface_diffusers.faces import ALIGNED_SIZE, FaceEncoder, load_photograph
 from uiface_diffusers.files import check_settings, complete_file, write_json
 from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.generation import bank_hash
-from uiface_diffusers.options import expand_home
+from uiface_diffusers.options import expand_home, real, whole
 from uiface_diffusers.seeds import NOISE_VERSION
+from uiface_diffusers.training_utils import run_script
 
 TRAINING = Path(__file__).parents[1]
 # arm -> arguments of `generate_dataset`; `fixed` has the median boundary of `adaptive`, so that only the choice for
@@ -91,15 +92,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lpips_backbone", help="AlexNet's convolutions; torchvision downloads them if not given")
     parser.add_argument("--work", type=Path, required=True, help="folder of the faces, reports and recognisers")
     parser.add_argument("--results", type=Path, help="the table, JSON (default: ablation.json in --work)")
-    parser.add_argument("--num_identities", type=int, default=200)
-    parser.add_argument("--groups", type=int, default=5, help="of identities, for the spread")
-    parser.add_argument("--images_per_identity", type=int, default=20)
-    parser.add_argument("--num_inference_steps", type=int, default=25)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the recognisers")
+    parser.add_argument("--num_identities", type=whole(), default=200)
+    parser.add_argument("--groups", type=whole(), default=5, help="of identities, for the spread")
+    parser.add_argument("--images_per_identity", type=whole(), default=20)
+    parser.add_argument("--num_inference_steps", type=whole(), default=25)
+    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2], help="of the recognisers")
     parser.add_argument("--recipe", type=Path, default=TRAINING / "configs" / "fr_study.yaml", help="of them")
     parser.add_argument(
         "--same_person",
-        type=float,
+        type=real(-1, 1),
         default=0.5,
         help="cosine to a benchmark's face from which a real person is left out",
     )
@@ -382,4 +383,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

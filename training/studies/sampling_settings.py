@@ -46,8 +46,9 @@ from uiface_diffusers.evaluation.separability import genuine_pairs, impostor_pai
 from uiface_diffusers.faces import FaceEncoder, resize_aligned
 from uiface_diffusers.files import check_settings, write_json
 from uiface_diffusers.fingerprint import pipeline_fingerprint
-from uiface_diffusers.options import expand_home
+from uiface_diffusers.options import expand_home, whole
 from uiface_diffusers.seeds import NOISE_VERSION, image_generator
+from uiface_diffusers.training_utils import run_script
 
 FIGURES = ("rows", "seconds", "boundary", "capped", "judge", "others", "EER", "LPIPS", "precision", "recall")
 
@@ -60,10 +61,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--judge", required=True, help="model pack that the pipeline was not trained with")
     parser.add_argument("--encoder_root", default="~/.insightface")
     parser.add_argument("--lpips_backbone", help="AlexNet's convolutions; torchvision downloads them if not given")
-    parser.add_argument("--num_people", type=int, default=100)
-    parser.add_argument("--images_per_person", type=int, default=4)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_people", type=whole(), default=100)
+    parser.add_argument("--images_per_person", type=whole(), default=4)
+    parser.add_argument("--batch_size", type=whole(), default=16)
+    parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--output", type=Path, required=True)
     return parser.parse_args(expand_home(argv))
 
@@ -179,4 +180,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,7 +19,7 @@ import PIL.Image
 from tqdm import tqdm
 
 from ..faces import FaceEncoder, UnusableFaceError, align_face, load_photograph, resize_aligned
-from ..files import LFS_POINTER, complete_file, damage, local_path, same_name
+from ..files import complete_file, local_path, same_name, why_unreadable
 from .image_folder import encode_image
 from .pairs import check_pairs, read_pairs
 from .sources import has_image_suffix, is_system_entry
@@ -148,9 +148,6 @@ def read_benchmark(path: str | os.PathLike) -> Benchmark:
     """
     path = local_path(path)
     with open(path, "rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(f"{path} cannot be read as a benchmark: {damage(path)}.")
-        file.seek(0)
         try:
             # `str` of Python 2 is bytes
             content = _DataUnpickler(file, encoding="bytes").load()
@@ -160,7 +157,9 @@ def read_benchmark(path: str | os.PathLike) -> Benchmark:
                 raise ValueError(f"its images are {type(content[0]).__name__}, not a list")
             images, same = [_image_bytes(image) for image in content[0]], _booleans(content[1])
         except Exception as error:  # damaged pickles raise nearly anything
-            raise ValueError(f"{path} cannot be read as a benchmark: {error}.") from error
+            # the reasons of this file's own are more than a damage
+            reason = error if isinstance(error, ValueError) else why_unreadable(path, error)
+            raise ValueError(f"{path} cannot be read as a benchmark: {reason}.") from error
     if len(images) != 2 * len(same) or not images:
         raise ValueError(f"{path} has {len(images)} images and {len(same)} labels: a label is of two images.")
     return Benchmark(path.stem, images, same)

@@ -41,7 +41,7 @@ from ..faces import (
     resize_aligned,
     template_landmarks,
 )
-from ..files import check_settings, complete_file, damage, local_path, read_json, write_json
+from ..files import check_settings, complete_file, local_path, read_json, read_settings, why_unreadable, write_json
 from ..identities import IdentityBank
 from .sources import (
     Photograph,
@@ -313,7 +313,7 @@ def _naming(shard: Path) -> Iterator[None]:
         if getattr(error, "errno", None) is not None:  # the disk or the network
             raise
         raise ValueError(
-            f"{shard} cannot be read ({error}): {damage(shard)}, or delete it and run `uiface prepare` again."
+            f"no parquet file: {why_unreadable(shard, error)}. Or delete it and run `uiface prepare` again."
         ) from error
 
 
@@ -402,7 +402,7 @@ class FaceCache:
         if not (self.folder / "report.json").exists():
             state = "is not finished" if (self.folder / "prepare.json").exists() else "is no cache of prepared faces"
             raise ValueError(f"{self.folder} {state}: run `uiface prepare` on it.")
-        self.settings: dict = read_json(self.folder / "prepare.json")["settings"]
+        self.settings = read_settings(self.folder / "prepare.json")
         settings = self.settings
         self.identity_encoder: str = settings["identity_encoder"]
         self.identity_encoder_fingerprint: str | None = settings.get("identity_encoder_fingerprint")

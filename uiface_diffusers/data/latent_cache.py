@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..files import complete_file
+from ..files import complete_file, open_safetensors, read_safetensors
 from ..fingerprint import model_fingerprint
 from ..latents import FirstStage, encode_images
 from .face_cache import FaceCache
@@ -64,9 +63,9 @@ def _stamp(shard: Path) -> dict[str, str]:
 def _is_of(file: Path, shard: Path) -> bool:
     """Whether a file of latents is there, whole, and of a shard as it is now."""
     try:
-        with safe_open(file, framework="pt") as content:
+        with open_safetensors(file) as content:
             return content.metadata() == _stamp(shard)
-    except (OSError, SafetensorError):
+    except ValueError:  # is written again
         return False
 
 
@@ -79,7 +78,7 @@ class LatentSet(Dataset):
     """
 
     def __init__(self, files: Sequence[Path]):
-        self.parts = [load_file(file)["latents"] for file in files]
+        self.parts = [read_safetensors(file, ["latents"])["latents"] for file in files]
         self.ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
 
     def __len__(self) -> int:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from ..files import LFS_POINTER, damage, local_path, read_lines
+from ..files import LFS_POINTER, local_path, read_lines, why_unreadable
 
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -54,7 +54,7 @@ class RecordReader:
             raise ValueError(f"{self.path} is missing.")
         with open(self.path, "rb") as file:
             if file.read(len(LFS_POINTER)) in (LFS_POINTER, b""):
-                raise ValueError(f"{self.path} cannot be read: {damage(self.path)}.")
+                raise ValueError(f"no record file: {why_unreadable(self.path, 'no records')}.")
         self.size = self.path.stat().st_size
         # opened by each process that reads
         self._file, self._process = None, None

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from ..faces import load_photograph
-from ..files import LFS_POINTER, damage, local_path, printable, same_name
+from ..files import LFS_POINTER, local_path, printable, same_name, why_unreadable
 from .image_folder import GENERATION, JOURNAL, METADATA
 from .record_list import find_list, record_identities
 from .recordio import RecordReader
@@ -284,7 +284,7 @@ class WebDatasetSource:
             try:
                 folders += self._index(shard)
             except tarfile.TarError as error:
-                raise ValueError(f"{shard} is no tar file, or a part of one ({error}): {damage(shard)}.") from error
+                raise ValueError(f"no tar file: {why_unreadable(shard, error)}.") from error
         classes = [photograph.identity for photograph in self.photographs]
         pairs = set(zip(classes, folders, strict=True))
         if "." not in folders and len(pairs) == len(set(classes)) == len(set(folders)):
@@ -404,7 +404,7 @@ def _open_generated(path: Path) -> PhotographSource:
     try:
         expected = pq.read_metadata(path / METADATA).num_rows
     except pa.ArrowException as error:
-        raise ValueError(f"{path / METADATA} is damaged: restore it. ({error}; {damage(path / METADATA)})") from error
+        raise ValueError(f"no parquet file: {why_unreadable(path / METADATA, error)}. Restore it.") from error
     found = len(source.photographs)
     if found != expected:
         raise ValueError(

@@ -19,6 +19,7 @@ from torch import nn
 from ..data.sources import describe_left_out, open_source, summarize_left_out
 from ..encoders import check_same_encoder
 from ..faces import ALIGNED_SIZE, FaceEncoder
+from ..files import local_path, read_settings
 from ..fingerprint import weights_fingerprint
 from ..generation import bank_hash
 from ..identities import IdentityBank, largest_cosines
@@ -95,7 +96,7 @@ def evaluate_dataset(
         ValueError: the set has a single identity, or a single image of each; pictures are unusable; a bank is of
             another encoder or lacks identities; a setting is out of range; `output` has the report of another set.
     """
-    dataset, output = Path(dataset), Path(output)
+    dataset, output = local_path(dataset), local_path(output)
     settings = {"lpips_pairs": lpips_pairs, "neighbours": neighbours, "threshold": threshold, "max_pairs": max_pairs}
     settings |= {"max_images": max_images, "seed": seed}
     for name in ("lpips_pairs", "neighbours", "max_pairs", "max_images"):
@@ -230,7 +231,7 @@ def _check_origin(faces: FaceSet, dataset: Path, identities: IdentityBank | None
     file = dataset / "generation.json"
     if identities is None or not file.exists():
         return
-    settings = json.loads(file.read_text()).get("settings", {})
+    settings = read_settings(file)
     followed = identities.take([i for i, name in enumerate(identities.names) if name in faces.identities])
     if bank_hash(followed) != settings.get("identities"):
         raise ValueError(f"{file} says that the faces follow another bank of identities than the one given.")
@@ -334,7 +335,7 @@ class _Evaluation:
         known = F.normalize(identities.embeddings)
         numbers = {identity: number for number, identity in enumerate(identities.names)}
         own = torch.tensor([numbers[identity] for identity in self.faces.names])
-        cosines, nearest = (embeddings * known[own]).sum(dim=1), largest_cosines(embeddings, known)[1]
+        nearest, cosines = largest_cosines(embeddings, known)[1], (embeddings * known[own]).sum(dim=1)
         values = {"context_cosine": cosines.mean().item(), "context_nearest": (nearest == own).float().mean().item()}
         self.add(values, self.conditions(name), f"The bank has {len(identities)} contexts.")
         plot = plot_histograms({"image to its context": cosines}, "cosine")

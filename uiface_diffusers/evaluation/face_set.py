@@ -8,12 +8,12 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..data.sources import Photograph, PhotographSource, source_fingerprint, unreadable_reason
 from ..faces import FaceEncoder, NoEmbeddingError, UnusableFaceError, resize_aligned
-from ..files import complete_file, read_json, write_json
+from ..files import complete_file, read_json, read_safetensors, write_json
 
 
 class FaceSet:
@@ -154,6 +154,9 @@ def computed_once(
         number: rows.
         compute: gives the rows of a range.
         description: of the progress bar.
+
+    Raises:
+        ValueError: a file is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows, size = [], batch_size * batches_a_file
@@ -169,5 +172,11 @@ def computed_once(
                     save_file({"rows": torch.cat(parts).contiguous()}, beside)
             else:
                 progress.update(end - start)
-            rows.append(load_file(file)["rows"])
+            try:
+                kept = read_safetensors(file, ["rows"])["rows"]
+                if len(kept) != end - start:
+                    raise ValueError(f"{file} has {len(kept)} rows, not {end - start}.")
+            except ValueError as error:
+                raise ValueError(f"{error} Delete it, and it is computed again.") from error
+            rows.append(kept)
     return torch.cat(rows)

@@ -83,10 +83,14 @@ def check_timesteps(scheduler: Any) -> None:
         ValueError: timesteps out of range, or not from noise to image.
     """
     timesteps, number = scheduler.timesteps, scheduler.config.num_train_timesteps
-    if timesteps.min() < 0 or timesteps.max() > number - 1 or (timesteps.diff() > 0).any():
+    name = type(scheduler).__name__
+    if not timesteps.isfinite().all():
+        raise ValueError(f"{len(timesteps)} timesteps of {name} are too few: one is not finite. Take more steps.")
+    # those between two others are interpolated by KDPM2's, and rounded
+    if timesteps.min() < 0 or timesteps.max() > number - 1 or (timesteps.diff() > 0.01).any():
         raise ValueError(
-            f"the timesteps of {type(scheduler).__name__} go from {float(timesteps[0]):g} to {float(timesteps[-1]):g}:"
-            f" they have to fall within {number - 1} and 0."
+            f"the timesteps of {name} go from {float(timesteps[0]):g} to {float(timesteps[-1]):g}: they have to fall"
+            f" within {number - 1} and 0."
         )
 
 
