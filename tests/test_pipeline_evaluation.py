@@ -121,7 +121,10 @@ def test_looks(root, backbone, tmp_path, capsys):
     faces = pipe(None, num_images_per_prompt=10, num_inference_steps=3, generator=generators).images
     network = LpipsGridFeatures(load_lpips("alex", backbone))
     half, others = real_halves([FaceSet(open_faces(path)) for path in real[1:]], 10)
-    features = [network(each.pixels(range(10))) for each in (half, others)]
+    # by way of the pipeline's size
+    size, bilinear = faces[0].size, PIL.Image.Resampling.BILINEAR
+    pictures = [[np.asarray(each.read(n).resize(size, bilinear)) for n in range(10)] for each in (half, others)]
+    features = [network(face_pixels(each)) for each in pictures]
     generated = network(face_pixels([np.asarray(face) for face in faces]))
     expected = measure_realism(features[0], generated, half.names)
     assert looks["empty context"]["kid/alexnet"] == pytest.approx(expected.kid, rel=1e-3)
@@ -132,8 +135,10 @@ def test_looks(root, backbone, tmp_path, capsys):
     assert "looks" not in capsys.readouterr().out  # measured already
     with pytest.raises(ValueError, match="40 generated faces .* there are 20 and 20"):
         evaluate.main([*argv, *real, "--images_per_identity", "8"])
-    with pytest.raises(ValueError, match="--real needs 5 identities at least, not 4"):
-        evaluate.main([*argv, *real, "--num_identities", "4"])
+    for option, value in (("--num_identities", "4"), ("--images_per_identity", "1")):
+        with pytest.raises(SystemExit):
+            evaluate.main([*argv, *real, option, value])
+        assert f"{option} has to be" in capsys.readouterr().err
     PIL.Image.new("RGB", (112, 90)).save(tmp_path / "flat" / "99.png")
     with pytest.raises(ValueError, match="1 of 21 pictures in .*flat cannot be used, such as 99.png: not aligned"):
         evaluate.main([*argv, *real, "--seed", "1"])

@@ -94,7 +94,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
-    return parser.parse_args(expand_home(argv))
+    args = parser.parse_args(expand_home(argv))
+    if args.images_per_identity < 2:
+        parser.error("--images_per_identity has to be 2 or more: pairs of one identity's faces are verified")
+    if args.real and args.num_identities < FOLDS:
+        parser.error(f"--num_identities has to be {FOLDS} or more with --real: the folds of a classifier test")
+    return args
 
 
 def sample(
@@ -119,7 +124,7 @@ def sample(
     return images, boundaries
 
 
-def pixels_of(pictures: list[PIL.Image.Image]) -> torch.Tensor:
+def pixels_of(pictures: list[PIL.Image.Image] | list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
 
 
@@ -157,8 +162,13 @@ class RealFaces:
                 " --num_identities or --images_per_identity, or give more real faces."
             )
         self.grid, self.judge = LpipsGridFeatures(perceptual), judge
-        self.other_pictures = [self.others.source.read(photograph) for photograph in self.others.photographs]
-        self.features = self.features_of([self.half.source.read(photograph) for photograph in self.half.photographs])
+        self._features: dict[int, dict[str, torch.Tensor]] = {}
+
+    @staticmethod
+    def pictures(faces: FaceSet, size: int) -> list[np.ndarray]:
+        """RGB bytes at the size of a pipeline's pictures: both sides are resized to 112 from there. KID would see the
+        difference: faces of 112 pixels have 430 / 1000 to themselves by way of 128."""
+        return [resize_aligned(faces.source.read(photograph), size) for photograph in faces.photographs]
 
     def features_of(self, pictures: list[PIL.Image.Image] | list[np.ndarray]) -> dict[str, torch.Tensor]:
         """Network -> features `(N, D)` of square faces."""
@@ -168,19 +178,21 @@ class RealFaces:
         return {self.grid.network: grid, self.judge.name: kernel_features(judged)}
 
     def measure(self, pictures: list[PIL.Image.Image] | list[np.ndarray], people: Sequence) -> dict[str, Realism]:
-        """Network -> how far square faces of `people` are from the real ones."""
+        """Network -> how far square faces of `people` are from the real ones at their size."""
+        size = np.asarray(pictures[0]).shape[0]
+        if size not in self._features:
+            self._features[size] = self.features_of(self.pictures(self.half, size))
         return {
-            name: measure_realism(self.features[name], features, self.half.names, people)
+            name: measure_realism(self._features[size][name], features, self.half.names, people)
             for name, features in self.features_of(pictures).items()
         }
 
 
-def reconstructions_of(pipe: UIFacePipeline, pictures: list[np.ndarray], size: int) -> list[np.ndarray]:
-    """Square faces through the first stage, as RGB bytes of its size."""
+def reconstructions_of(pipe: UIFacePipeline, pictures: list[np.ndarray]) -> list[np.ndarray]:
+    """Faces of the pipeline's size through its first stage, as RGB bytes."""
     found = []
     for start in range(0, len(pictures), 32):
-        faces = np.stack([resize_aligned(picture, size) for picture in pictures[start : start + 32]])
-        pixels = torch.from_numpy(faces).permute(0, 3, 1, 2).to(pipe.vae.device, pipe.vae.dtype) / 127.5 - 1
+        pixels = pixels_of(pictures[start : start + 32]).to(pipe.vae.device, pipe.vae.dtype) / 127.5 - 1
         result = reconstruct(pipe.vae, pixels).float().cpu()
         found += list(((result + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
     return found
@@ -225,8 +237,6 @@ class Measurement:
         self.perceptual = load_lpips("alex", args.lpips_backbone)
         self.real = None
         if args.real:
-            if args.num_identities < FOLDS:
-                raise ValueError(f"--real needs {FOLDS} identities at least, not {args.num_identities}.")
             number = args.num_identities * args.images_per_identity
             self.real = RealFaces(args.real, number, args.output / "cache", self.perceptual, self.judge)
 
@@ -356,9 +366,9 @@ class Measurement:
                 line = f"{title:25s} {network:10s} KID x 1000 {kid:8.1f} +- {spread:6.1f}   AUC {looks.c2st:.3f}"
                 print(line, flush=True)
 
-        measure("real", real.other_pictures, real.others.names)
-        decoded = reconstructions_of(pipe, real.other_pictures, two_stages[0].width)
-        measure("first stage", decoded, real.others.names)
+        others = real.pictures(real.others, two_stages[0].width)
+        measure("real", others, real.others.names)
+        measure("first stage", reconstructions_of(pipe, others), real.others.names)
         # every face is of nobody in particular
         measure("empty context", sample(pipe, bank, args, "empty context", empty=True)[0], range(len(people)))
         for scale in (1.0, 2.0):
