@@ -407,7 +407,7 @@ def test_unusable_pictures_can_be_left_out(workspace, arguments, tmp_path, capsy
     assert report["left_out"] == reasons
     assert {each["conditions"].get("features") for each in report["figures"]} == {None, "toy"}
     assert report["notes"][0] == f"Left out of {tmp_path / 'set'}: 1 hidden or of the system: .DS_Store."
-    assert len(report["notes"]) == 2 and "--same-people" in report["notes"][1]
+    assert len(report["notes"]) == 3 and "--same-people" in report["notes"][2]
     with pytest.raises(SystemExit, match="has the report of .*choose another folder"):
         cli.main(["evaluate", str(workspace / "set"), *arguments[2:]])
 

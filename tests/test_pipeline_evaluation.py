@@ -6,10 +6,13 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import REPOSITORY, write_study_inputs
+from conftest import REPOSITORY, draw_person, write_study_inputs
 
 from uiface_diffusers import IdentityBank, UIFacePipeline
-from uiface_diffusers.data import FaceCache
+from uiface_diffusers.data import FaceCache, prepare_faces
+from uiface_diffusers.evaluation import LpipsGridFeatures, kernel_distance, load_lpips, measure_realism
+from uiface_diffusers.evaluation.face_set import FaceSet, face_pixels, open_faces
+from uiface_diffusers.evaluation.realism import real_halves
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.seeds import image_generator
 
@@ -75,18 +78,86 @@ def test_pipelines_are_measured_once_and_compared(root, backbone, capsys):
     assert (root / "out" / "step-1" / "result.json").read_bytes() != measured
 
 
+def test_looks(root, backbone, tmp_path, capsys):
+    """KID and the classifier test of all ways to sample, against real faces in folders."""
+    for number in range(12):
+        folder = tmp_path / ("photographs", "strangers")[number % 2] / f"person_{number}"
+        folder.mkdir(parents=True)
+        draw_person((20 * number, 255 - 20 * number, 77), ((80, 80, 44),)).save(folder / "0.png")
+    encoder = FaceEncoder("toy", str(root / "packs"), det_size=160)
+    prepare_faces(tmp_path / "photographs", tmp_path / "known", encoder, image_size=112)
+    prepare_faces(tmp_path / "strangers", tmp_path / "unknown", encoder, image_size=112)
+    generator = np.random.default_rng(0)
+    (tmp_path / "flat").mkdir()
+    for number in range(20):  # of one person each in one set, two of each in the other
+        face = PIL.Image.fromarray(generator.integers(0, 255, (112, 112, 3), np.uint8))
+        face.save(tmp_path / "flat" / f"{number:02d}.png")
+        (tmp_path / "folders" / f"{number // 2:02d}").mkdir(parents=True, exist_ok=True)
+        face.rotate(90).save(tmp_path / "folders" / f"{number // 2:02d}" / f"{number}.png")
+    (tmp_path / "flat" / "README").touch()
+    pipeline = shutil.copytree(root / "model", tmp_path / "step-7")
+    (pipeline / "progress.json").write_text(json.dumps({"step": 7, "samples": 7000, "hours": 7}))
+    IdentityBank(torch.eye(6, 16), "toy", [f"{number:06d}" for number in range(6)]).save(
+        pipeline / "identities.safetensors"
+    )
+    real = ["--real", str(tmp_path / "flat"), str(tmp_path / "folders")]
+    argv = [str(pipeline), *options(root, backbone, "--num_identities", "5", "--same_person", "1.1")]
+    argv += ["--train_faces", str(tmp_path / "known"), "--unseen_faces", str(tmp_path / "unknown")]
+    argv += ["--output", str(tmp_path / "out")]
+    evaluate.main([*argv, *real])
+    printed = capsys.readouterr().out
+    assert "left out of" in printed and "README" in printed
+    assert "looks, 10 faces of 5 identities against 10 real ones of 10 people:" in printed
+    looks = json.loads((tmp_path / "out" / "step-7" / "result.json").read_text())["realism"]
+    arms = ["real", "first stage", "empty context", "single stage, guidance 1", "single stage, guidance 2"]
+    figures = {f"{name}/{network}" for name in ("kid", "kid_std", "c2st") for network in ("alexnet", "judge")}
+    assert [arm for arm in looks if isinstance(looks[arm], dict)] == [*arms, "two stages"]
+    assert all(looks[arm].keys() == figures for arm in [*arms, "two stages"])
+
+    # the empty context by hand: the noise is that of the identities' faces
+    pipe = UIFacePipeline.from_pretrained(pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    generators = [image_generator(0, f"{number:06d}", n) for number in range(5) for n in range(2)]
+    faces = pipe(None, num_images_per_prompt=10, num_inference_steps=3, generator=generators).images
+    network = LpipsGridFeatures(load_lpips("alex", backbone))
+    half, others = real_halves([FaceSet(open_faces(path)) for path in real[1:]], 10)
+    # by way of the pipeline's size
+    size, bilinear = faces[0].size, PIL.Image.Resampling.BILINEAR
+    pictures = [[np.asarray(each.read(n).resize(size, bilinear)) for n in range(10)] for each in (half, others)]
+    features = [network(face_pixels(each)) for each in pictures]
+    generated = network(face_pixels([np.asarray(face) for face in faces]))
+    expected = measure_realism(features[0], generated, half.names)
+    assert looks["empty context"]["kid/alexnet"] == pytest.approx(expected.kid, rel=1e-3)
+    assert looks["real"]["kid/alexnet"] == pytest.approx(kernel_distance(*features)[0], rel=1e-3, abs=1e-6)
+    assert looks["empty context"] != looks["two stages"]
+
+    evaluate.main([*argv, *real])
+    assert "looks" not in capsys.readouterr().out  # measured already
+    with pytest.raises(ValueError, match="40 generated faces .* there are 20 and 20"):
+        evaluate.main([*argv, *real, "--images_per_identity", "8"])
+    for option, value in (("--num_identities", "4"), ("--images_per_identity", "1")):
+        with pytest.raises(SystemExit):
+            evaluate.main([*argv, *real, option, value])
+        assert f"{option} has to be" in capsys.readouterr().err
+    PIL.Image.new("RGB", (112, 90)).save(tmp_path / "flat" / "99.png")
+    with pytest.raises(ValueError, match="1 of 21 pictures in .*flat cannot be used, such as 99.png: not aligned"):
+        evaluate.main([*argv, *real, "--seed", "1"])
+
+
 def test_the_curve_tells_what_a_doubling_brought(tmp_path, capsys):
     def result(samples: int) -> dict:
         own = 0.1 * np.log2(samples / 1000)
         people = {f"identity/{name}/judge": {"own": own, "other": 0.01} for name in ("training", "unseen")}
-        rest = {"nearest_training_face": {"generated": {"mean": 0.3}}, "verification/judge": {"eer": 0.5 - own}}
+        rest = {"realism": {arm: {"kid/alexnet": 1.5 - own} for arm in ("empty context", "two stages")}}
+        rest |= {"nearest_training_face": {"generated": {"mean": 0.3}}, "verification/judge": {"eer": 0.5 - own}}
         return people | rest
 
     evaluate.draw_curve({samples: result(samples) for samples in (8000, 1000, 4000)}, "judge", tmp_path)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[3].split() == ["8,000", "0.3000", "0.3000", "0.0100", "0.2000", "0.3000"]
+    assert lines[3].split() == ["8,000", "0.3000", "0.3000", "0.0100", "0.2000", "0.3000", "1.2000", "1.2000"]
     assert "training people: +0.1000 a doubling of the samples, over the last 2 points" in lines
     assert "EER: -0.1000 a doubling of the samples, over the last 2 points" in lines
+    assert "KID, two stages: -0.1000 a doubling of the samples, over the last 2 points" in lines
 
 
 def test_encoders_are_not_mixed(root, backbone):

@@ -3,14 +3,21 @@
 
     python training/evaluate.py runs/uiface/step-* --train_faces cache/devtrain cache/celeba \\
         --unseen_faces cache/devtest --encoder_root insightface --encoder edgeface --judge judge \\
-        --lpips_backbone alexnet_features.safetensors --output runs/evaluation
+        --lpips_backbone alexnet_features.safetensors --real celeba_bench/images lfw_devtest_112 \\
+        --output runs/evaluation
 
 - first stage: cosine of unseen people's faces to their reconstructions, LPIPS;
 - identity: cosine of generated faces to the photograph of the person that they were conditioned on, and to the
   photographs of the others, for people of the training and unseen ones;
 - verification: equal error rate of pairs of generated faces of the bank's identities (`identities.safetensors` of the
   pipeline, or else drawn from the training embeddings), at the same number of images an identity;
-- faces found in all of these, and the nearest training face of generated and of unseen real faces.
+- faces found in all of these, and the nearest training face of generated and of unseen real faces;
+- with `--real`, how real the faces look, by KID and the AUC of a classifier that tells them from real ones (0.5:
+  cannot be told apart), on AlexNet's features and the judge's: of the empty context, of a single stage with guidance 1
+  and 2, and of two stages, each against as many real faces. The row `real` is real faces of other people: the noise;
+  `first stage` is those, encoded and decoded. Figures depend on the real faces and on the numbers of faces and
+  identities: compare pipelines only where these are equal. KID is printed times 1,000; files and the curve have it as
+  it is.
 
 "Unseen" people who look like one of the training (`--same_person`) are left out and named: LFW has people under two
 names.
@@ -25,6 +32,8 @@ brought at the end, and draws them (`curve.png`).
 import argparse
 import json
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +45,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from uiface_diffusers import IdentityBank, UIFacePipeline, sample_identities
+from uiface_diffusers.data.sources import describe_left_out, summarize_left_out
 from uiface_diffusers.encoders import check_same_encoder
 from uiface_diffusers.evaluation import (
     equal_error_rate,
@@ -43,9 +53,13 @@ from uiface_diffusers.evaluation import (
     load_lpips,
     reconstruction_quality,
 )
+from uiface_diffusers.evaluation.face_set import FaceSet, face_pixels, open_faces
+from uiface_diffusers.evaluation.features import LpipsGridFeatures
 from uiface_diffusers.evaluation.people import People
+from uiface_diffusers.evaluation.realism import FOLDS, Realism, kernel_features, measure_realism, real_halves
+from uiface_diffusers.evaluation.reconstruction import reconstruct
 from uiface_diffusers.evaluation.separability import genuine_pairs, impostor_pairs, pair_cosines
-from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.faces import FaceEncoder, resize_aligned
 from uiface_diffusers.files import write_json
 from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.generation import bank_hash
@@ -54,6 +68,8 @@ from uiface_diffusers.identities import largest_cosines
 from uiface_diffusers.options import expand_home, real, whole
 from uiface_diffusers.seeds import NOISE_VERSION, image_generator
 from uiface_diffusers.training_utils import run_script
+
+LOOKS = "alexnet"  # the feature network of the curve's KID
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -66,6 +82,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--encoder_root", default="~/.insightface")
     parser.add_argument("--lpips_backbone", help="AlexNet's convolutions; torchvision downloads them if not given")
     parser.add_argument(
+        "--real",
+        nargs="+",
+        help="real aligned faces of nobody of the training, to measure how real generated ones look: folders of"
+        " identities or of pictures, or other forms; equal parts are taken of several",
+    )
+    parser.add_argument(
         "--same_person", type=real(-1, 1), default=0.5, help="cosine from which two faces are one person's"
     )
     parser.add_argument("--num_identities", type=whole(), default=100, help="of the training, unseen, and of the bank")
@@ -75,21 +97,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=whole(), default=16)
     parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--output", type=Path, required=True)
-    return parser.parse_args(expand_home(argv))
+    args = parser.parse_args(expand_home(argv))
+    if args.images_per_identity < 2:
+        parser.error("--images_per_identity has to be 2 or more: pairs of one identity's faces are verified")
+    if args.real and args.num_identities < FOLDS:
+        parser.error(f"--num_identities has to be {FOLDS} or more with --real: the folds of a classifier test")
+    return args
 
 
 def sample(
-    pipe: UIFacePipeline, identities: IdentityBank, args, title: str
+    pipe: UIFacePipeline, identities: IdentityBank, args, title: str, empty: bool = False, **options: Any
 ) -> tuple[list[PIL.Image.Image], list[int]]:
-    """`images_per_identity` pictures of each identity, those of an identity together, and their boundaries."""
+    """`images_per_identity` pictures of each identity, those of an identity together, and their boundaries; of the
+    `empty` context from the same noise. `options` are of the pipeline's call."""
+    options = {"guidance_scale": args.guidance_scale, **options}
     images, boundaries = [], []
     numbers = [(i, n) for i in range(len(identities)) for n in range(args.images_per_identity)]
     for start in tqdm(range(0, len(numbers), args.batch_size), desc=title, unit="batch"):
         batch = numbers[start : start + args.batch_size]
         out = pipe(
-            identities.take([i for i, _ in batch]),
+            None if empty else identities.take([i for i, _ in batch]),
+            num_images_per_prompt=len(batch) if empty else 1,
             num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
+            **options,
             generator=[image_generator(args.seed, identities.names[i], n) for i, n in batch],
         )
         images += out.images
@@ -97,8 +127,78 @@ def sample(
     return images, boundaries
 
 
-def pixels_of(pictures: list[PIL.Image.Image]) -> torch.Tensor:
+def pixels_of(pictures: list[PIL.Image.Image] | list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
+
+
+class RealFaces:
+    """Real faces to compare generated ones with, and as many others.
+
+    Args:
+        folders: their sets.
+        number: of faces to compare; with several sets fewer by less than their number.
+        cache: a folder that remembers which sets were read through.
+
+    Raises:
+        ValueError: a picture cannot be used, or there are too few.
+    """
+
+    def __init__(self, folders: list[str], number: int, cache: Path, perceptual: torch.nn.Module, judge: FaceEncoder):
+        sets = []
+        for folder in folders:
+            faces = FaceSet(open_faces(folder))
+            if faces.source.left_out:
+                summary = describe_left_out(summarize_left_out(faces.source.left_out))
+                print(f"left out of {folder}: {'; '.join(summary)}")
+            unusable = faces.check(cache)
+            if unusable:
+                file, reason = next(iter(unusable.items()))
+                raise ValueError(
+                    f"{len(unusable)} of {len(faces)} pictures in {folder} cannot be used, such as {file}: {reason}."
+                )
+            sets.append(faces)
+        self.half, self.others = real_halves(sets, number)
+        if len(self.half) < number // len(sets) * len(sets):
+            raise ValueError(
+                f"{number} generated faces are compared with as many real ones, and these with as many others: of"
+                f" {', '.join(folders)} there are {len(self.half)} and {len(self.others)}. Ask for fewer by"
+                " --num_identities or --images_per_identity, or give more real faces."
+            )
+        self.grid, self.judge = LpipsGridFeatures(perceptual), judge
+        self._features: dict[int, dict[str, torch.Tensor]] = {}
+
+    @staticmethod
+    def pictures(faces: FaceSet, size: int) -> list[np.ndarray]:
+        """RGB bytes at the size of a pipeline's pictures: both sides are resized to 112 from there. KID would see the
+        difference: faces of 112 pixels have 430 / 1000 to themselves by way of 128."""
+        return [resize_aligned(faces.source.read(photograph), size) for photograph in faces.photographs]
+
+    def features_of(self, pictures: list[PIL.Image.Image] | list[np.ndarray]) -> dict[str, torch.Tensor]:
+        """Network -> features `(N, D)` of square faces."""
+        faces = [resize_aligned(np.asarray(picture)) for picture in pictures]
+        grid = torch.cat([self.grid(pixels) for pixels in face_pixels(faces).split(64)])
+        judged = self.judge.embed_pictures([PIL.Image.fromarray(face) for face in faces])
+        return {self.grid.network: grid, self.judge.name: kernel_features(judged)}
+
+    def measure(self, pictures: list[PIL.Image.Image] | list[np.ndarray], people: Sequence) -> dict[str, Realism]:
+        """Network -> how far square faces of `people` are from the real ones at their size."""
+        size = np.asarray(pictures[0]).shape[0]
+        if size not in self._features:
+            self._features[size] = self.features_of(self.pictures(self.half, size))
+        return {
+            name: measure_realism(self._features[size][name], features, self.half.names, people)
+            for name, features in self.features_of(pictures).items()
+        }
+
+
+def reconstructions_of(pipe: UIFacePipeline, pictures: list[np.ndarray]) -> list[np.ndarray]:
+    """Faces of the pipeline's size through its first stage, as RGB bytes."""
+    found = []
+    for start in range(0, len(pictures), 32):
+        pixels = pixels_of(pictures[start : start + 32]).to(pipe.vae.device, pipe.vae.dtype) / 127.5 - 1
+        result = reconstruct(pipe.vae, pixels).float().cpu()
+        found += list(((result + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+    return found
 
 
 def nearest_cosines(embeddings: torch.Tensor, known: torch.Tensor) -> dict[str, float]:
@@ -138,6 +238,10 @@ class Measurement:
         self.unseen_embeddings = unseen.bank.embeddings[strangers]
         self.recognizers = {pack.name: pack.to_torch() for pack in (self.encoder, self.judge)}
         self.perceptual = load_lpips("alex", args.lpips_backbone)
+        self.real = None
+        if args.real:
+            number = args.num_identities * args.images_per_identity
+            self.real = RealFaces(args.real, number, args.output / "cache", self.perceptual, self.judge)
 
     def bank(self, pipeline: str) -> IdentityBank:
         """The identities to make."""
@@ -221,6 +325,10 @@ class Measurement:
         for name, values in figures.items():
             print(f"nearest training face of {name} faces, {encoder.name}: {describe(values)}")
 
+        # 6. looks
+        if self.real is not None:
+            result["realism"] = self.measure_looks(pipe, bank, images["bank"])
+
         output.mkdir(parents=True, exist_ok=True)
         figure.savefig(output / "identity.png", dpi=80)
         # one face of each identity of the bank first
@@ -236,10 +344,49 @@ class Measurement:
         result["minutes"] = (time.monotonic() - started) / 60
         write_json(output / "result.json", result)
 
+    def measure_looks(
+        self, pipe: UIFacePipeline, bank: IdentityBank, two_stages: list[PIL.Image.Image]
+    ) -> dict[str, Any]:
+        """How real faces of each way to sample look; those of two stages are there already."""
+        args, real = self.args, self.real
+        people = np.arange(len(bank)).repeat(args.images_per_identity).tolist()
+        found = {
+            "faces": len(people),
+            "identities": len(bank),
+            "real_faces": len(real.half),
+            "real_identities": len(real.half.identities),
+        }
+        print(
+            f"looks, {len(people)} faces of {len(bank)} identities against {len(real.half)} real ones of"
+            f" {len(real.half.identities)} people:"
+        )
+
+        def measure(title: str, pictures: Sequence, names: Sequence) -> None:
+            found[title] = {}
+            for network, looks in real.measure(pictures, names).items():
+                found[title] |= {f"{name}/{network}": value for name, value in asdict(looks).items()}
+                kid, spread = 1000 * looks.kid, 1000 * looks.kid_std
+                line = f"{title:25s} {network:10s} KID x 1000 {kid:8.1f} +- {spread:6.1f}   AUC {looks.c2st:.3f}"
+                print(line, flush=True)
+
+        others = real.pictures(real.others, two_stages[0].width)
+        measure("real", others, real.others.names)
+        measure("first stage", reconstructions_of(pipe, others), real.others.names)
+        # every face is of nobody in particular
+        measure("empty context", sample(pipe, bank, args, "empty context", empty=True)[0], range(len(people)))
+        for scale in (1.0, 2.0):
+            title = f"single stage, guidance {scale:g}"
+            single, _ = sample(pipe, bank, args, title, boundary=None, guidance_scale=scale)
+            measure(title, single, people)
+        measure("two stages", two_stages, people)
+        return found
+
 
 def what_decides(pipeline: str, args: argparse.Namespace) -> dict[str, Any]:
     """What the result depends on: the command, the pipeline with its defaults, and its bank."""
     options = {name: str(value) for name, value in vars(args).items() if name not in ("pipelines", "output")}
+    if args.real is None:  # a result that was measured before there was this option
+        del options["real"]
     pipe, bank = UIFacePipeline.from_pretrained(pipeline), Path(pipeline) / IDENTITIES
     identities = bank_hash(IdentityBank.load(bank)) if bank.exists() else None
     defaults = pipe.default_sampling(args.num_inference_steps)
@@ -261,14 +408,17 @@ def is_measured(output: Path, command: dict[str, Any]) -> bool:
 
 def draw_curve(results: dict[int, dict], judge: str, output: Path) -> None:
     """Prints the figures against samples seen, and what the last doubling brought; saves them as a picture."""
-    titles = ("training people", "unseen people", "others", "EER", "nearest training face")
+    titles = ["training people", "unseen people", "others", "EER", "nearest training face"]
+    looks = ("empty context", "two stages") if all("realism" in result for result in results.values()) else ()
+    titles += [f"KID, {arm}" for arm in looks]
     rows = []
     for samples, result in sorted(results.items()):
         people = [result[f"identity/{name}/{judge}"] for name in ("training", "unseen")]
         nearest = result["nearest_training_face"]["generated"]["mean"]
         others = max(figures["other"] for figures in people)
         eer = result[f"verification/{judge}"]["eer"]
-        rows.append((samples, people[0]["own"], people[1]["own"], others, eer, nearest))
+        kid = [result["realism"][arm][f"kid/{LOOKS}"] for arm in looks]
+        rows.append((samples, people[0]["own"], people[1]["own"], others, eer, nearest, *kid))
     print(f"{'samples':>10}" + "".join(f"{title:>23}" for title in titles) + f"   ({judge})")
     for samples, *values in rows:
         print(f"{samples:10,}" + "".join(f"{value:23.4f}" for value in values))
@@ -284,7 +434,7 @@ def draw_curve(results: dict[int, dict], judge: str, output: Path) -> None:
         axis.plot(samples, column, marker="o", label=title)
     axis.set_xscale("log", base=2)
     axis.set_xlabel("samples seen")
-    axis.set_ylabel(f"cosine or error rate, {judge}")
+    axis.set_ylabel(f"cosine or error rate, {judge}" + (f"; KID, {LOOKS}" if looks else ""))
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(output / "curve.png", dpi=100)

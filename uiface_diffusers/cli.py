@@ -603,7 +603,13 @@ def _add_evaluate(commands) -> None:
     evaluate.add_argument("--judge", metavar="PACK", help="second model pack, which the generator has not seen")
     evaluate.add_argument("--identities", type=Path, help="bank that the faces follow (default: the data set's own)")
     evaluate.add_argument("--against", type=Path, help="bank or cache of real people, to look for leakage")
-    evaluate.add_argument("--real", type=Path, help="real faces, in any of the forms, for precision and recall")
+    evaluate.add_argument(
+        "--real",
+        type=Path,
+        action="append",
+        help="real faces, in any of the forms or a folder of pictures, for KID, the classifier test, precision and"
+        " recall; again for another set, of which as many faces are taken",
+    )
     evaluate.add_argument(
         "--same-people", action="store_true", help="a name is the same person in both: also by person"
     )

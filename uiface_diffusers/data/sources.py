@@ -237,6 +237,24 @@ class FolderSource:
             return "missing"
 
 
+class FlatFolderSource(FolderSource):
+    """`ROOT/*.jpg`, sorted, without folders of identities: each picture is of an identity of its own, by its file's
+    name."""
+
+    def __init__(self, root: Path):
+        self.root, self.photographs, self.left_out, self._paths = root, [], {}, {}
+        for entry in self._entries(root):
+            path = Path(entry.path)
+            if entry.is_dir():
+                self._leave_out_all(entry, HIDDEN if is_system_entry(entry.name) else "in a folder")
+            elif is_system_entry(entry.name):
+                self._leave_out(path, HIDDEN)
+            elif not has_image_suffix(entry.name):
+                self._leave_out(path, NO_PICTURE)
+            else:
+                self._add(entry.name, [path])
+
+
 class RecordIOSource:
     """RecordIO of InsightFace, im2rec or DCFace: the identity is the (first) label, or by the list beside the file
     (see `record_identities`); the file is the key.

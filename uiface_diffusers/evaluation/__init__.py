@@ -1,10 +1,11 @@
 from .class_structure import class_uniqueness, intra_class_consistency
 from .consistency import identity_consistency
 from .evaluate import evaluate_dataset
-from .features import TorchvisionFeatures
+from .features import LpipsGridFeatures, TorchvisionFeatures
 from .leakage import measure_leakage
 from .perceptual import load_lpips
 from .precision_recall import class_precision_recall, improved_precision_recall
+from .realism import Realism, classifier_test, kernel_distance, measure_realism
 from .recognizers import load_recognizer
 from .reconstruction import reconstruction_quality
 from .report import compare_reports, load_report
@@ -19,20 +20,25 @@ from .verification import (
 )
 
 __all__ = [
+    "LpipsGridFeatures",
+    "Realism",
     "TorchvisionFeatures",
     "VerificationResult",
     "class_precision_recall",
     "class_uniqueness",
+    "classifier_test",
     "compare_reports",
     "equal_error_rate",
     "evaluate_dataset",
     "identity_consistency",
     "improved_precision_recall",
     "intra_class_consistency",
+    "kernel_distance",
     "load_lpips",
     "load_recognizer",
     "load_report",
     "measure_leakage",
+    "measure_realism",
     "measure_separability",
     "measure_verification",
     "reconstruction_quality",

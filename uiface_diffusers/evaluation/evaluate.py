@@ -25,16 +25,25 @@ from ..generation import bank_hash
 from ..identities import IdentityBank, largest_cosines
 from .class_structure import class_centres, class_uniqueness, intra_class_consistency
 from .diversity import identity_pairs, mean_lpips
-from .face_set import FaceSet, computed_once
-from .features import LpipsFeatures
+from .face_set import FaceSet, computed_once, open_faces
+from .features import LpipsFeatures, LpipsGridFeatures
 from .leakage import measure_leakage
 from .perceptual import load_lpips
 from .plots import identity_grid, plot_histograms
 from .precision_recall import class_precision_recall, improved_precision_recall
+from .realism import (
+    FOLDS,
+    MOST_FACES,
+    TooFewFacesError,
+    choose_spread,
+    kernel_features,
+    measure_realism,
+    real_halves,
+)
 from .report import REPORT, Measure, load_report, png_bytes, write_report
 from .separability import genuine_pairs, impostor_pairs, measure_separability, pair_cosines
 
-PACKAGES = ("uiface-diffusers", "torch", "lpips", "onnxruntime", "matplotlib")
+PACKAGES = ("uiface-diffusers", "torch", "lpips", "onnxruntime", "matplotlib", "scikit-learn")
 
 
 def evaluate_dataset(
@@ -44,7 +53,7 @@ def evaluate_dataset(
     judge: FaceEncoder | None = None,
     identities: IdentityBank | None = None,
     against: IdentityBank | None = None,
-    real: str | os.PathLike | None = None,
+    real: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
     same_people: bool = False,
     features: nn.Module | str = "lpips",
     perceptual: nn.Module | None = None,
@@ -70,7 +79,11 @@ def evaluate_dataset(
         judge (*optional*): another recogniser, to measure identity by a model that the generator has not seen.
         identities (*optional*): the embeddings that the faces were conditioned on, by name.
         against (*optional*): embeddings of real people, as those of the training, to look for leakage.
-        real (*optional*): real faces, in the same forms, for precision and recall.
+        real (*optional*): real faces for KID and the classifier test, precision and recall: one set or several, in the
+            same forms or as a folder of pictures, each of another person then. Equal parts are taken of several.
+            KID and the classifier test compare at most 1,000 faces of the set, of as many people as there are, with
+            as many real ones, by the backbone of `perceptual` and by the judge's embeddings (the encoder's without
+            one); and those with as many other real faces of other people, to see the noise.
         same_people (`bool`, defaults to `False`): a name means the same person in `dataset` and `real` (the faces are
             conditioned on real people): precision and recall are measured within identities as well. Identities that
             are nobody's have no real images, and so no such figure.
@@ -81,9 +94,9 @@ def evaluate_dataset(
         neighbours (`int`, defaults to 3): k of precision and recall.
         threshold (`float`, defaults to 0.3): cosine from which two are of one person, of uniqueness and consistency.
         max_pairs (`int`, defaults to 1,000,000): genuine and impostor pairs at most; all if there are no more.
-        max_images (`int`, defaults to 50,000): images at most of each set for precision and recall. Both are drawn
-            down to the smaller set, too, as the figures depend on the numbers. Within identities, so many of the set's
-            images at most, of whole identities.
+        max_images (`int`, defaults to 50,000): images at most of each side for these. For precision and recall both
+            are drawn down to the smaller set, too, as the figures depend on the numbers. Within identities, so many of
+            the set's images at most, of whole identities.
         seed (`int`, defaults to 0): of all draws.
         device: of LPIPS and features.
         skip_unusable (`bool`, defaults to `False`): leave out pictures that cannot be read or are not square.
@@ -110,25 +123,35 @@ def evaluate_dataset(
     _check_banks(recognisers, (identities, against))
     if against is not None and len(set(against.names)) < 2:
         raise ValueError("`against` has a single identity: leakage is measured against impostors among real people.")
-    faces, references = FaceSet(open_source(dataset)), None if real is None else FaceSet(open_source(real))
+    reals = [] if real is None else [real] if isinstance(real, str | os.PathLike) else list(real)
+    real_name = " + ".join(Path(path).resolve().name for path in reals)
+    faces, references = FaceSet(open_source(dataset)), [FaceSet(open_faces(path)) for path in reals]
     _check_faces(faces, dataset, identities)
     _check_origin(faces, dataset, identities)
     faces = _usable(faces, dataset, output / "cache", skip_unusable)
     _check_faces(faces, dataset, identities)
     _check_unnamed((identities, against), faces, encoder)
-    compared, left_out = None, dict(faces.left_out)
-    if references is not None:
-        references = _usable(references, real, output / "cache", skip_unusable)
-        left_out |= {f"{real}: {file}": reason for file, reason in references.left_out.items()}
-        number = min(len(faces), len(references), max_images)
-        compared = (faces.sample(number, seed), references.sample(number, seed))
+    compared, real_sides, left_out, too_few = None, None, dict(faces.left_out), []
+    if references:
+        for number, path in enumerate(reals):
+            references[number] = _usable(references[number], path, output / "cache", skip_unusable)
+            left_out |= {f"{path}: {file}": reason for file, reason in references[number].left_out.items()}
+        # equal parts of the real sets
+        share = min(min(len(faces), max_images) // len(references), *map(len, references))
+        parts = [each.sample(share, seed) for each in references]
+        compared = (faces.sample(share * len(parts), seed), FaceSet.join(parts))
+        try:
+            real_sides = _realism_sides(faces, references, max_images, seed)
+        except TooFewFacesError as error:
+            too_few = [f"Not measured: {error}"]
     _check_compared(compared, faces, references, same_people, neighbours)
 
     run = _Evaluation(faces, output / "cache", settings, device, recognisers)
-    for path, each in ((dataset, faces), (real, references)):
-        if each is not None and each.source.left_out:
+    for path, each in zip([dataset, *reals], [faces, *references], strict=True):
+        if each.source.left_out:
             lines = describe_left_out(summarize_left_out(each.source.left_out))
             run.notes.append(f"Left out of {path}: {'; '.join(lines)}.")
+    run.notes += too_few
     perceptual = (perceptual or load_lpips()).to(device)
     embeddings = {recogniser.name: faces.embed(recogniser, run.cache) for recogniser in recognisers}
     for name, of_name in embeddings.items():
@@ -140,11 +163,15 @@ def evaluate_dataset(
         name = against.identity_encoder or encoder.name
         run.leakage(name, embeddings[name], against)
     run.diversity(perceptual)
+    if real_sides is not None:
+        grid = LpipsGridFeatures(perceptual)
+        run.realism(*real_sides, real_name, grid, grid.network)
+        run.realism(*real_sides, real_name, recognisers[-1], recognisers[-1].name)
     if compared is not None:
         network = LpipsFeatures(perceptual) if features == "lpips" else encoder if features == "encoder" else features
-        run.precision_recall(*compared, Path(real).resolve().name, network)
+        run.precision_recall(*compared, real_name, network)
         if same_people:
-            run.class_precision_recall(references, Path(real).resolve().name, network)
+            run.class_precision_recall(FaceSet.join(references), real_name, network)
         else:
             run.notes.append(
                 "Precision and recall are of the whole sets. Within identities they exist only of faces conditioned on"
@@ -154,7 +181,7 @@ def evaluate_dataset(
     run.pictures.insert(0, (f"{len(shown)} identities, drawn at random: {', '.join(shown)}", png_bytes(grid)))
 
     settings |= {"encoder": encoder.name, "judge": None if judge is None else judge.name}
-    settings |= {"real": None if real is None else str(real), "same_people": same_people}
+    settings |= {"real": ", ".join(map(str, reals)) or None, "same_people": same_people}
     report = {
         "dataset": _describe(dataset, faces),
         "figures": [measure.as_json() for measure in run.measures],
@@ -237,10 +264,28 @@ def _check_origin(faces: FaceSet, dataset: Path, identities: IdentityBank | None
         raise ValueError(f"{file} says that the faces follow another bank of identities than the one given.")
 
 
+def _realism_sides(
+    faces: FaceSet, references: Sequence[FaceSet], max_images: int, seed: int
+) -> tuple[FaceSet, FaceSet, FaceSet]:
+    """Generated faces, as many real ones, and as many others, to be measured by KID and the classifier test.
+
+    Raises:
+        TooFewFacesError: the generated or a half of the real ones are of fewer than five people.
+    """
+    halves = real_halves(references, min(len(faces), max_images, MOST_FACES), seed)
+    chosen = faces.take(choose_spread(faces.names, len(halves[0]), seed))
+    if len(chosen.identities) < FOLDS:
+        raise TooFewFacesError(
+            f"{len(chosen)} faces of {len(chosen.identities)} identities: KID and the classifier test need {FOLDS}"
+            " identities at least."
+        )
+    return chosen, *halves
+
+
 def _check_compared(
     compared: tuple[FaceSet, FaceSet] | None,
     faces: FaceSet,
-    references: FaceSet | None,
+    references: Sequence[FaceSet],
     same_people: bool,
     neighbours: int,
 ) -> None:
@@ -250,7 +295,7 @@ def _check_compared(
         return
     if len(compared[0]) <= neighbours:
         raise ValueError(f"sets of {len(compared[0])} images are too small for {neighbours} neighbours.")
-    if same_people and not _people_of_both(faces, references, neighbours):
+    if same_people and not _people_of_both(faces, FaceSet.join(references), neighbours):
         raise ValueError(f"no identity has more than {neighbours} images under the same name in both sets.")
 
 
@@ -380,6 +425,33 @@ class _Evaluation:
         self.add({"intra_class_lpips": distances.mean().item()}, conditions, detail)
         plot = plot_histograms({"mean of an identity": distances}, "LPIPS")
         self.pictures.append(("Perceptual distance within identities", png_bytes(plot)))
+
+    def realism(
+        self,
+        faces: FaceSet,
+        references: FaceSet,
+        others: FaceSet,
+        real: str,
+        network: FaceEncoder | nn.Module,
+        name: str,
+    ) -> None:
+        """How far generated faces are from real ones, and how far other real faces are."""
+        sides = [self.features(each, network) for each in (faces, references, others)]
+        if isinstance(network, FaceEncoder):
+            sides = [kernel_features(each) for each in sides]
+        ours, theirs, other = sides
+        seed = self.settings["seed"]
+        found = measure_realism(theirs, ours, references.names, faces.names, seed)
+        noise = measure_realism(theirs, other, references.names, others.names, seed)
+        conditions = self.of_network(network) | {"images": len(faces), "identities": len(faces.identities)}
+        conditions |= {"real": f"{real} {references.key}", "real identities": len(references.identities)}
+        values = {"kid": found.kid, "kid_std": found.kid_std, "kid_real": noise.kid}
+        values |= {"c2st": found.c2st, "c2st_real": noise.c2st}
+        detail = (
+            f"{len(faces)} faces of {len(faces.identities)} identities against {len(references)} of"
+            f" {len(references.identities)}; the other half is {len(others)} of {len(others.identities)}."
+        )
+        self.add({f"{measure}/{name}": value for measure, value in values.items()}, conditions, detail)
 
     def features(self, faces: FaceSet, network: FaceEncoder | nn.Module) -> torch.Tensor:
         """`(N, D)`."""

@@ -1,5 +1,6 @@
 """A data set of aligned faces in any published form, and figures of its faces that are computed once and kept."""
 
+import os
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +12,66 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ..data.sources import Photograph, PhotographSource, source_fingerprint, unreadable_reason
+from ..data.sources import (
+    FlatFolderSource,
+    Photograph,
+    PhotographSource,
+    has_image_suffix,
+    is_system_entry,
+    open_source,
+    source_fingerprint,
+    unreadable_reason,
+)
 from ..faces import FaceEncoder, NoEmbeddingError, UnusableFaceError, resize_aligned
-from ..files import complete_file, read_json, read_safetensors, write_json
+from ..files import complete_file, local_path, read_json, read_safetensors, write_json
+
+
+def open_faces(path: str | os.PathLike) -> PhotographSource:
+    """Opens real faces in any form that `open_source` takes. Here a folder of pictures and nothing else is one, too:
+    each picture is of a person of its own.
+
+    Raises:
+        ValueError: as `open_source`.
+    """
+    folder = local_path(path)
+    if folder.is_dir():
+        entries = [entry for entry in folder.iterdir() if not is_system_entry(entry.name)]
+        holds_a_set = any(entry.is_dir() or entry.suffix.lower() in (".rec", ".tar") for entry in entries)
+        if not holds_a_set and any(has_image_suffix(entry.name) for entry in entries):
+            return FlatFolderSource(folder)
+    return open_source(path)
+
+
+def face_pixels(faces: Sequence[np.ndarray]) -> torch.Tensor:
+    """Square faces of any size, RGB bytes, as `(N, 3, 112, 112)` in [-1, 1], resized as `FaceEncoder.embed_pictures`
+    does."""
+    resized = np.stack([resize_aligned(face) for face in faces])
+    return torch.from_numpy(resized).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+class JoinedSource:
+    """Several sources as one. A file has the number of its source in front: `2/anna/0001.jpg`."""
+
+    def __init__(self, sources: Sequence[PhotographSource]):
+        self.photographs, self.left_out, self._places = [], {}, {}
+        for number, source in enumerate(sources, start=1):
+            self.left_out |= {f"{number}/{name}": reason for name, reason in source.left_out.items()}
+            for photograph in source.photographs:
+                joined = photograph._replace(file=f"{number}/{photograph.file}")
+                self._places[joined.file] = (source, photograph)
+                self.photographs.append(joined)
+
+    def read(self, photograph: Photograph) -> np.ndarray:
+        source, own = self._places[photograph.file]
+        return source.read(own)
+
+    def content(self, photograph: Photograph) -> bytes:
+        source, own = self._places[photograph.file]
+        return source.content(own)
+
+    def stamp(self, photograph: Photograph) -> str:
+        source, own = self._places[photograph.file]
+        return source.stamp(own)
 
 
 class FaceSet:
@@ -54,6 +112,18 @@ class FaceSet:
         numbers = {name: number for number, name in enumerate(dict.fromkeys(self.names))}
         return torch.tensor([numbers[name] for name in self.names])
 
+    @classmethod
+    def join(cls, sets: Sequence["FaceSet"]) -> "FaceSet":
+        """The faces of one or several sets, one set after the other. Names that are equal are one identity's."""
+        if len(sets) == 1:
+            return sets[0]
+        photographs = [
+            photograph._replace(file=f"{number}/{photograph.file}")
+            for number, faces in enumerate(sets, start=1)
+            for photograph in faces.photographs
+        ]
+        return cls(JoinedSource([faces.source for faces in sets]), photographs)
+
     def take(self, positions: Sequence[int]) -> "FaceSet":
         """The set of some of its faces."""
         return FaceSet(self.source, [self.photographs[position] for position in positions])
@@ -90,8 +160,7 @@ class FaceSet:
 
     def pixels(self, positions: Sequence[int]) -> torch.Tensor:
         """Faces `(N, 3, 112, 112)` in [-1, 1]."""
-        faces = np.stack([np.asarray(self.read(position)) for position in positions])
-        return torch.from_numpy(faces).permute(0, 3, 1, 2) / 127.5 - 1
+        return face_pixels([self.source.read(self.photographs[position]) for position in positions])
 
     def embed(self, recogniser: FaceEncoder, folder: Path) -> torch.Tensor:
         """Embeddings `(N, D)` of unit length, in their order; `folder` keeps them.

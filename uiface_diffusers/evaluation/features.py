@@ -1,4 +1,4 @@
-"""Feature networks for precision and recall."""
+"""Feature networks for precision and recall, KID and the classifier test."""
 
 import os
 from typing import TYPE_CHECKING
@@ -9,6 +9,7 @@ from torch import nn
 
 from ..files import read_safetensors
 from ..fingerprint import weights_fingerprint
+from .perceptual import TORCHVISION
 
 if TYPE_CHECKING:
     import lpips
@@ -35,6 +36,34 @@ class LpipsFeatures(nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """`(N, 3, height, width)` in [-1, 1] -> `(N, D)`."""
         return self.perceptual.net(self.perceptual.scaling_layer(pixels))[-1].mean(dim=(2, 3))
+
+
+class LpipsGridFeatures(nn.Module):
+    """Three layers of an LPIPS backbone, each averaged to 4x4 positions, so that they still tell where in the face
+    something is: of AlexNet the ReLUs 2, 3 and 5, 13,312 dimensions D in all. Each layer's part has the length
+    sqrt(D): `x @ y / D`, which KID's kernel takes, is the sum of the layers' three cosines.
+
+    Args:
+        perceptual: as `load_lpips` gives it.
+    """
+
+    LAYERS, GRID, SIZE = (2, 3, 5), 4, (128, 128)
+
+    def __init__(self, perceptual: "lpips.LPIPS"):
+        super().__init__()
+        self.perceptual = perceptual
+        self.network = TORCHVISION[perceptual.pnet_type]
+        fingerprint = weights_fingerprint(perceptual.net)
+        self.name = f"LPIPS {perceptual.pnet_type}, layers 2, 3 and 5 at 4x4, {fingerprint}"
+
+    @torch.no_grad()
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`(N, 3, height, width)` in [-1, 1] -> `(N, D)`."""
+        pixels = F.interpolate(self.perceptual.scaling_layer(pixels), self.SIZE, mode="bilinear", antialias=True)
+        layers = self.perceptual.net(pixels)
+        parts = [F.adaptive_avg_pool2d(layers[number - 1], self.GRID).flatten(1) for number in self.LAYERS]
+        length = sum(part.shape[1] for part in parts) ** 0.5
+        return torch.cat([F.normalize(part) * length for part in parts], dim=1)
 
 
 class TorchvisionFeatures(nn.Module):

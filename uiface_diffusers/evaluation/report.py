@@ -26,7 +26,7 @@ img { max-width: 100%; }
 """
 
 
-# name -> label, unit ("%": a share, shown in hundredths), what it says
+# name -> label, unit ("%": a share, shown in hundredths; "x 1000": shown in thousandths), what it says
 MEASURES = {
     "eer": ("Equal error rate", "%", "As many genuine pairs are rejected as impostor pairs are accepted."),
     "fmr100": ("FMR100", "%", "Genuine pairs rejected when at most 1 % of impostor pairs are accepted."),
@@ -74,7 +74,27 @@ MEASURES = {
         "",
         "Perceptual distance of images of one identity, averaged over identities; larger: more varied.",
     ),
-    "precision": ("Improved precision", "%", "Images of the set that lie among the real ones."),
+    "kid": (
+        "KID",
+        "x 1000",
+        "Kernel distance of generated faces to real ones; lower is better. Unbiased: about 0, also below, for faces"
+        " that look the same. Depends on the real faces and on the numbers of faces and people.",
+    ),
+    "kid_std": ("Deviation of KID", "x 1000", "Over subsets of half the faces: about KID's standard error."),
+    "kid_real": ("KID of real faces", "x 1000", "Of as many other real faces, of other people: what noise gives."),
+    "c2st": (
+        "Classifier two-sample test",
+        "",
+        "AUC of a classifier that tells generated from real faces, on people that it has not learned from; lower is"
+        " better, 0.5: cannot be told apart, 1: always told apart.",
+    ),
+    "c2st_real": ("Classifier test of real faces", "", "Of as many other real faces, of other people."),
+    "precision": (
+        "Improved precision",
+        "%",
+        "Images of the set that lie among the real ones. It does not see broken faces; KID and the classifier"
+        " test do.",
+    ),
     "recall": ("Improved recall", "%", "Real images that lie among those of the set."),
     "class_precision": (
         "Improved precision within identities",
@@ -95,7 +115,7 @@ class Measure:
     """One figure of a data set.
 
     Args:
-        name (`str`): the figure's, in `MEASURES`.
+        name (`str`): the figure's, in `MEASURES`; of one that several networks give, with a network: `kid/alexnet`.
         value (`float`, *optional*): None if it is not finite.
         conditions (`dict`): with what it was measured. Figures of two sets can be compared when these are equal.
         detail (`str`): what else is to be known, as the number of pairs.
@@ -107,14 +127,20 @@ class Measure:
     detail: str = ""
 
     def __post_init__(self):
-        if self.name not in MEASURES:
+        if self.kind not in MEASURES:
             raise ValueError(f"there is no figure {self.name!r}.")
         if self.value is not None and not math.isfinite(self.value):
             self.value = None
 
     @property
+    def kind(self) -> str:
+        """Its name in `MEASURES`."""
+        return self.name.partition("/")[0]
+
+    @property
     def label(self) -> str:
-        return MEASURES[self.name][0]
+        network = self.name.partition("/")[2]
+        return MEASURES[self.kind][0] + (f" by {network}" if network else "")
 
     @property
     def measured_with(self) -> str:
@@ -129,16 +155,19 @@ class Measure:
         """The value for people."""
         if self.value is None:
             return "-"
-        return f"{100 * self.value:.2f} %" if MEASURES[self.name][1] == "%" else f"{self.value:.4f}"
+        unit = MEASURES[self.kind][1]
+        if unit == "x 1000":
+            return f"{1000 * self.value:.1f} / 1000"
+        return f"{100 * self.value:.2f} %" if unit == "%" else f"{self.value:.4f}"
 
     @property
     def meaning(self) -> str:
-        return " ".join([MEASURES[self.name][2], self.detail]).strip()
+        return " ".join([MEASURES[self.kind][2], self.detail]).strip()
 
     def as_json(self) -> dict[str, Any]:
         """For `report.json`, which can be read without this package."""
-        label, unit, meaning = MEASURES[self.name]
-        described = {"label": label, "unit": unit, "meaning": meaning, "detail": self.detail}
+        _, unit, meaning = MEASURES[self.kind]
+        described = {"label": self.label, "unit": unit, "meaning": meaning, "detail": self.detail}
         return {"name": self.name, "value": self.value, "conditions": self.conditions, **described}
 
     @classmethod
@@ -324,7 +353,7 @@ def compare_reports(reports: Sequence[dict[str, Any]]) -> Comparison:
     order = list(MEASURES)
     rows = [
         ComparedMeasure(known[title].label, known[title].measured_with, [of_set.get(title) for of_set in of_sets])
-        for title in sorted(known, key=lambda title: order.index(known[title].name))
+        for title in sorted(known, key=lambda title: order.index(known[title].kind))
     ]
     names = [report["dataset"]["name"] for report in reports]
     return Comparison(
@@ -339,7 +368,7 @@ def _differences(of_sets: Sequence[dict[str, Measure]]) -> list[str]:
     """Says which figures not all of the sets that have them have under the same conditions."""
     labels: dict[str, list[str]] = {}
     for name, (label, _, _) in MEASURES.items():
-        measures = [[each for each in of_set.values() if each.name == name] for of_set in of_sets]
+        measures = [[each for each in of_set.values() if each.kind == name] for of_set in of_sets]
         titles = [{each.title for each in of_set} for of_set in measures if of_set]
         if any(each != titles[0] for each in titles):
             labels.setdefault(_differing(list(chain.from_iterable(measures))), []).append(label)
