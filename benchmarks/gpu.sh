@@ -9,20 +9,32 @@
 set -uo pipefail
 DEVICE=${DEVICE:-cuda} PYTHON=${PYTHON:-python3} OUT=${OUT:-runs/gpu} BUDGET=${BUDGET:-480} TESTS=${TESTS:-6}
 PARTS=${PARTS:-tests sampling published fifty training recognizer generation}
-START=$(date +%s) ROWS=$(mktemp -d)
+START=$(date +%s) ROWS=$(mktemp -d) GROUP= SMI=
 mkdir -p "$OUT" && : > "$OUT/gpu.log"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 UIFACE_TEST_DEVICE=$DEVICE UIFACE_CUDA_REPORT=$ROWS/tests.json
 
+kill_group() { # what a part has started and not ended: nothing may run beside the next one
+  [ -n "$GROUP" ] && kill -KILL -- "-$GROUP" 2> /dev/null
+  GROUP=
+}
+trap 'kill_group; [ -n "$SMI" ] && kill "$SMI" 2> /dev/null' EXIT
+trap 'exit 130' INT TERM
+
 part() { # NAME SECONDS COMMAND...: skipped where the budget is used up, interrupted after so many seconds
-  local name=$1 limit=$2 began now
+  local name=$1 limit=$2 began now status
   began=$(date +%s)
   shift 2
   case " $PARTS " in *" $name "*) ;; *) return ;; esac
   now=$((BUDGET - began + START))
   [ "$now" -lt 15 ] && { echo "== $name: skipped, no time is left"; return; }
   echo "== $name" >> "$OUT/gpu.log"
-  timeout -k 10 -s INT $((limit < now ? limit : now)) "$@" >> "$OUT/gpu.log" 2>&1
-  echo "== $name: ended with $? after $(($(date +%s) - began)) s"
+  # a session of its own, whose group is killed as a whole: `timeout` ends as soon as its own child has ended
+  setsid timeout -k 10 -s INT $((limit < now ? limit : now)) "$@" >> "$OUT/gpu.log" 2>&1 &
+  GROUP=$!
+  wait "$GROUP"
+  status=$?
+  kill_group
+  echo "== $name: ended with $status after $(($(date +%s) - began)) s"
 }
 rates() { # NAME SECONDS SCRIPT OPTIONS...
   local name=$1 limit=$2
@@ -33,7 +45,7 @@ rates() { # NAME SECONDS SCRIPT OPTIONS...
 if [ "$DEVICE" = cuda ]; then
   nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
   nvidia-smi --query-gpu=power.draw,clocks.sm,temperature.gpu --format=csv,noheader,nounits -lms 500 > "$ROWS/power.csv" &
-  trap "kill $! 2> /dev/null" EXIT
+  SMI=$!
 fi
 if [ "${TINY:-0}" = 1 ]; then
   SMALL="--num-inference-steps 2 --rounds 1" ALL="float32 bf16" B1="1 2" B2=1 B3=1 B4=2 B5=2 B6=1 STEPS=2 PICTURES="--identities 2 --images 2"

@@ -71,6 +71,12 @@ def published_pipeline() -> UIFacePipeline:
     return UIFacePipeline(vae.eval(), unet.eval(), scheduler, IdentityProjector(512, 256).eval(), EmptyContext(256))
 
 
+@torch.no_grad()
+def decode(pipe: UIFacePipeline, latents: torch.Tensor) -> torch.Tensor:
+    """As the pipeline does."""
+    return decode_latents(pipe.vae, latents.to(pipe.vae.dtype))
+
+
 class MaterialisingProcessor:
     """Attention with its map in memory; under the empty context the logits are kept, under the identity they replace
     (self-attention) or renormalise (cross-attention) the own ones, in the samples of `selected`."""
@@ -141,7 +147,7 @@ def plain_sampler(pipe: UIFacePipeline, embeds, noise, args) -> tuple[torch.Tens
     finally:
         pipe.unet.set_attn_processor(stock)
     if not args.only:
-        decode_latents(pipe.vae, latents)
+        decode(pipe, latents)
     return latents, boundaries
 
 
@@ -151,8 +157,7 @@ def exact_sampler(pipe: UIFacePipeline, embeds, noise, args) -> tuple[torch.Tens
     steps = args.num_inference_steps
     out = pipe(embeds, num_inference_steps=steps, latents=noise, output_type="latent", **options)
     if not args.only:
-        with torch.no_grad():
-            decode_latents(pipe.vae, out.images)
+        decode(pipe, out.images)
     return out.images, out.boundary_timesteps
 
 
@@ -164,8 +169,7 @@ def approximate_sampler(pipe: UIFacePipeline, embeds, noise, args) -> None:
         pipe.scheduler = getattr(diffusers, options.pop("scheduler")).from_config(exact.config)
     out = pipe(embeds, latents=noise, output_type="latent", latest_boundary=args.latest_boundary, **options)
     pipe.scheduler = exact
-    with torch.no_grad():
-        decode_latents(pipe.vae, out.images)
+    decode(pipe, out.images)
 
 
 @torch.no_grad()
@@ -176,7 +180,7 @@ def bare_rows(pipe: UIFacePipeline, row_counts: list[int], noise: torch.Tensor) 
         for rows in row_counts:
             states = noise[torch.arange(rows, device=noise.device) % len(noise)]
             pipe.unet(states, 500, pipe.empty_context(rows).context.to(noise.dtype))
-        decode_latents(pipe.vae, noise)
+        decode(pipe, noise)
     finally:
         pipe.unet.set_attn_processor(stock)
 
@@ -232,14 +236,10 @@ def rates(args: argparse.Namespace) -> None:
             with Roofline(machine, precision) as sampling:
                 rows, (latents, _) = record_rows(pipe, lambda: exact_sampler(pipe, embeds, noise, args))
 
-            @torch.no_grad()
-            def decode() -> None:
-                decode_latents(pipe.vae, latents.to(pipe.vae.dtype))
-
             with Roofline(machine, precision) as decoding:
-                decode()
+                decode(pipe, latents)
             peak_gib()
-            decode_seconds = median_seconds(decode, args.rounds)
+            decode_seconds = median_seconds(lambda: decode(pipe, latents), args.rounds)
             decode_peak = peak_gib()
             exact_sampler(pipe, embeds, noise, args)
             seconds = median_seconds(lambda: exact_sampler(pipe, embeds, noise, args), args.rounds)

@@ -267,7 +267,7 @@ def denoising_loss(
     timesteps = TIMESTEP_SAMPLING[timestep_sampling](batch_size, scheduler.config.num_train_timesteps, device)
     is_empty = torch.rand(batch_size, device=device) < empty_probability
     # the empty context gets a gradient in every step
-    is_empty[:1].fill_(True)
+    is_empty[:1].fill_(True)  # assigning to `is_empty[0]` would wait for the device
 
     noisy = scheduler.add_noise(latents, noise, timesteps)
     prediction = denoiser(noisy, timesteps, identity_embeds, is_empty).float()

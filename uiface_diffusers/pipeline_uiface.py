@@ -452,7 +452,7 @@ class UIFacePipeline(DiffusionPipeline):
         self.check_inputs(identity_embeds=identity_embeds, **single, **defaults | sampling)
 
     def prepare_identity_embeds(self, identity_embeds: Any) -> torch.Tensor | None:
-        """Brings identity embeddings into one form: `(batch, identity_dim)`, float32, of unit length.
+        """Brings identity embeddings into one form: `(batch, identity_dim)`, float32, of unit length, on the CPU.
 
         Args:
             identity_embeds: see `__call__`.
@@ -471,12 +471,13 @@ class UIFacePipeline(DiffusionPipeline):
         if isinstance(identity_embeds, list | tuple):
             if not len(identity_embeds):
                 raise ValueError("`identity_embeds` is an empty list.")
-            rows = [torch.as_tensor(row, dtype=torch.float32) for row in identity_embeds]
+            rows = [torch.as_tensor(row, dtype=torch.float32, device="cpu") for row in identity_embeds]
             shapes = {tuple(row.shape) for row in rows}
             if len(shapes) > 1:
                 raise ValueError(f"`identity_embeds` is a list of vectors of different shapes: {sorted(shapes)}.")
             identity_embeds = torch.stack(rows)
-        embeds = torch.as_tensor(identity_embeds, dtype=torch.float32)
+        # one vector has one length: another device would round it in another way
+        embeds = torch.as_tensor(identity_embeds, dtype=torch.float32, device="cpu")
         if embeds.ndim == 1:
             embeds = embeds[None]
         if embeds.ndim != 2 or embeds.shape[1] != config.identity_dim or not len(embeds):
