@@ -40,7 +40,6 @@ from conftest import BETAS, TINY_UNET, draw_person, tiny_autoencoder, tiny_compo
 from conftest import run_script as run_in_process
 from diffusers.callbacks import PipelineCallback
 from test_sources import RecordWriter, image_record
-from uiface_diffusers.schedulers import SUPPORTED
 
 from uiface_diffusers import IdentityBank, IResNetImageProcessor, UIFacePipeline, cli, generate_dataset
 from uiface_diffusers.data import FaceCache, make_benchmark, prepare_faces, read_benchmark, read_pairs
@@ -52,6 +51,7 @@ from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.files import complete_file, read_lines
 from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.seeds import noise_generator, noise_seed
+from uiface_diffusers.two_stage.schedulers import SUPPORTED
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 5\n"
 NEEDS_GPU = "needs a GPU"

@@ -54,8 +54,8 @@ from uiface_diffusers.attention_processor import AttentionMapRecorder
 from uiface_diffusers.data import prepare_faces
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.latents import encode_images
-from uiface_diffusers.schedulers import SUPPORTED, check_timesteps
 from uiface_diffusers.two_stage import attention_map, plan_rows
+from uiface_diffusers.two_stage.schedulers import SUPPORTED, check_timesteps
 
 DEVICE = torch.device(os.environ.get("UIFACE_TEST_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"

@@ -558,8 +558,9 @@ def test_side_view_share_trains(workspace, toy_photographs, tmp_path):
     assert result.returncode != 0 and "side_view_share: 0.3 then, 0.5 now" in result.stderr
 
     args = train_script.parse_args(options_of(workspace, "side_weights", *data, "--side_view_share", "0.3"))
+    caches = [FaceCache(folder) for folder in args.train_data]
     _, names, weights, _ = train_script.load_training_data(
-        args, train_script.Accelerator(cpu=True), tiny_autoencoder()
+        args, caches, train_script.Accelerator(cpu=True), tiny_autoencoder()
     )
     assert len(names) == 48 and weights[24:].sum() / weights.sum() == pytest.approx(0.3)
 
