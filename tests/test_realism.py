@@ -196,6 +196,26 @@ def test_halves_share_nobody_and_take_equal_parts(workspace):
         real_halves([sets[0], *sets], 10)
 
 
+def test_a_folder_of_pictures_is_a_set(workspace, tmp_path):
+    """Only if there is nothing else to read in it; what is left out is named."""
+    folder = shutil.copytree(workspace / "flat", tmp_path / "flat")
+    (folder / "@eaDir").mkdir()
+    shutil.copy(folder / "00.png", folder / "@eaDir" / "thumbnail.png")
+    shutil.copy(folder / "00.png", folder / ".hidden.png")
+    source = open_faces(folder)
+    assert [photograph.file for photograph in source.photographs] == [f"{number:02d}.png" for number in range(16)]
+    assert len({photograph.identity for photograph in source.photographs}) == 16
+    hidden = {name for name, reason in source.left_out.items() if reason == "hidden or of the system"}
+    assert hidden == {"@eaDir/thumbnail.png", ".hidden.png"} and source.left_out.keys() - hidden == {"notes.txt"}
+    (folder / "anna").mkdir()
+    shutil.copy(folder / "00.png", folder / "anna" / "0.png")
+    source = open_faces(folder)
+    assert [photograph.file for photograph in source.photographs] == ["anna/0.png"]
+    assert source.left_out["00.png"] == "in no identity's folder"
+    with pytest.raises(ValueError, match="has no photographs"):
+        open_faces(workspace / "packs" / "models")
+
+
 def test_evaluate_measures_realism(report, workspace, backbone):
     """Both networks, by hand."""
     found, notes = figures(report), " ".join(report["notes"])

@@ -170,7 +170,7 @@ class RealFaces:
     @staticmethod
     def pictures(faces: FaceSet, size: int) -> list[np.ndarray]:
         """RGB bytes at the size of a pipeline's pictures: both sides are resized to 112 from there. KID would see the
-        difference: faces of 112 pixels have 430 / 1000 to themselves by way of 128."""
+        difference: real faces of 112 pixels have 430 / 1000 to others that went through 128 and back."""
         return [resize_aligned(faces.source.read(photograph), size) for photograph in faces.photographs]
 
     def features_of(self, pictures: list[PIL.Image.Image] | list[np.ndarray]) -> dict[str, torch.Tensor]:

@@ -592,7 +592,7 @@ def _compare(args: argparse.Namespace) -> None:
 def _add_evaluate(commands) -> None:
     evaluate = commands.add_parser(
         "evaluate",
-        help="diversity, consistency, separability and leakage of a data set",
+        help="realism, diversity, consistency, separability and leakage of a data set",
         description="Measures a data set of aligned faces: of `uiface generate` or `uiface prepare`, identity folders,"
         " RecordIO or webdataset shards. Run it again to go on.",
         epilog="example: uiface evaluate faces --encoder buffalo_l --judge antelopev2 --real cache/photos",

@@ -1,8 +1,9 @@
 """Do generated faces look like real ones? KID (Binkowski et al., ICLR 2018) and the classifier two-sample test
 (Lopez-Paz & Oquab, ICLR 2017), on the features of a network.
 
-Both depend on the real faces, on the numbers of faces and on the number of people: compare figures only where these
-are equal. The same measures of two halves of the real faces, with nobody in both, say what noise is.
+Both depend on the real faces, also on how sharp they are, on the numbers of faces and on the number of people: compare
+figures only where these are equal. The same measures of two halves of the real faces, with nobody in both, say what
+noise is.
 """
 
 from collections import Counter
