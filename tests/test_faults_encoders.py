@@ -300,6 +300,13 @@ def test_execution_providers(toy_root):
     assert execution_providers(["cuda", "cpu"], [cuda, cpu], 3) == [(cuda, {"device_id": str(3 % devices)}), cpu]
     assert execution_providers(None, [cuda, cpu], 1) == [(cuda, {"device_id": str(1 % devices)}), cpu]
     assert execution_providers(None, [cpu], 1) is None
+    # torch's device, as `--device` names it
+    assert execution_providers(None, [cuda, cpu], 1, "cuda:5") == [(cuda, {"device_id": "5"}), cpu]
+    assert execution_providers(["cuda"], [cuda, cpu], device=torch.device("cuda", 2)) == [(cuda, {"device_id": "2"})]
+    assert execution_providers(None, [cuda, cpu], 3, "cuda:0") == [(cuda, {"device_id": "0"}), cpu]
+    assert execution_providers(None, [cuda, cpu], 0, "cuda:0") is None
+    assert execution_providers(None, [cuda, cpu], 1, "cpu") == [cpu]
+    assert execution_providers(["cuda"], [cuda, cpu], device="cpu") == [cuda]
     with pytest.raises(ValueError, match=r"`cuda` \(--providers\) is not available: onnxruntime has cpu here"):
         execution_providers(["cuda"], [cpu])
     assert FaceEncoder("toy", str(toy_root), providers=["cpu"]).recognizer.session.get_providers() == [cpu]

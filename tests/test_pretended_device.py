@@ -163,12 +163,54 @@ def test_embeddings_of_either_device_give_the_same(pretended, pipe):
 # --- data sets and identities ----------------------------------------------------------------------------------------
 
 
-def test_a_data_set(pretended, pipe, toy_root, tmp_path):
-    bank = IdentityBank(F.normalize(EMBEDS), "toy")
-    options = {"size": 16, "batch_size": 2, "num_inference_steps": 2, "identity_perturbation": (0.6, 0.9)}
-    options["encoder"] = FaceEncoder("toy", str(toy_root), det_size=160)
-    report = generate_dataset(pipe, bank, tmp_path, 2, min_similarity=0.5, max_attempts=2, **options)
-    assert report.complete and len(list(tmp_path.glob("images/*/*.png"))) == 6
+BANK = IdentityBank(F.normalize(EMBEDS), "toy")
+
+
+def contents(folder: Path) -> dict[str, bytes | int]:
+    """All files; of safetensors, whose header has no fixed order, the length."""
+    files = {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {name: len(content) if name.endswith(".safetensors") else content for name, content in files.items()}
+
+
+def to_pretended(pipe: UIFacePipeline) -> None:
+    for name in ("vae", "unet", "identity_projector", "empty_context"):
+        getattr(pipe, name).to(DEVICE)
+
+
+@pytest.mark.parametrize("output_format", ["imagefolder", "webdataset"])
+def test_a_data_set_made_beside_sampling_is_the_same(tiny_pipeline, toy_root, output_format, tmp_path):
+    """On the CPU one thread writes; beside another device one decodes and several encode."""
+    encoder = FaceEncoder("toy", str(toy_root), det_size=160)
+    options = {"size": 16, "batch_size": 4, "num_inference_steps": 2, "identity_perturbation": (0.6, 0.9)}
+    options |= {"encoder": encoder, "min_similarity": 0.1, "max_attempts": 3, "output_format": output_format}
+    generate_dataset(tiny_pipeline, BANK, tmp_path / "cpu", 7, **options)
+    with PretendedDevice():
+        to_pretended(tiny_pipeline)
+        report = generate_dataset(tiny_pipeline, BANK, tmp_path / "pretended", 7, **options)
+    assert report.complete and report.made == 21
+    expected, found = contents(tmp_path / "cpu"), contents(tmp_path / "pretended")
+    assert found.pop("generation.json").replace(b"meta", b"cpu") == expected.pop("generation.json")
+    assert found == expected
+
+
+def test_rows_are_of_complete_images_only(tiny_pipeline, tmp_path):
+    """Writing fails in one of the threads; the same call goes on where it was."""
+    options = {"size": 16, "batch_size": 4, "num_inference_steps": 2}
+    generate_dataset(tiny_pipeline, BANK, tmp_path / "whole", 7, **options)
+    folder = tmp_path / "failed"
+    (folder / "images").mkdir(parents=True)
+    (folder / "images" / BANK.names[1]).write_bytes(b"in the way")
+    with PretendedDevice():
+        to_pretended(tiny_pipeline)
+        with pytest.raises(OSError, match="cannot be written.*run the same command again"):
+            generate_dataset(tiny_pipeline, BANK, folder, 7, **options)
+        rows = [json.loads(line) for file in folder.glob("journal/*") for line in file.read_text().splitlines()]
+        # the first batch is of one identity, the second one is not
+        assert [(row["identity"], row["index"]) for row in rows] == [(BANK.names[0], n) for n in range(4)]
+        assert not list(folder.rglob("*.part"))
+        (folder / "images" / BANK.names[1]).unlink()
+        assert generate_dataset(tiny_pipeline, BANK, folder, 7, **options).made == 17
+    assert contents(folder) == contents(tmp_path / "whole")
 
 
 def test_identities(pretended, pipe, toy_root, tmp_path):

@@ -212,7 +212,10 @@ def has_direction(features: np.ndarray) -> np.ndarray:
 
 
 def execution_providers(
-    providers: Sequence[str] | None, available: Sequence[str] | None = None, local_rank: int = 0
+    providers: Sequence[str] | None,
+    available: Sequence[str] | None = None,
+    local_rank: int = 0,
+    device: torch.device | str | None = None,
 ) -> list | None:
     """onnxruntime's execution providers by their names.
 
@@ -221,6 +224,8 @@ def execution_providers(
             `"coreml"`), in any case.
         available: what onnxruntime can run here; asked of it if not given.
         local_rank (`int`, defaults to 0): this process of a machine. Each process takes a GPU of its own.
+        device (`torch.device` or `str`, *optional*): torch's device. The number of a GPU (`cuda:1`) goes before the
+            rank; on `cpu`, no GPU is taken unless `providers` name one.
 
     Returns:
         Names, those of a GPU with its number; `None` for insightface's choice.
@@ -229,13 +234,20 @@ def execution_providers(
         ValueError: a provider is not available.
     """
     available = onnxruntime.get_available_providers() if available is None else available
+    devices, device = torch.cuda.device_count(), None if device is None else torch.device(device)
+    # a launcher may show every process all GPUs, or its own only
+    number = local_rank % devices if devices else local_rank
+    if device is not None and device.type == "cuda" and device.index is not None:
+        number = device.index
+    is_first = not local_rank and not number
     if providers is None:
-        cuda = f"CUDA{PROVIDER}"
-        if not local_rank or cuda not in available:
+        cuda, cpu = f"CUDA{PROVIDER}", f"CPU{PROVIDER}"
+        if device is not None and device.type == "cpu":
+            return [cpu]
+        if is_first or cuda not in available:
             return None
-        providers = [cuda, f"CPU{PROVIDER}"]
+        providers = [cuda, cpu]
     by_short_name = {name.lower().removesuffix(PROVIDER.lower()): name for name in available}
-    devices = torch.cuda.device_count()
     chosen = []
     for provider in providers:
         name = by_short_name.get(provider.lower().removesuffix(PROVIDER.lower()))
@@ -244,9 +256,7 @@ def execution_providers(
                 f"the execution provider `{provider}` (--providers) is not available: onnxruntime has"
                 f" {', '.join(by_short_name)} here. CUDA and TensorRT come with the package onnxruntime-gpu."
             )
-        # a launcher may show every process all GPUs, or its own only
-        device = local_rank % devices if devices else local_rank
-        chosen.append((name, {"device_id": str(device)}) if name in GPU_PROVIDERS and local_rank else name)
+        chosen.append((name, {"device_id": str(number)}) if name in GPU_PROVIDERS and not is_first else name)
     return chosen
 
 
@@ -335,6 +345,8 @@ class FaceEncoder:
         det_thresh (`float`, defaults to 0.5): the detector's least confidence.
         threads (`int`, *optional*): of one call of a model; onnxruntime's choice if not given. An encoder can be
             called in several threads: with one thread per call they do not wait for each other.
+        device (`torch.device` or `str`, *optional*): torch's device, by which onnxruntime's is chosen, see
+            `execution_providers`; by default, each process of a launcher takes a GPU of its own.
 
     Raises:
         ValueError: the pack has no detector with landmarks or no recognition model for 112x112 faces, a file of these
@@ -349,13 +361,14 @@ class FaceEncoder:
         det_size: int | None = None,
         det_thresh: float = 0.5,
         threads: int | None = None,
+        device: torch.device | str | None = None,
     ):
         self.name, self.det_size, self.det_thresh = name, det_size, det_thresh
         if det_size is not None and (det_size <= 0 or det_size % DETECTOR_STRIDE):
             raise ValueError(
                 f"`det_size` has to be a multiple of {DETECTOR_STRIDE}, such as 320 or 640, but is {det_size}."
             )
-        chosen = execution_providers(providers, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
+        chosen = execution_providers(providers, local_rank=int(os.environ.get("LOCAL_RANK", 0)), device=device)
         models = _load_pack(_pack_folder(name, root), chosen, threads)
         self.detector, self.recognizer = models["detection"], models["recognition"]
         if not getattr(self.detector, "use_kps", True):

@@ -23,10 +23,9 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import chain
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -81,6 +80,21 @@ SIZE_CATEGORIES = (
 GRID_ROWS, GRID_COLUMNS = 8, 8
 # batches that wait to be decoded and written, at most
 WAITING = 2
+# threads that encode pictures beside a GPU, at most: one makes about 300 PNG files a second
+MAX_ENCODERS = 8
+
+
+def default_batch_size(pipeline: UIFacePipeline) -> int:
+    """Images per call of the pipeline where none are given.
+
+    16 on a CPU, whose cores are busy by then. A GPU takes about as long for a step of a few rows as for one of
+    hundreds: 256 there for latents of 32x32, in proportion to the area for others, from 16 to 1024.
+    """
+    if pipeline.unet.device.type == "cpu":
+        return 16
+    side = pipeline.unet.config.sample_size
+    height, width = (side, side) if isinstance(side, int) else side
+    return min(max(16, 256 * 32 * 32 // (height * width)), 1024)
 
 
 @dataclass(frozen=True)
@@ -116,7 +130,7 @@ def generate_dataset(
     output: str | os.PathLike,
     images_per_identity: int = 50,
     seed: int = 0,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     size: int = 112,
     image_format: str = "png",
     output_format: str = "imagefolder",
@@ -137,7 +151,8 @@ def generate_dataset(
         output: the data set's folder.
         images_per_identity (`int`, defaults to 50).
         seed (`int`, defaults to 0).
-        batch_size (`int`, defaults to 16): images a pipeline call, filled across identities.
+        batch_size (`int`, *optional*): images per call of the pipeline, filled across identities; by default
+            `default_batch_size(pipeline)`.
         size (`int`, defaults to 112): height and width of the images (bilinear, with antialiasing).
         image_format (`str`, defaults to `"png"`): `"png"`, `"jpeg"` or `"webp"`, the last two with quality 95.
         output_format (`str`, defaults to `"imagefolder"`): `images/IDENTITY/NNNN.png`, or `"webdataset"` tar shards.
@@ -156,6 +171,7 @@ def generate_dataset(
         RuntimeError: another process is at work on the same part of `output`.
     """
     sampling = {name: _plain(value) for name, value in sampling.items()}
+    batch_size = default_batch_size(pipeline) if batch_size is None else batch_size
     _check_arguments(pipeline, identities, locals())
     images_per_identity, seed, size, max_attempts = map(int, (images_per_identity, seed, size, max_attempts))
     batch_size, shard = int(batch_size), (int(shard[0]), int(shard[1]))
@@ -277,6 +293,7 @@ class _Run:
         self.images = output / "images"
         self.plan = [(i, n) for i in range(len(identities)) for n in range(settings["images_per_identity"])]
         self.unet_rows = 0
+        self.stream: torch.cuda.Stream | None = None
         self.rows: dict[tuple[str, int], ImageRow] = {}
         # of images that were not similar enough yet: the best attempt
         self.best: dict[tuple[int, int], tuple[PIL.Image.Image, ImageRow]] = {}
@@ -295,9 +312,12 @@ class _Run:
     def make(self, part: tuple[int, int]) -> tuple[int, float]:
         """Makes what is missing of part i of n; returns the number of images and the seconds."""
         self.rows, packs = read_rows(self.output), self.settings["output_format"] == "webdataset"
-        # of a shard, all images are made by one process
-        unit = IMAGES_A_SHARD if packs else self.batch_size
-        units = [self.plan[k : k + unit] for k in range(0, len(self.plan), unit)][part[0] :: part[1]]
+        # of a shard, all images are made by one process; the division does not depend on the batch size, which may
+        # be another one on another machine
+        units = [self.plan[part[0] :: part[1]]]
+        if packs:
+            shards = [self.plan[k : k + IMAGES_A_SHARD] for k in range(0, len(self.plan), IMAGES_A_SHARD)]
+            units = shards[part[0] :: part[1]]
         done = {number for numbers in units for number in numbers if self._is_done(number)}
         journal = Journal(self.output, part)
         started, made = time.monotonic(), 0
@@ -307,8 +327,8 @@ class _Run:
         total = sum(map(len, units))
         try:
             with tqdm(total=total, initial=len(done), desc="generate", unit="image") as progress:
-                # images of several units fill a batch, but a shard's do not wait for another shard's
-                for numbers in units if packs else [list(chain.from_iterable(units))]:
+                # a batch is filled within a unit: a shard's images do not wait for another shard's
+                for numbers in units:
                     made += self._make_images([n for n in numbers if n not in done], journal, progress)
                     if packs:
                         self._pack(numbers)
@@ -335,11 +355,17 @@ class _Run:
             self.unet_rows += len(args[0] if args else kwargs["sample"])
 
     def _make_images(self, numbers: list[tuple[int, int]], journal: Journal, progress: tqdm) -> int:
-        """Samples in this thread; another one decodes, measures, resizes, encodes and writes. On a CPU this thread
-        decodes, too: side by side, the two would only take the cores from each other."""
+        """Samples in this thread; another one measures, resizes, encodes and writes, batch after batch. Beside a GPU a
+        third one decodes, and several encode. On a CPU this thread decodes, too: side by side, they would only take
+        the cores from each other."""
         pending = deque(Attempt(*number) for number in numbers)
         waiting: deque[Future] = deque()
-        with ThreadPoolExecutor(1) as writer:
+        on_cpu = self.pipeline.unet.device.type == "cpu"
+        with (
+            nullcontext() if on_cpu else ThreadPoolExecutor(_encoder_threads()) as encoders,
+            nullcontext() if on_cpu else ThreadPoolExecutor(1) as decoder,
+            ThreadPoolExecutor(1) as writer,
+        ):
             while pending or waiting:
                 # attempts that fail come back before a batch is left short
                 while waiting and (len(waiting) > WAITING or len(pending) < self.batch_size):
@@ -349,11 +375,13 @@ class _Run:
                     continue
                 batch = [pending.popleft() for _ in range(min(self.batch_size, len(pending)))]
                 latents, *figures = self._sample(batch)
-                if latents.device.type == "cpu":
+                if decoder is None:
                     decoded = self._decode(latents)
                 else:
-                    decoded = writer.submit(self._decode, latents)
-                waiting.append(writer.submit(self._write, batch, decoded, *figures, journal, progress))
+                    is_cuda = latents.device.type == "cuda"
+                    sampled = torch.cuda.current_stream(latents.device).record_event() if is_cuda else None
+                    decoded = decoder.submit(self._decode, latents, sampled)
+                waiting.append(writer.submit(self._write, batch, decoded, *figures, journal, progress, encoders))
         return len(numbers)
 
     def _sample(self, batch: list[Attempt]) -> tuple[torch.Tensor, list[int], list[float | None]]:
@@ -375,19 +403,42 @@ class _Run:
         return out.images, out.boundary_timesteps.tolist(), perturbations
 
     @torch.no_grad()
-    def _decode(self, latents: torch.Tensor) -> list[PIL.Image.Image]:
-        decoded = decode_latents(self.pipeline.vae, latents.to(self.pipeline.vae.dtype))
-        return self.pipeline.image_processor.postprocess(decoded, output_type="pil")
+    def _decode(self, latents: torch.Tensor, sampled: torch.cuda.Event | None = None) -> list[PIL.Image.Image]:
+        """Pictures of latents, on a stream of its own if these are still being `sampled`: only this thread waits."""
+        stream = nullcontext()
+        if sampled is not None:
+            self.stream = self.stream or torch.cuda.Stream(latents.device)
+            self.stream.wait_event(sampled)
+            stream = torch.cuda.stream(self.stream)
+        with stream:
+            decoded = decode_latents(self.pipeline.vae, latents.to(self.pipeline.vae.dtype))
+            decoded = self.pipeline.image_processor.postprocess(decoded, output_type="pt")
+            # rounded as diffusers does, but where they are: bytes are a quarter of what is to be copied
+            pixels = (255 * decoded.float()).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+        return [PIL.Image.fromarray(picture) for picture in pixels.numpy()]
 
-    def _write(self, batch, decoded, boundaries, perturbations, journal, progress) -> list[Attempt]:
-        """Writes a batch's images, or gives back the attempts to make instead."""
+    def _save(self, number: tuple[int, int], picture: PIL.Image.Image) -> int:
+        """Writes an image; returns the size of the file."""
+        side = (self.settings["size"], self.settings["size"])
+        if picture.size != side:
+            picture = picture.resize(side, PIL.Image.Resampling.BILINEAR)
+        content = encode_image(picture, self.settings["image_format"])
+        path = self.images / self.name(number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with complete_file(path) as beside:
+            beside.write_bytes(content)
+        return len(content)
+
+    def _write(self, batch, decoded, boundaries, perturbations, journal, progress, encoders) -> list[Attempt]:
+        """Writes a batch's images and, when all of them are there, their rows; or gives back the attempts to make
+        instead."""
         settings = self.settings
         pictures = decoded.result() if isinstance(decoded, Future) else decoded
         similarities: list[float | None] = [None] * len(batch)
         if self.encoder is not None:
             wanted = F.normalize(self.identities.embeddings[[a.identity for a in batch]])
             similarities = (self.encoder.embed_pictures(pictures) * wanted).sum(dim=1).tolist()
-        rows, again = [], []
+        rows, chosen, again = [], [], []
         for attempt, picture, *figures in zip(batch, pictures, boundaries, perturbations, similarities, strict=True):
             name = self.identities.names[attempt.identity]
             seed = noise_seed(settings["seed"], name, attempt.index, attempt.number)
@@ -401,15 +452,10 @@ class _Run:
                     self.best[number] = (picture, row)
                     again.append(replace(attempt, number=attempt.number + 1))
                     continue
-            side = (settings["size"], settings["size"])
-            if picture.size != side:
-                picture = picture.resize(side, PIL.Image.Resampling.BILINEAR)
-            content = encode_image(picture, settings["image_format"])
-            path = self.images / self.name(number)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with complete_file(path) as beside:
-                beside.write_bytes(content)
-            rows.append(replace(row, size=len(content)))
+            rows.append(row)
+            chosen.append((number, picture))
+        sizes = (map if encoders is None else encoders.map)(self._save, *zip(*chosen, strict=True)) if chosen else []
+        rows = [replace(row, size=size) for row, size in zip(rows, sizes, strict=True)]
         journal.append(rows)
         self.rows |= {(row.identity, row.index): row for row in rows}
         progress.update(len(rows))
@@ -458,6 +504,11 @@ class _Run:
             return PIL.Image.open(self.images / self.name(number))
         with tarfile.open(self.shard(number)) as tar:
             return PIL.Image.open(io.BytesIO(tar.extractfile(self.name(number)).read()))
+
+
+def _encoder_threads() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MAX_ENCODERS, cores)
 
 
 def bank_hash(identities: IdentityBank) -> str:

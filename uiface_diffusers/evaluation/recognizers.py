@@ -76,7 +76,7 @@ def load_recognizer(
             that this package or transformers knows: weights as safetensors, no code of the repository's.
         root (defaults to `"~/.insightface"`): the folder with `models/PACK`.
         providers (`list[str]`, *optional*): onnxruntime's execution providers, for a pack.
-        device (`str`, *optional*): for another model; a GPU if there is one.
+        device (`str`, *optional*): for a pack, see `FaceEncoder`; for another model, a GPU if there is one.
 
     Raises:
         OSError: there is no such folder or repository, or a file of it is missing.
@@ -84,7 +84,7 @@ def load_recognizer(
     """
     model = os.fspath(model)
     if not Path(model).is_dir() and "/" not in model:
-        return PackRecognizer(FaceEncoder(model, os.fspath(root), providers))
+        return PackRecognizer(FaceEncoder(model, os.fspath(root), providers, device=device))
     # classes of this package are known to transformers since it was imported
     try:
         loaded = AutoModel.from_pretrained(model, use_safetensors=True, trust_remote_code=False)
