@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from .files import paragraph
 from .options import (
     any_of,
     boolean,
@@ -124,15 +125,18 @@ def _pipeline_folder(model: str | None) -> Path:
 
 
 def _load_pipeline(folder: Path, **options):
-    """The pipeline of a folder; weights that are damaged are named."""
+    """The pipeline of a folder; what is damaged is named."""
     from . import UIFacePipeline
-    from .files import check_safetensors
+    from .files import brief, check_safetensors
 
     try:
         return UIFacePipeline.from_pretrained(folder, **options)
     except OSError:
         check_safetensors(folder)
         raise
+    except (AttributeError, ImportError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        reason = f"{type(error).__name__}: {brief(error)}"
+        raise ValueError(f"{folder} holds no pipeline, or a file of it is damaged ({reason}).") from error
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -266,8 +270,10 @@ def _make_identities(args: argparse.Namespace) -> None:
     import torch
 
     from .data import FaceCache, FaceCacheSource, prepare_faces
+    from .files import check_no_folder
     from .identities import keep_distinct, make_identities, sample_identities
 
+    check_no_folder(args.output)
     exclude = [_load_bank(path) for path in args.exclude]
     if args.random:
         if len(exclude) != 1:
@@ -703,7 +709,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args.run(args)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"uiface {args.command}: {error}")
+        sys.exit(f"uiface {args.command}: {paragraph(error)}")
 
 
 if __name__ == "__main__":
