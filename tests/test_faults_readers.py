@@ -337,7 +337,7 @@ def test_broken_shards_and_classes(tmp_path):
         open_source(shard)
     for content, advice in ((POINTER, "git lfs pull"), (b"", "empty: copy it again"), (b"\x1f\x8b" * 400, "damaged")):
         shard.write_bytes(content)
-        with pytest.raises(ValueError, match=f"no tar file: .*0.tar is .*{advice}"):
+        with pytest.raises(ValueError, match=f"0.tar is no tar file: .*0.tar is .*{advice}"):
             open_source(tmp_path)
 
 

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from .files import paragraph
 from .options import (
     any_of,
     boolean,
@@ -135,15 +136,18 @@ def _pipeline_folder(model: str | None) -> Path:
 
 
 def _load_pipeline(folder: Path, **options):
-    """The pipeline of a folder; weights that are damaged are named."""
+    """The pipeline of a folder; what is damaged is named."""
     from . import UIFacePipeline
-    from .files import check_safetensors
+    from .files import brief, check_safetensors
 
     try:
         return UIFacePipeline.from_pretrained(folder, **options)
     except OSError:
         check_safetensors(folder)
         raise
+    except (AttributeError, ImportError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        reason = f"{type(error).__name__}: {brief(error)}"
+        raise ValueError(f"{folder} holds no pipeline, or a file of it is damaged ({reason}).") from error
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -173,7 +177,7 @@ def _generate(args: argparse.Namespace) -> None:
     images = (50 if args.identities else 8) if images is None else images
     encoder = None
     if args.encoder is not None:
-        encoder = _face_encoder(args, args.device)
+        encoder = _face_encoder(args, device=args.device)
     report = generate_dataset(
         pipeline.to(args.device or state.device),
         identities.take(range(min(number, len(identities)))),
@@ -279,8 +283,10 @@ def _make_identities(args: argparse.Namespace) -> None:
     import torch
 
     from .data import FaceCache, FaceCacheSource, prepare_faces
+    from .files import check_no_folder
     from .identities import keep_distinct, make_identities, sample_identities
 
+    check_no_folder(args.output)
     exclude = [_load_bank(path) for path in args.exclude]
     if args.random:
         if len(exclude) != 1:
@@ -307,7 +313,7 @@ def _make_identities(args: argparse.Namespace) -> None:
         pipeline = _load_pipeline(_pipeline_folder(args.model)).to(device)
         report = make_identities(
             pipeline,
-            _face_encoder(args, args.device),
+            _face_encoder(args, device=args.device),
             args.number,
             args.output,
             exclude=exclude,
@@ -482,7 +488,7 @@ def _verify(args: argparse.Namespace) -> None:
         benchmarks = args.benchmarks
         if args.pairs is not None:
             benchmarks = Path(folder) / f"{args.pairs.stem}.bin"
-            encoder = None if args.aligned else _face_encoder(args, args.device)
+            encoder = None if args.aligned else _face_encoder(args, device=args.device)
             make_benchmark(args.pairs, args.images, benchmarks, encoder)
         results = verify_benchmarks(recognizer, benchmarks, done=save)
     print(verification_table(results))
@@ -732,7 +738,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args.run(args)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"uiface {args.command}: {error}")
+        sys.exit(f"uiface {args.command}: {paragraph(error)}")
 
 
 if __name__ == "__main__":

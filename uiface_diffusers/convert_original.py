@@ -310,6 +310,10 @@ def convert_original(
     """
     if (vq_encoder is None) != (vq_decoder is None) or (vq_encoder and vq_model):
         raise ValueError("give encoder and decoder of the first stage, or a VQModel, or none of them.")
+    if vq_model is not None:
+        name = VQModel.load_config(vq_model).get("_class_name")
+        if name != "VQModel":
+            raise ValueError(f"{vq_model} (--vq-model) is of the class {name}, not a VQModel.")
     state = load_original(unet)
     components = convert_original_state_dict(state, PUBLISHED_MODEL_CONFIG if model_config is None else model_config)
     del state  # its memory goes to the first stage

@@ -263,6 +263,11 @@ def execution_providers(
 def _pack_folder(name: str, root: str | os.PathLike) -> Path:
     """The folder of a model pack, downloaded if it is not there."""
     root = local_path(root)
+    if Path(name).name != name:  # embeddings are marked with it
+        raise ValueError(
+            f"`{name}` is no name of a model pack but a path: give the folder that holds models/PACK as `root`"
+            " (--encoder-root)."
+        )
     folder = root / "models" / name
     if not folder.exists():
         try:

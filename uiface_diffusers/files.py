@@ -2,6 +2,7 @@ import codecs
 import json
 import os
 import pickle
+import re
 import unicodedata
 import warnings
 import zipfile
@@ -22,11 +23,22 @@ def warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
+def check_no_folder(path: Path) -> None:
+    """To be called before long work whose result is one file.
+
+    Raises:
+        ValueError: there is a folder of its name.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file to write to.")
+
+
 @contextmanager
 def complete_file(path: str | os.PathLike) -> Iterator[Path]:
     """Gives a name beside `path` to write to, and renames at the end: `path` is complete or not there at all, also
     when two processes write it. Its folder is made."""
     path = Path(path)
+    check_no_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # short: a name of 255 bytes has no room for more
     beside = path.with_name(f"{path.name[:40]}.{uuid4().hex[:12]}.part")
@@ -73,11 +85,14 @@ def why_unreadable(path: str | os.PathLike, error: object) -> str:
     """
     path = Path(path)
     if not path.exists():
-        return f"{path} is missing"
+        return f"{path} is {'a link to nothing' if path.is_symlink() else 'missing'}"
     if path.is_dir():
         return f"{path} is a folder, not a file"
-    with open(path, "rb") as file:
-        start = file.read(64)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+    except OSError as refusal:
+        return f"{path} cannot be opened: {refusal.strerror}"
     if not start:
         return f"{path} is empty: copy it again"
     if start.startswith(LFS_POINTER):
@@ -85,20 +100,32 @@ def why_unreadable(path: str | os.PathLike, error: object) -> str:
     # a safetensors file may start with b"\x80", too: the length of what follows
     if start.startswith((b"PK\x03\x04", b"\x80")) and start[8:9] != b"{" and path.suffix not in (".npz", ".bin"):
         return f"{path} is a zip archive or a pickle, such as torch.save writes"
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return f"{path} is damaged, cut short or of another kind: {reason}"
+    return f"{path} is damaged, cut short or of another kind: {brief(error)}"
+
+
+def brief(error: object, most: int = 300) -> str:
+    """The first line of a library's error, without a full stop."""
+    line = next(iter(str(error).strip().splitlines()), "").strip().rstrip(".") or type(error).__name__
+    return line if len(line) <= most else f"{line[:most]}..."
+
+
+def paragraph(error: object, most: int = 10) -> str:
+    """An error's text for the command line: without empty lines, and at most so many of the others."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    more = [f"  ... and {len(lines) - most} more lines"] if len(lines) > most else []
+    return "\n".join(lines[:most] + more)
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:
     """The lines of a text file in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark.
 
     Raises:
-        ValueError: it has another encoding; the message names the line.
+        ValueError: it is missing, or has another encoding; the message names the line.
     """
     path = local_path(path)
-    content = path.read_bytes()
+    content = path.read_bytes() if path.is_file() else LFS_POINTER
     if content.startswith(LFS_POINTER):
-        raise ValueError(f"{why_unreadable(path, 'no text')}.")
+        raise ValueError(f"no list: {why_unreadable(path, 'no text')}.")
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
     try:
         text = content.decode(encoding)
@@ -132,13 +159,16 @@ def read_torch(path: str | os.PathLike) -> Any:
         ValueError: it is missing or damaged, or holds other objects.
     """
     if not Path(path).is_file():
-        raise ValueError(f"{path} is missing.")
+        raise ValueError(f"{why_unreadable(path, 'no file')}.")
     try:
         # files of PyTorch before 1.6 are no zip archives and cannot be mapped
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = why_unreadable(path, error) if Path(path).stat().st_size < 200 else str(error).splitlines()[0]
-        raise ValueError(f"{path} is damaged, or holds more than tensors: not loaded. {reason}") from error
+    except Exception as error:  # damaged pickles raise nearly anything
+        reason = why_unreadable(path, "no file of torch.save")
+        if isinstance(error, pickle.UnpicklingError):  # its first lines advise to execute what is in the file
+            found = re.search(r"Unsupported [^\n]*?(?= was not an allowed|\.? Please|\n|$)", str(error))
+            reason = found[0] if found else reason
+        raise ValueError(f"{path} is damaged, or holds more than tensors: not loaded. {reason}.") from error
 
 
 @contextmanager

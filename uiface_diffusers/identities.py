@@ -2,7 +2,6 @@
 
 import json
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from .encoders import EncoderMark, check_same_encoder, projector_mark
 from .files import (
+    check_no_folder,
     check_settings,
     complete_file,
     local_path,
@@ -133,7 +133,7 @@ def _read_arrays(file: Path) -> Any:
     try:
         content = np.load(file, allow_pickle=False)
         return content if isinstance(content, np.ndarray) else {name: content[name] for name in content.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damaged headers raise nearly anything
         if str(error).startswith("Object arrays"):
             raise ValueError(
                 f"{file} holds pickled Python objects, which are not executed: save the array of numbers itself."
@@ -396,13 +396,14 @@ def make_identities(
         if value is not None and value < 1:
             raise ValueError(f"`{name}` has to be positive but is {value}.")
     pipeline.check_sampling(**sampling)
+    output = local_path(output)
+    check_no_folder(output)
     check_same_encoder("the pipeline", projector_mark(pipeline.identity_projector), "the pack", encoder.encoder_mark)
     for bank in exclude:
         check_same_encoder("an excluded bank", bank.encoder_mark, "the pack", encoder.encoder_mark)
     excluded = _join(exclude, pipeline.identity_projector.config.identity_dim)
     distinct = DistinctIdentities(excluded, max_similarity, number)
     max_candidates = 20 * number if max_candidates is None else max_candidates
-    output = local_path(output)
     folder = Path(f"{output}.candidates")
     settings = {"seed": seed, "batch_size": batch_size, "sampling": sampling}
     settings |= {"model": pipeline_fingerprint(pipeline), "noise": NOISE_VERSION}

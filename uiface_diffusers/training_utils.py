@@ -27,7 +27,7 @@ from torch.utils.data import Sampler
 
 from .data import FaceCache
 from .faces import SIDE_VIEW
-from .files import read_json, read_safetensors
+from .files import paragraph, read_json, read_safetensors
 from .options import expand_home, real, whole
 from .seeds import mix_seed
 
@@ -43,7 +43,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        sys.exit(f"{Path(sys.argv[0]).name}: {paragraph(error)}")
 
 
 def open_caches(folders: Sequence[str | os.PathLike]) -> list[FaceCache]:

@@ -147,6 +147,8 @@ def read_benchmark(path: str | os.PathLike) -> Benchmark:
         ValueError: the file is damaged, refers to more than data, or has not two images a label.
     """
     path = local_path(path)
+    if not path.is_file():
+        raise ValueError(f"no benchmark: {why_unreadable(path, 'no file')}.")
     with open(path, "rb") as file:
         try:
             # `str` of Python 2 is bytes
@@ -267,7 +269,9 @@ def make_benchmark(
                 face, found = _central_face(photograph, encoder)
                 several += found > 1
                 without += [name] if not found else []
-        except (OSError, UnusableFaceError) as error:
+        except OSError as error:
+            raise ValueError(f"{file.name} cannot be used: {why_unreadable(file, error)}.") from error
+        except UnusableFaceError as error:
             raise ValueError(f"{file} cannot be used: {error}") from error
         encoded[name] = encode_image(PIL.Image.fromarray(face), "png")
     contents = [encoded[photo] for pair in listed for photo in pair[:2]], [pair.same for pair in listed]

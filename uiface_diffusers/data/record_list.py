@@ -1,5 +1,6 @@
 """Whose pictures are in a record file: by the labels in it, or by the list that was left beside it."""
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -32,6 +33,8 @@ def _parse(line: str) -> ListedImage:
     if len(places) != 1:
         raise ValueError("not a picture's path with its index or its label")
     place = places[0]
+    if place and not float(words[0]).is_integer():
+        raise ValueError(f"{words[0]} is no key of a record")
     # `KEY PATH` (DCFace), `KEY LABEL... PATH` (im2rec), `1 PATH LABEL ...` (InsightFace), `PATH LABEL`, `PATH`
     labels = [float(word) for word in words[1:place] + words[place + 1 :]]
     path = PurePosixPath(words[place].replace("\\", "/"))
@@ -138,4 +141,10 @@ def record_identities(records: Path, labels: Mapping[int, float]) -> tuple[dict[
         return folders, left_out
     if groups is None and None in listed.values():
         raise ValueError(f"all labels in {records} are equal, and the paths in {file} have no folders of identities.")
-    return {key: f"{int(label):07d}" for key, label in (groups or listed).items()}, left_out
+    groups = listed if groups is None else groups
+    wrong = next((key for key, label in groups.items() if not 0 <= label < math.inf or label != int(label)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{file} has the label {groups[wrong]} of key {wrong}: identities are whole numbers from 0 on."
+        )
+    return {key: f"{int(label):07d}" for key, label in groups.items()}, left_out

@@ -42,6 +42,7 @@ PARTS = {"train", "training", "val", "valid", "validation", "test", "testing", "
 HIDDEN = "hidden or of the system"
 NO_PICTURE = "no picture by its suffix"
 OUTSIDE = "in no identity's folder"
+BACK = "a link to a folder that holds this one"
 NAMED = 10  # of what was left out, by each reason
 
 
@@ -144,6 +145,14 @@ def has_image_suffix(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Whether an entry is a folder or a link to one; a link to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 class FolderSource:
     """`ROOT/IDENTITY/*.jpg`, sorted; pictures in folders within an identity's are its own, too.
 
@@ -156,8 +165,11 @@ class FolderSource:
         # of names that are not UTF-8: what is shown in their place -> the path
         self._paths: dict[str, Path] = {}
         nested: dict[str, set[Path]] = {}
+        above = {root.resolve(), *root.resolve().parents}
         for entry in self._entries(root) if root.is_dir() else []:
-            if entry.is_dir():
+            if entry.is_symlink() and Path(os.path.realpath(entry.path)) in above:
+                self._leave_out(Path(entry.path), BACK)
+            elif _is_folder(entry):
                 files = sorted(self._pictures(entry), key=lambda path: path.relative_to(root).parts)
                 deeper = {path.parent for path in files if path.parent.parent != root}
                 nested |= {entry.name: deeper} if deeper else {}
@@ -194,11 +206,11 @@ class FolderSource:
             path = Path(entry.path)
             if entry.is_dir(follow_symlinks=False):
                 yield from self._pictures(entry)
-            elif entry.is_dir():
-                self._leave_out(path, "a link to a folder")  # it may lead back here
+            elif _is_folder(entry):
+                self._leave_out(path, "a link to a folder within an identity's")  # it may lead back here
             elif is_system_entry(entry.name):
                 self._leave_out(path, HIDDEN)
-            elif not entry.is_file() and not entry.is_symlink():
+            elif not entry.is_symlink() and not entry.is_file():
                 self._leave_out(path, "no regular file")
             elif has_image_suffix(entry.name):
                 yield path
@@ -302,7 +314,7 @@ class WebDatasetSource:
             try:
                 folders += self._index(shard)
             except tarfile.TarError as error:
-                raise ValueError(f"no tar file: {why_unreadable(shard, error)}.") from error
+                raise ValueError(f"{shard.name} is no tar file: {why_unreadable(shard, error)}.") from error
         classes = [photograph.identity for photograph in self.photographs]
         pairs = set(zip(classes, folders, strict=True))
         if "." not in folders and len(pairs) == len(set(classes)) == len(set(folders)):

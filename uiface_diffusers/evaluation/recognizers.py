@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModel
 
 from ..faces import FaceEncoder
-from ..files import why_unreadable
+from ..files import brief, why_unreadable
 
 
 class Recognizer(Protocol):
@@ -88,9 +88,14 @@ def load_recognizer(
     # classes of this package are known to transformers since it was imported
     try:
         loaded = AutoModel.from_pretrained(model, use_safetensors=True, trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
     except SafetensorError as error:
         file = Path(model) / "model.safetensors"
         raise ValueError(f"no safetensors file: {why_unreadable(file, error)}.") from error
-    processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {brief(error)}"
+        raise ValueError(
+            f"{model} is no recognizer that transformers knows, or a file of it is damaged ({reason})."
+        ) from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return ModelRecognizer(loaded.eval().to(device), processor, Path(model).name)

@@ -14,7 +14,7 @@ from typing import Any
 
 import PIL.Image
 
-from ..files import complete_file, write_json
+from ..files import brief, complete_file, write_json
 
 REPORT = "report.json"
 STYLE = """
@@ -264,8 +264,9 @@ def load_report(path: str | os.PathLike) -> dict[str, Any]:
         _measures(report)
         for name in ("name", "path", "summary"):
             report["dataset"][name] + ""
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no report of `uiface evaluate`, or a damaged one: {error!r}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {brief(error)}"
+        raise ValueError(f"{path} is no report of `uiface evaluate`, or a damaged one ({reason}).") from error
     return report
 
 
