@@ -39,6 +39,8 @@ def complete_file(path: str | os.PathLike) -> Iterator[Path]:
 
 MAX_NAME = 255  # bytes of a name in a folder, on nearly all file systems
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+# the first bytes -> what unpacks it
+COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -85,6 +87,9 @@ def why_unreadable(path: str | os.PathLike, error: object) -> str:
     # a safetensors file may start with b"\x80", too: the length of what follows
     if start.startswith((b"PK\x03\x04", b"\x80")) and start[8:9] != b"{" and path.suffix not in (".npz", ".bin"):
         return f"{path} is a zip archive or a pickle, such as torch.save writes"
+    for mark, program in COMPRESSED.items():
+        if start.startswith(mark) and start[8:9] != b"{":
+            return f"{path} is compressed: unpack it with {program} (`{program} < {path.name} > UNPACKED`)"
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return f"{path} is damaged, cut short or of another kind: {reason}"
 
