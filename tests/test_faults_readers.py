@@ -20,13 +20,13 @@ import pytest
 from test_sources import RecordWriter, image_record, write_faces
 
 from uiface_diffusers import cli
-from uiface_diffusers.data import FaceCache
+from uiface_diffusers.data import FaceCache, convert_dataset
 from uiface_diffusers.data.face_cache import FaceCacheSource, load_pictures
 from uiface_diffusers.data.labelled_faces import LabelledFaces
 from uiface_diffusers.data.recordio import RecordReader, picture_range
 from uiface_diffusers.data.sources import open_source, unreadable_reason
 from uiface_diffusers.faces import UnusableFaceError
-from uiface_diffusers.files import complete_file, read_lines
+from uiface_diffusers.files import complete_file, iterate_lines, read_lines
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 5\n"
 
@@ -208,9 +208,23 @@ def test_equal_labels_without_a_list_are_refused(tmp_path):
     (tmp_path / "list.txt").write_text("once upon a time\n")
     with pytest.raises(ValueError, match="list.txt, line 1, is 'once upon a time'"):
         open_source(path)
-    # of one person, if a list says so
-    (tmp_path / "list.txt").write_text("".join(f"{key}\tanna/{key}.jpg\n" for key in range(6)))
-    assert identities(open_source(path)) == {"anna": 6}
+    # one folder for all pictures, or equal labels in the list, too, say nothing of who is in them
+    for line, message in (("images/{0}.jpg", "are all in images"), ("0\timages/{0}.jpg", "are all in images"),
+                          ("0\t{0}.jpg", "have no folders of identities")):  # fmt: skip
+        (tmp_path / "list.txt").write_text("".join(f"{key}\t{line.format(key)}\n" for key in range(6)))
+        with pytest.raises(ValueError, match=f"all labels in .* are equal, and the paths in .*list.txt {message}"):
+            open_source(path)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_record_file_of_one_identity(tmp_path, listed):
+    """It is known from record 0 and the single record behind the pictures."""
+    convert_dataset(
+        write(tmp_path / "set", {f"anna/{n}.png": picture(n) for n in range(3)}), tmp_path / "rec", "recordio"
+    )
+    if not listed:
+        (tmp_path / "rec" / "train.lst").unlink()
+    assert identities(open_source(tmp_path / "rec")) == {"anna" if listed else "0000000": 3}
 
 
 @pytest.mark.parametrize(
@@ -265,6 +279,30 @@ def test_records_that_the_index_lacks_are_named(tmp_path):
     places = [int(line.split()[1]) for line in (lines[1], lines[3])]
     assert files(source) == ["0", "2"]
     assert source.left_out == {f"byte {place}": "not in train.idx" for place in places}
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's count of read bytes")
+@pytest.mark.parametrize("index", [True, False])
+def test_records_are_walked_once(tmp_path, index):
+    writer = RecordWriter(tmp_path / "train.rec")
+    for key in range(50):
+        label = [float(key % 5), 0.5] if key % 2 else float(key % 5)
+        writer.write(key, image_record(label, key, b"" if key == 7 else bytes(300_000)))
+    writer.close()
+    if not index:
+        (tmp_path / "train.idx").unlink()
+    before = read_bytes()
+    source = open_source(tmp_path / "train.rec")
+    buffer = max(io.DEFAULT_BUFFER_SIZE, os.stat(tmp_path).st_blksize)
+    assert read_bytes() - before < 1.5 * 50 * buffer
+    assert {photo.file: photo.identity for photo in source.photographs} == {
+        str(key): f"{key % 5:07d}" for key in range(50) if key != 7
+    }
+    assert source.left_out == {"key 7": "a record without a picture"}
+
+
+def read_bytes() -> int:
+    return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
 
 
 def test_a_cut_record_file_and_a_foreign_index(tmp_path):
@@ -427,7 +465,7 @@ def test_a_shard_that_ends_too_early(tmp_path):
 def test_lists_in_unicode(tmp_path, encoding):
     path = tmp_path / "list.txt"
     path.write_bytes("José\r\nAn\u2028na\n\n".encode(encoding))
-    assert read_lines(path) == ["José", "An\u2028na", ""]
+    assert read_lines(path) == list(iterate_lines(path)) == ["José", "An\u2028na", ""]
     index = write_records(tmp_path / "train.rec", [0, 1]).with_suffix(".idx")
     index.write_bytes(index.read_text().encode(encoding))
     assert identities(open_source(tmp_path / "train.rec")) == {"0000000": 1, "0000001": 1}
@@ -435,12 +473,13 @@ def test_lists_in_unicode(tmp_path, encoding):
 
 def test_other_encodings_are_named(tmp_path):
     path = tmp_path / "list.txt"
-    path.write_bytes("Anna\nJosé\n".encode("latin-1"))
-    with pytest.raises(ValueError, match="list.txt, line 2, is not UTF-8 .byte 0xe9.*iconv"):
-        read_lines(path)
-    path.write_bytes("Anna\n".encode("utf-16-le"))
-    with pytest.raises(ValueError, match="list.txt, line 1, is not UTF-8"):
-        read_lines(path)
+    for read in (read_lines, lambda path: list(iterate_lines(path))):
+        path.write_bytes("Anna\nJosé\n".encode("latin-1"))
+        with pytest.raises(ValueError, match="list.txt, line 2, is not UTF-8 .byte 0xe9.*iconv"):
+            read(path)
+        path.write_bytes("Anna\n".encode("utf-16-le"))
+        with pytest.raises(ValueError, match="list.txt, line 1, is not UTF-8"):
+            read(path)
     with pytest.raises(SystemExit, match="list.txt, line 1, is not UTF-8"):
         cli.main(["prepare", str(tmp_path), "--output", str(tmp_path / "cache"), "--identities", str(path)])
 

@@ -119,6 +119,29 @@ def read_lines(path: str | os.PathLike) -> list[str]:
     return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n") if text else []
 
 
+def iterate_lines(path: str | os.PathLike) -> Iterator[str]:
+    """The lines of `read_lines`, one by one: for files with millions of lines.
+
+    Raises:
+        ValueError: as of `read_lines`.
+    """
+    path = local_path(path)
+    with open(path, "rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        raise ValueError(f"{why_unreadable(path, 'no text')}.")
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8")
+    try:
+        with open(path, encoding=encoding) as file:
+            for line in file:
+                if "\0" in line:
+                    raise UnicodeError("a zero byte")
+                yield line.removesuffix("\n")
+    except UnicodeError:
+        read_lines(path)  # its error names the line
+        raise
+
+
 def read_json(path: str | os.PathLike) -> Any:
     """
     Raises:

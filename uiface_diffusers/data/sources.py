@@ -276,12 +276,14 @@ class RecordIOSource:
 
     def __init__(self, path: Path):
         self.reader = RecordReader(path)
-        missing = self.reader.unlisted()
+        labels, missing = self.reader.scan()
         self.left_out = {f"byte {offset}": f"not in {self.reader.index.name}" for offset in missing}
-        labels = {}
-        for key in tqdm(self.reader.image_keys(), desc="labels", unit="record"):
-            labels[key] = self.reader.read_label(key)
-        identities, not_used = record_identities(self.reader.path, labels) if labels else ({}, {})
+        keys = self.reader.image_keys()
+        self.left_out |= {f"key {key}": "a record without a picture" for key in keys if key not in labels}
+        labels = {key: labels[key] for key in keys if key in labels}
+        # InsightFace's files have a record of each identity behind the pictures
+        one = len(self.reader.keys) - len(keys) == 2 or len({*labels.values(), *missing.values()}) > 1
+        identities, not_used = record_identities(self.reader.path, labels, one) if labels else ({}, {})
         self.left_out |= not_used
         self.photographs = [Photograph(identity, str(key)) for key, identity in identities.items()]
 
