@@ -2,12 +2,14 @@
 
 import os
 import struct
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import webdataset
+from filelock import FileLock
 from test_faults_readers import POINTER, picture, write, write_tar
 from test_sources import MAGIC, write_faces
 
@@ -41,7 +43,7 @@ def test_nothing_changes_on_the_way(people, tmp_path, first, second):
     assert report == {
         "photographs": 7,
         "identities": 3,
-        "left_out": {"no picture by its suffix": {"count": 1, "first": ["Carl/notes.txt"]}},
+        "left_out": {"not an image by its suffix": {"count": 1, "first": ["Carl/notes.txt"]}},
     }
     assert convert_dataset(tmp_path / "first", tmp_path / "second", second) == {**report, "left_out": {}}
     assert contents(tmp_path / "first") == contents(tmp_path / "second") == expected
@@ -121,6 +123,50 @@ def test_all_or_nothing(people, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="uiface convert: .*new.part is in the way"):
         cli.main(["convert", str(people), str(tmp_path / "new"), "--format", "imagefolder"])
     assert (tmp_path / "new.part" / "mine.txt").exists()
+
+
+def test_outputs_that_are_links_or_cannot_be_replaced(people, tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    (tmp_path / "current").mkdir()
+    convert_dataset(people, tmp_path / "link", "webdataset")
+    assert contents(tmp_path / "link") == contents(people) and (tmp_path / "link").is_symlink()
+    monkeypatch.chdir(tmp_path / "current")
+    for output in (".", tmp_path / "current", "/", "../there/../current"):
+        with pytest.raises(ValueError, match="is the current folder or a mount point, .*: choose a new folder in it"):
+            convert_dataset(people, output, "imagefolder")
+    convert_dataset(people, "set", "imagefolder")
+    assert os.listdir(tmp_path / "current") == ["set"]
+    assert sorted(os.listdir(tmp_path)) == ["current", "link", "people", "there"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process that can be killed")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_part_is_replaceable_until_it_was_checked(people, tmp_path):
+    """A kill while the pictures that were written are read again."""
+    process = os.fork()
+    if not process:
+        try:
+            reads_part = lambda event, args: event == "os.scandir" and str(args[0]).endswith(".part")  # noqa: E731
+            sys.addaudithook(lambda event, args: reads_part(event, args) and os._exit(9))
+            convert_dataset(people, tmp_path / "set", "imagefolder")
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
+    assert (tmp_path / "set.part" / "Carl" / "1.gif").exists() and not (tmp_path / "set").exists()
+    convert_dataset(people, tmp_path / "set", "imagefolder")
+    assert contents(tmp_path / "set") == contents(people)
+    assert sorted(os.listdir(tmp_path)) == ["people", "set"]
+
+
+def test_two_conversions_into_one_folder(people, tmp_path):
+    write(tmp_path / "set.part", {MARKER: b"", "anna/half.png": b""})
+    with FileLock(tmp_path / "set.part.lock"):
+        with pytest.raises(SystemExit, match="uiface convert: another conversion writes to .*set: wait for it"):
+            cli.main(["convert", str(people), str(tmp_path / "set"), "--format", "recordio"])
+        assert (tmp_path / "set.part" / "anna" / "half.png").exists()
+    convert_dataset(people, tmp_path / "set", "recordio")
+    assert sorted(os.listdir(tmp_path)) == ["people", "set"]
 
 
 def test_what_cannot_be_converted_is_named(tmp_path, capsys):

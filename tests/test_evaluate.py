@@ -406,7 +406,7 @@ def test_unusable_pictures_can_be_left_out(workspace, arguments, tmp_path, capsy
     reasons = {"carla/0002.png": "unreadable", "dora/0001.png": "not aligned: 112x90 is not square"}
     assert report["left_out"] == reasons
     assert {each["conditions"].get("features") for each in report["figures"]} == {None, "toy"}
-    assert report["notes"][0] == f"Left out of {tmp_path / 'set'}: 1 hidden or of the system: .DS_Store."
+    assert report["notes"][0] == f"Left out of {tmp_path / 'set'}: 1 hidden or system file: .DS_Store."
     assert len(report["notes"]) == 3 and "--same-people" in report["notes"][2]
     with pytest.raises(SystemExit, match="has the report of .*choose another folder"):
         cli.main(["evaluate", str(workspace / "set"), *arguments[2:]])

@@ -139,7 +139,7 @@ def test_prepare_reports_what_it_skips(encoder, toy_photographs, tmp_path):
     assert report["skipped"].pop("b/thin.png") == "a picture of 1x700 cannot be searched for faces"
     unreadable = {"b/broken.jpg": "unreadable", "b/cut.png": "unreadable"}
     unreadable["b/damaged.bmp"] = "over Pillow's limit of 178956970 pixels"
-    notes = {"no picture by its suffix": {"count": 1, "first": ["b/notes.txt"]}}
+    notes = {"not an image by its suffix": {"count": 1, "first": ["b/notes.txt"]}}
     assert report["left_out"] == notes == json.loads((tmp_path / "cache" / "report.json").read_text())["left_out"]
     assert report["skipped"] == {"a/nobody.png": "no face", **unreadable}
     cache = FaceCache(tmp_path / "cache")

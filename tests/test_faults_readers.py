@@ -1,8 +1,11 @@
 """Sets of pictures as people have them: with hidden folders, odd names, broken indexes and missing lists. Whatever is
 given is either taken or named."""
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
 import tarfile
 import unicodedata
@@ -17,13 +20,13 @@ import pytest
 from test_sources import RecordWriter, image_record, write_faces
 
 from uiface_diffusers import cli
-from uiface_diffusers.data import FaceCache
+from uiface_diffusers.data import FaceCache, convert_dataset
 from uiface_diffusers.data.face_cache import FaceCacheSource, load_pictures
 from uiface_diffusers.data.labelled_faces import LabelledFaces
 from uiface_diffusers.data.recordio import RecordReader, picture_range
 from uiface_diffusers.data.sources import open_source, unreadable_reason
 from uiface_diffusers.faces import UnusableFaceError
-from uiface_diffusers.files import complete_file, read_lines
+from uiface_diffusers.files import complete_file, iterate_lines, read_lines
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 5\n"
 
@@ -68,7 +71,7 @@ def test_hidden_and_system_entries_are_counted(tmp_path):
     taken = ["anna/a.png", "anna/b.png", "bert/a.png"]
     source = open_source(write(tmp_path, {name: picture(1) for name in taken + hidden}))
     assert files(source) == taken and identities(source) == {"anna": 2, "bert": 1}
-    assert source.left_out == dict.fromkeys(hidden, "hidden or of the system")
+    assert source.left_out == dict.fromkeys(hidden, "hidden or system file")
 
 
 def test_whatever_pillow_reads_is_read_and_the_rest_is_named(tmp_path):
@@ -76,7 +79,7 @@ def test_whatever_pillow_reads_is_read_and_the_rest_is_named(tmp_path):
     kinds |= {"avif": "avif", "jp2": "jpeg2000"}
     taken = {f"anna/{end}.{end}": picture(2, kind) for end, kind in kinds.items()}
     taken |= {"anna/session/x.png": picture(3), "anna/session/2/x.png": picture(4)}
-    others = {"anna/notes.txt": "no picture by its suffix", "anna/film.mpg": "no picture by its suffix"}
+    others = {"anna/notes.txt": "not an image by its suffix", "anna/film.mpg": "not an image by its suffix"}
     others |= {"list.txt": "in no identity's folder", "alone.png": "in no identity's folder"}
     source = open_source(write(tmp_path, {**taken, **dict.fromkeys(others, b"")}))
     assert set(files(source)) == taken.keys() and identities(source) == {"anna": len(taken)}
@@ -84,13 +87,34 @@ def test_whatever_pillow_reads_is_read_and_the_rest_is_named(tmp_path):
     assert all(source.read(photograph).shape == (8, 8, 3) for photograph in source.photographs)
 
 
-@pytest.mark.parametrize("folders", [("train", "test"), ("CASIA-WebFace",)])
-def test_folders_of_parts_are_not_identities(tmp_path, folders):
+@pytest.mark.parametrize("folders", [("train", "test"), ("CASIA-WebFace",), ("0", "1"), ("train", "val", "extra")])
+def test_folders_within_folders_are_parts_or_identities(tmp_path, folders):
+    """PART/PERSON and PERSON/VIDEO look the same."""
     for folder in folders:
-        write(tmp_path / folder, {"anna/a.png": picture(1), "bert/a.png": picture(2)})
-    with pytest.raises(ValueError, match=f"the people in each would become one. Give .*{min(folders)}"):
+        write(tmp_path / "set" / folder, {"anna/a.png": picture(1), "bert/a.png": picture(2)})
+    first = min(folders)
+    message = f"such as {first}/anna. If that is PART/PERSON, give .*set/{first}. If it is PERSON/VIDEO, run `uiface"
+    with pytest.raises(ValueError, match=message):
+        open_source(tmp_path / "set")
+    assert identities(open_source(tmp_path / "set" / first)) == {"anna": 1, "bert": 1}
+    # what the message advises
+    arguments = ["convert", str(tmp_path / "set"), str(tmp_path / "flat"), "--format", "imagefolder"]
+    with pytest.raises(SystemExit, match=message):
+        cli.main(arguments)
+    cli.main([*arguments, "--nested"])
+    assert identities(open_source(tmp_path / "flat")) == dict.fromkeys(sorted(folders), 2)
+
+
+def test_a_single_folder_within_each_is_no_question(tmp_path):
+    write(tmp_path, {"anna/crops/a.png": picture(1), "bert/crops/a.png": picture(2)})
+    assert identities(open_source(tmp_path)) == {"anna": 1, "bert": 1}
+    write(tmp_path, {"anna/crops_2020/a.png": picture(3)})
+    with pytest.raises(ValueError, match="such as anna/crops. If that is PART/PERSON, give .*/anna. "):
         open_source(tmp_path)
-    assert identities(open_source(tmp_path / folders[0])) == {"anna": 1, "bert": 1}
+    (tmp_path / "one").mkdir()
+    (tmp_path / "anna").rename(tmp_path / "one" / "anna")
+    with pytest.raises(ValueError, match="such as anna/crops"):
+        open_source(tmp_path / "one")
 
 
 def test_who_is_filtered_out_is_named(tmp_path):
@@ -184,9 +208,23 @@ def test_equal_labels_without_a_list_are_refused(tmp_path):
     (tmp_path / "list.txt").write_text("once upon a time\n")
     with pytest.raises(ValueError, match="list.txt, line 1, is 'once upon a time'"):
         open_source(path)
-    # of one person, if a list says so
-    (tmp_path / "list.txt").write_text("".join(f"{key}\tanna/{key}.jpg\n" for key in range(6)))
-    assert identities(open_source(path)) == {"anna": 6}
+    # one folder for all pictures, or equal labels in the list, too, say nothing of who is in them
+    for line, message in (("images/{0}.jpg", "are all in images"), ("0\timages/{0}.jpg", "are all in images"),
+                          ("0\t{0}.jpg", "have no folders of identities")):  # fmt: skip
+        (tmp_path / "list.txt").write_text("".join(f"{key}\t{line.format(key)}\n" for key in range(6)))
+        with pytest.raises(ValueError, match=f"all labels in .* are equal, and the paths in .*list.txt {message}"):
+            open_source(path)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_record_file_of_one_identity(tmp_path, listed):
+    """It is known from record 0 and the single record behind the pictures."""
+    convert_dataset(
+        write(tmp_path / "set", {f"anna/{n}.png": picture(n) for n in range(3)}), tmp_path / "rec", "recordio"
+    )
+    if not listed:
+        (tmp_path / "rec" / "train.lst").unlink()
+    assert identities(open_source(tmp_path / "rec")) == {"anna" if listed else "0000000": 3}
 
 
 @pytest.mark.parametrize(
@@ -241,6 +279,30 @@ def test_records_that_the_index_lacks_are_named(tmp_path):
     places = [int(line.split()[1]) for line in (lines[1], lines[3])]
     assert files(source) == ["0", "2"]
     assert source.left_out == {f"byte {place}": "not in train.idx" for place in places}
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's count of read bytes")
+@pytest.mark.parametrize("index", [True, False])
+def test_records_are_walked_once(tmp_path, index):
+    writer = RecordWriter(tmp_path / "train.rec")
+    for key in range(50):
+        label = [float(key % 5), 0.5] if key % 2 else float(key % 5)
+        writer.write(key, image_record(label, key, b"" if key == 7 else bytes(300_000)))
+    writer.close()
+    if not index:
+        (tmp_path / "train.idx").unlink()
+    before = read_bytes()
+    source = open_source(tmp_path / "train.rec")
+    buffer = max(io.DEFAULT_BUFFER_SIZE, os.stat(tmp_path).st_blksize)
+    assert read_bytes() - before < 1.5 * 50 * buffer
+    assert {photo.file: photo.identity for photo in source.photographs} == {
+        str(key): f"{key % 5:07d}" for key in range(50) if key != 7
+    }
+    assert source.left_out == {"key 7": "a record without a picture"}
+
+
+def read_bytes() -> int:
+    return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
 
 
 def test_a_cut_record_file_and_a_foreign_index(tmp_path):
@@ -316,26 +378,68 @@ def test_what_shards_hold_beside_pictures_is_named(tmp_path):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, target
             tar.addfile(member)
-    write(tmp_path / "set", {"._0.tar": b"mac", "dora/a.png": picture(4)})
+    write(tmp_path / "set", {"._0.tar": b"mac", "dora/notes.txt": b""})
     source = open_source(tmp_path / "set")
     assert identities(source) == {"anna": 1, "bert": 1, "carl": 1}
     assert [int(source.read(photograph)[0, 0, 0]) for photograph in source.photographs] == [2, 3, 3]
     assert source.left_out == {
-        "0.tar:anna/._a.png": "hidden or of the system",
-        "0.tar:__MACOSX/anna/a.png": "hidden or of the system",
-        "0.tar:notes.txt": "no picture by its suffix",
-        "0.tar:anna/a.png (earlier)": "replaced by a later one of its name",
+        "0.tar:anna/._a.png": "hidden or system file",
+        "0.tar:__MACOSX/anna/a.png": "hidden or system file",
+        "0.tar:notes.txt": "not an image by its suffix",
+        "0.tar:anna/a.png (earlier)": "replaced by a later file of the same name",
         "0.tar:l.png": "a link or a special file",
-        "._0.tar": "hidden or of the system",
+        "._0.tar": "hidden or system file",
         "dora": "beside the tar shards",
     }
+
+
+def test_members_of_one_name_are_all_named(tmp_path):
+    members = [(name, content) for value in range(3) for name, content in (
+        ("anna/a.png", picture(value)), ("anna/a.cls", b"%d" % value), ("notes.txt", b""))]  # fmt: skip
+    source = open_source(write_tar(tmp_path / "0.tar", [*members, ("lonely.cls", b"1")]))
+    assert files(source) == ["0.tar:anna/a.png"] and source.read(source.photographs[0])[0, 0, 0] == 2
+    replaced = "replaced by a later file of the same name"
+    assert source.left_out == {
+        "0.tar:anna/a.png (earlier)": replaced,
+        "0.tar:anna/a.png (earlier) (2)": replaced,
+        "0.tar:anna/a.cls (earlier)": replaced,
+        "0.tar:anna/a.cls (earlier) (2)": replaced,
+        "0.tar:notes.txt": "not an image by its suffix",
+        "0.tar:notes.txt (2)": "not an image by its suffix",
+        "0.tar:notes.txt (3)": "not an image by its suffix",
+        "0.tar:lonely.cls": "a class file without a picture",
+    }
+
+
+@pytest.mark.parametrize(("module", "program"), [(gzip, "gunzip"), (bz2, "bunzip2"), (lzma, "unxz")])
+def test_a_compressed_shard_is_named(tmp_path, module, program):
+    shard = write_tar(tmp_path / "0.tar", [("anna/a.png", picture(1))])
+    shard.write_bytes(module.compress(shard.read_bytes()))
+    with pytest.raises(ValueError, match=f"0.tar is compressed: unpack it with {program} "):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("beside", ["stray.tar", "stray.rec"])
+def test_a_stray_file_beside_identities_is_refused(tmp_path, beside):
+    write(tmp_path, {"anna/a.png": picture(1), "bert/a.png": picture(2)})
+    if beside == "stray.tar":
+        write_tar(tmp_path / beside, [("carl/a.png", picture(3))])
+    else:
+        write_records(tmp_path / beside, [4, 5])
+    with pytest.raises(
+        ValueError, match=f"has {beside}, and pictures in folders, such as anna/a.png: .* Give .*{beside}"
+    ):
+        open_source(tmp_path)
+    assert len(identities(open_source(tmp_path / beside))) == (1 if beside == "stray.tar" else 2)
+    (tmp_path / beside).unlink()
+    assert identities(open_source(tmp_path)) == {"anna": 1, "bert": 1}
 
 
 def test_broken_shards_and_classes(tmp_path):
     shard = write_tar(tmp_path / "0.tar", [("a.png", picture(1)), ("a.cls", b"Jos\xe9")])
     with pytest.raises(ValueError, match="a.cls of .*0.tar is no class file in UTF-8"):
         open_source(shard)
-    for content, advice in ((POINTER, "git lfs pull"), (b"", "empty: copy it again"), (b"\x1f\x8b" * 400, "damaged")):
+    for content, advice in ((POINTER, "git lfs pull"), (b"", "empty: copy it again"), (b"x" * 800, "damaged")):
         shard.write_bytes(content)
         with pytest.raises(ValueError, match=f"0.tar is no tar file: .*0.tar is .*{advice}"):
             open_source(tmp_path)
@@ -361,7 +465,7 @@ def test_a_shard_that_ends_too_early(tmp_path):
 def test_lists_in_unicode(tmp_path, encoding):
     path = tmp_path / "list.txt"
     path.write_bytes("José\r\nAn\u2028na\n\n".encode(encoding))
-    assert read_lines(path) == ["José", "An\u2028na", ""]
+    assert read_lines(path) == list(iterate_lines(path)) == ["José", "An\u2028na", ""]
     index = write_records(tmp_path / "train.rec", [0, 1]).with_suffix(".idx")
     index.write_bytes(index.read_text().encode(encoding))
     assert identities(open_source(tmp_path / "train.rec")) == {"0000000": 1, "0000001": 1}
@@ -369,12 +473,13 @@ def test_lists_in_unicode(tmp_path, encoding):
 
 def test_other_encodings_are_named(tmp_path):
     path = tmp_path / "list.txt"
-    path.write_bytes("Anna\nJosé\n".encode("latin-1"))
-    with pytest.raises(ValueError, match="list.txt, line 2, is not UTF-8 .byte 0xe9.*iconv"):
-        read_lines(path)
-    path.write_bytes("Anna\n".encode("utf-16-le"))
-    with pytest.raises(ValueError, match="list.txt, line 1, is not UTF-8"):
-        read_lines(path)
+    for read in (read_lines, lambda path: list(iterate_lines(path))):
+        path.write_bytes("Anna\nJosé\n".encode("latin-1"))
+        with pytest.raises(ValueError, match="list.txt, line 2, is not UTF-8 .byte 0xe9.*iconv"):
+            read(path)
+        path.write_bytes("Anna\n".encode("utf-16-le"))
+        with pytest.raises(ValueError, match="list.txt, line 1, is not UTF-8"):
+            read(path)
     with pytest.raises(SystemExit, match="list.txt, line 1, is not UTF-8"):
         cli.main(["prepare", str(tmp_path), "--output", str(tmp_path / "cache"), "--identities", str(path)])
 
@@ -428,8 +533,8 @@ def test_grey_pictures_are_trained_on(tmp_path, caplog):
     write(tmp_path, {**pictures, "a/0.png": grey.getvalue(), "b/notes.txt": b"", "c/.hidden.png": b""})
     faces = LabelledFaces([tmp_path], 32)
     assert np.array_equal(faces.face(0), np.repeat(np.arange(1024, dtype=np.uint8).reshape(32, 32, 1), 3, axis=2))
-    assert f"left out of {tmp_path}: 1 no picture by its suffix: b/notes.txt" in caplog.text
-    assert f"left out of {tmp_path}: 1 hidden or of the system: c/.hidden.png" in caplog.text
+    assert f"left out of {tmp_path}: 1 not an image by its suffix: b/notes.txt" in caplog.text
+    assert f"left out of {tmp_path}: 1 hidden or system file: c/.hidden.png" in caplog.text
     with pytest.raises(UnusableFaceError, match="Git LFS pointer"):
         write(tmp_path, {"a/0.png": POINTER})
         faces.face(0)
@@ -453,10 +558,10 @@ def test_the_report_of_prepare_names_what_it_left_out(toy_root, toy_photographs,
     cli.main(["prepare", str(tmp_path / "photos"), "--output", str(tmp_path / "cache"), *arguments])
     report = json.loads((tmp_path / "cache" / "report.json").read_text())
     assert report["left_out"] == {
-        "no picture by its suffix": {"count": 12, "first": [f"person_0/{index:02d}.txt" for index in range(10)]},
-        "hidden or of the system": {"count": 1, "first": [".DS_Store"]},
+        "not an image by its suffix": {"count": 12, "first": [f"person_0/{index:02d}.txt" for index in range(10)]},
+        "hidden or system file": {"count": 1, "first": [".DS_Store"]},
     }
-    assert "left out 12 no picture by its suffix: person_0/00.txt, " in capsys.readouterr().out
+    assert "left out 12 not an image by its suffix: person_0/00.txt, " in capsys.readouterr().out
     fingerprint = FaceCache(tmp_path / "cache").fingerprint
     (tmp_path / "cache").rename(tmp_path / "moved")
     assert FaceCache(tmp_path / "moved").fingerprint == fingerprint

@@ -94,7 +94,7 @@ def test_the_command_shows_the_worst_pairs(toy_root, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "3 images of 3 identities against 3 real embeddings" in printed
     assert "left out: sc/0001.png: not aligned: 100x112 is not square" in printed
-    assert "left out: 1 no picture by its suffix: sc/notes.txt" in printed
+    assert "left out: 1 not an image by its suffix: sc/notes.txt" in printed
     assert not list(tmp_path.glob("*.cache"))
     assert "sc/0000.png: 1.000 to b" in printed and "33.33 % of the images" in printed
     grid = np.asarray(PIL.Image.open(plot))

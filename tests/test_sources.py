@@ -115,8 +115,9 @@ def test_damaged_recordio_is_named(tmp_path):
     index = (tmp_path / "train.idx").read_text().splitlines(keepends=True)
     (tmp_path / "train.idx").write_text("".join(index[:3]))
     (tmp_path / "train.rec").write_bytes(content)
-    with pytest.raises(ValueError, match="train.idx lists 2 pictures, .*train.rec says that it has 6: .*not whole"):
-        open_source(tmp_path / "train.rec")
+    source = open_source(tmp_path / "train.rec")  # some pictures were removed from the index
+    assert [photograph.file for photograph in source.photographs] == ["1", "2"]
+    assert source.left_out == {f"byte {reader.offsets[key]}": "not in train.idx" for key in (3, 4, 5, 6)}
     (tmp_path / "train.idx").write_text("0 0\n1 three\n")
     with pytest.raises(ValueError, match="train.idx is no index"):
         RecordReader(tmp_path / "train.rec")
@@ -157,5 +158,5 @@ def test_a_webdataset_sample_without_identity_is_named(tmp_path):
     with pytest.raises(ValueError, match="has no photographs"):
         open_source(tmp_path)
     (tmp_path / "0.tar").write_bytes(b"no tar file" * 100)
-    with pytest.raises(ValueError, match="0.tar is no tar file"):
+    with pytest.raises(ValueError, match="no tar file: .*0.tar is damaged"):
         open_source(tmp_path)

@@ -98,7 +98,7 @@ def _convert(args: argparse.Namespace) -> None:
     from .data import convert_dataset
     from .data.sources import describe_left_out
 
-    report = convert_dataset(args.source, args.output, args.format)
+    report = convert_dataset(args.source, args.output, args.format, args.nested)
     print(f"{report['photographs']} pictures of {report['identities']} identities written to {args.output}")
     for line in describe_left_out(report["left_out"]):
         print(f"  left out {line}")
@@ -705,6 +705,11 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("source", type=Path, help="folder, .rec file or tar shards")
     convert.add_argument("output", type=Path, help="folder that is not there yet, or empty")
     convert.add_argument("--format", required=True, choices=("imagefolder", "recordio", "webdataset"))
+    convert.add_argument(
+        "--nested",
+        action="store_true",
+        help="SOURCE is PERSON/VIDEO/*.jpg: each folder in it is one person, with all pictures in folders within",
+    )
     convert.set_defaults(run=_convert)
 
     _add_generate(commands)

@@ -51,6 +51,8 @@ def complete_file(path: str | os.PathLike) -> Iterator[Path]:
 
 MAX_NAME = 255  # bytes of a name in a folder, on nearly all file systems
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+# the first bytes -> what unpacks it
+COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -100,6 +102,9 @@ def why_unreadable(path: str | os.PathLike, error: object) -> str:
     # a safetensors file may start with b"\x80", too: the length of what follows
     if start.startswith((b"PK\x03\x04", b"\x80")) and start[8:9] != b"{" and path.suffix not in (".npz", ".bin"):
         return f"{path} is a zip archive or a pickle, such as torch.save writes"
+    for mark, program in COMPRESSED.items():
+        if start.startswith(mark) and start[8:9] != b"{":
+            return f"{path} is compressed: unpack it with {program} (`{program} < {path.name} > UNPACKED`)"
     return f"{path} is damaged, cut short or of another kind: {brief(error)}"
 
 
@@ -139,6 +144,29 @@ def read_lines(path: str | os.PathLike) -> list[str]:
         ) from error
     # not `splitlines`, which also cuts at characters that names may have
     return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n") if text else []
+
+
+def iterate_lines(path: str | os.PathLike) -> Iterator[str]:
+    """The lines of `read_lines`, one by one: for files with millions of lines.
+
+    Raises:
+        ValueError: as of `read_lines`.
+    """
+    path = local_path(path)
+    with open(path, "rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        raise ValueError(f"{why_unreadable(path, 'no text')}.")
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8")
+    try:
+        with open(path, encoding=encoding) as file:
+            for line in file:
+                if "\0" in line:
+                    raise UnicodeError("a zero byte")
+                yield line.removesuffix("\n")
+    except UnicodeError:
+        read_lines(path)  # its error names the line
+        raise
 
 
 def read_json(path: str | os.PathLike) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 import PIL.Image
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..files import MAX_NAME, local_path
@@ -35,7 +36,9 @@ FORBIDDEN = re.compile(r"[/\\\0\t\r\n]")
 SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2", "PPM": ".ppm"}
 
 
-def convert_dataset(source: str | os.PathLike, output: str | os.PathLike, output_format: str) -> dict:
+def convert_dataset(
+    source: str | os.PathLike, output: str | os.PathLike, output_format: str, nested: bool = False
+) -> dict:
     """Writes a data set in another form. Pictures are copied byte for byte, identities keep their names.
 
     - `imagefolder`: `IDENTITY/FILE`, for torchvision's `ImageFolder` and `datasets`.
@@ -49,35 +52,54 @@ def convert_dataset(source: str | os.PathLike, output: str | os.PathLike, output
         output: a folder that is not there yet, or empty. It appears when it is complete: of a conversion that was
             killed only `OUTPUT.part` is left, which the next one replaces.
         output_format: `"imagefolder"`, `"recordio"` or `"webdataset"`.
+        nested: whether `SOURCE/PERSON/VIDEO/*.jpg` is meant where all pictures are in folders within those of SOURCE.
 
     Returns:
         `photographs`, `identities`, and `left_out`: reason -> `count`, and the `first` ten names.
 
     Raises:
-        ValueError: `output` is not empty or lies within the source, a name cannot be a folder's, or the set that was
-            written does not hold what was read.
+        ValueError: `output` is not empty, lies within the source, cannot be replaced or is written by another
+            conversion; a name cannot be a folder's; or the set that was written does not hold what was read.
     """
     if output_format not in FORMATS:
         raise ValueError(f"`output_format` has to be one of {FORMATS} but is {output_format!r}.")
-    source, output = local_path(source), local_path(output)
+    # a link to a folder is replaced where it leads to
+    source, output = local_path(source), local_path(output).resolve()
+    if output == Path.cwd() or os.path.ismount(output):
+        raise ValueError(
+            f"{output} is the current folder or a mount point, which cannot be replaced: choose a new folder in it."
+        )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is not empty: choose another folder.")
-    if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
+    if source.is_dir() and output.is_relative_to(source.resolve()):
         raise ValueError(f"{output} lies within {source}: choose a folder beside it.")
-    opened = open_source(source)
-    folders = _folder_names([photograph.identity for photograph in opened.photographs])
     part = output.with_name(f"{output.name}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(part.with_name(f"{part.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"another conversion writes to {output}: wait for it, or choose another folder.") from error
+    try:
+        return _convert(open_source(source, nested=nested), output, part, output_format)
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _convert(opened: PhotographSource, output: Path, part: Path, output_format: str) -> dict:
+    folders = _folder_names([photograph.identity for photograph in opened.photographs])
     if (part / MARKER).exists():
         shutil.rmtree(part)
     elif part.exists():
         raise ValueError(f"{part} is in the way: the conversion is written there until it is complete. Remove it.")
-    part.mkdir(parents=True)
+    part.mkdir()
     (part / MARKER).touch()
     write = {"imagefolder": _write_folders, "recordio": _write_records, "webdataset": _write_shards}[output_format]
     try:
         written = write(opened, folders, part)
-        (part / MARKER).unlink()
         _check_written(part, written)
+        (part / MARKER).unlink()
     except BaseException:
         shutil.rmtree(part)
         raise

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from ..files import read_lines
+from ..files import iterate_lines
 from .recordio import INEXACT
 
 NUMBER = re.compile(r"-?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE)
@@ -54,7 +54,7 @@ def read_image_list(file: Path, keys: list[int]) -> dict[int, ListedImage]:
     images: list[ListedImage] = []
     by_key: dict[int | None, int] = {}
     twice = None
-    for number, line in enumerate(read_lines(file), start=1):
+    for number, line in enumerate(iterate_lines(file), start=1):
         if not line.strip():
             continue
         try:
@@ -92,7 +92,9 @@ def _is_renaming(first: Mapping[int, object], second: Mapping[int, object]) -> b
     return len(pairs) == len(set(first.values())) == len({second[key] for key in first})
 
 
-def record_identities(records: Path, labels: Mapping[int, float]) -> tuple[dict[int, str], dict[str, str]]:
+def record_identities(
+    records: Path, labels: Mapping[int, float], one: bool = False
+) -> tuple[dict[int, str], dict[str, str]]:
     """The identity of every picture in a record file.
 
     Labels that differ say who is who, first those of the records, then those of the list, then its folders. Where the
@@ -102,6 +104,7 @@ def record_identities(records: Path, labels: Mapping[int, float]) -> tuple[dict[
     Args:
         records: the `.rec` file.
         labels: key -> label of each picture's record.
+        one: whether pictures of equal labels are known to be of one identity.
 
     Returns:
         Key -> identity; and the list with the reason why it was not used, if it was not.
@@ -117,18 +120,19 @@ def record_identities(records: Path, labels: Mapping[int, float]) -> tuple[dict[
             f" 0 to {INEXACT}, up to which float32 is exact."
         )
     differ = len(set(labels.values())) > 1
+    one = one or len(labels) == 1
     file, left_out, images = find_list(records), {}, None
     try:
         images = None if file is None else read_image_list(file, list(labels))
     except ValueError as error:
-        if not differ and len(labels) > 1:
+        if not differ and not one:
             raise ValueError(f"all labels in {records} are {next(iter(labels.values())):g}, and {error}") from error
         left_out = {file.name: f"a list that does not fit ({error})"}
     if images is None:
-        if not differ and len(labels) > 1:
+        if not differ and not one:
             raise ValueError(
                 f"all {len(labels)} pictures in {records} have the label {next(iter(labels.values())):g}: their"
-                " identities are not in it. Put the list that came with it beside it, as"
+                " identities are not in it. Put the list that came with it beside it, named"
                 f" {records.with_suffix('.lst').name} or list.txt."
             )
         return {key: f"{int(label):07d}" for key, label in labels.items()}, left_out
@@ -137,11 +141,19 @@ def record_identities(records: Path, labels: Mapping[int, float]) -> tuple[dict[
     groups: Mapping[int, float] | None = labels if differ else None
     if not differ and None not in listed.values() and len(set(listed.values())) > 1:
         groups = listed
-    if folders is not None and (groups is None or _is_renaming(groups, folders)):
+    if groups is None and folders is not None and (one or len(set(folders.values())) > 1):
         return folders, left_out
+    if groups is not None and folders is not None and _is_renaming(groups, folders):
+        return folders, left_out
+    if groups is None and not one:
+        raise ValueError(
+            f"all labels in {records} are equal, and the paths in {file} "
+            + ("have no folders of identities." if folders is None else f"are all in {min(folders.values())}.")
+            + " Nothing tells the identities."
+        )
     if groups is None and None in listed.values():
-        raise ValueError(f"all labels in {records} are equal, and the paths in {file} have no folders of identities.")
-    groups = listed if groups is None else groups
+        groups = labels
+    groups = groups or listed
     wrong = next((key for key, label in groups.items() if not 0 <= label < math.inf or label != int(label)), None)
     if wrong is not None:
         raise ValueError(

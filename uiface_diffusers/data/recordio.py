@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from ..files import LFS_POINTER, local_path, read_lines, why_unreadable
+from ..files import LFS_POINTER, iterate_lines, local_path, why_unreadable
 
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -58,6 +58,8 @@ class RecordReader:
         self.size = self.path.stat().st_size
         # opened by each process that reads
         self._file, self._process = None, None
+        # of the walk that finds the records where there is no index, until `scan` gives them away
+        self._labels: dict[int, float] | None = None
         self.offsets = _read_index(self.index) if self.index.is_file() else self._rebuild_index()
 
     def __getstate__(self) -> dict:
@@ -148,18 +150,14 @@ class RecordReader:
 
         Raises:
             OSError: record 0 is damaged.
-            ValueError: pictures are missing in the index, or follow behind the end.
+            ValueError: there are pictures behind the end.
         """
         keys = sorted(self.offsets)
         if keys and keys[0] == 0:
             first = self.read_image(0)
             if not first.content and len(first.labels) >= 1:
+                # an index may list only some of them
                 expected, found = picture_range(keys, float(first.labels[0]), self._has_picture)
-                if found != expected:
-                    raise ValueError(
-                        f"{self.index} lists {found} pictures, {self.path} says that it has {expected}: the index is"
-                        " not whole. Copy it again, or delete it: the pictures are then found without it."
-                    )
                 beyond = next((key for key in keys[1 + found :] if self._has_picture(key)), None)
                 if beyond is not None:
                     raise ValueError(
@@ -172,14 +170,21 @@ class RecordReader:
     def _has_picture(self, key: int) -> bool:
         return bool(self.read_image(key).content)
 
-    def unlisted(self) -> list[int]:
-        """Places of records with pictures that the index does not list, in bytes from the file's start.
+    def scan(self) -> tuple[dict[int, float], dict[int, float]]:
+        """Goes through all records once.
+
+        Returns:
+            Key -> (first) label of each record that holds a picture; and the same of those that the index does not
+            list, by their places in bytes from the file's start.
 
         Raises:
             OSError: there is no record where one has to be.
             ValueError: the index is of another file, or the file is cut short.
         """
-        end, missing = 0, []
+        if self._labels is not None:
+            labels, self._labels = self._labels, None
+            return labels, {}
+        end, labels, missing = 0, {}, {}
         places = sorted(self.offsets.items(), key=itemgetter(1))
         for key, offset in tqdm(places, desc="index", unit="record"):
             if offset >= self.size:
@@ -193,24 +198,42 @@ class RecordReader:
                     f"{self.index} has the record of key {key} at byte {offset}, which lies within another record of"
                     f" {self.path.name}: the index is of another file, or lists a record twice."
                 )
-            end = self._record_end(offset)
+            end, label, _ = self._scan_record(offset)
+            if label is not None:
+                labels[key] = label
         self._walk(end, self.size, missing)
-        return missing
+        return labels, missing
 
-    def _walk(self, position: int, until: int, missing: list[int]) -> int:
+    def _walk(self, position: int, until: int, missing: dict[int, float]) -> int:
         """Goes over records that are in no index, and notes those with pictures."""
         while position < until:
-            if self._read_image(position, f"byte {position}").content:
-                missing.append(position)
-            position = self._record_end(position)
+            end, label, _ = self._scan_record(position)
+            if label is not None:
+                missing[position] = label
+            position = end
         return position
 
-    def _record_end(self, offset: int) -> int:
-        """Where the record at a place ends, with its padding."""
+    def _scan_record(self, offset: int) -> tuple[int, float | None, int]:
+        """Where a record ends, its (first) label, or None if it has no picture, and the number in its header."""
+        self._open().seek(offset)
+        start = self._file.read(8 + HEADER.size + 4)
+        end = self._record_end(offset, start[:8])
+        # nearly always the label lies in the record's first part
+        if len(start) == 8 + HEADER.size + 4:
+            length = struct.unpack_from("<I", start, 4)[0] & (2**29 - 1)
+            flag, label, number, _ = HEADER.unpack_from(start, 8)
+            if length > HEADER.size + 4 * flag:
+                return end, struct.unpack_from("<f", start, 8 + HEADER.size)[0] if flag else label, number
+        record = self._read_image(offset, f"byte {offset}")
+        return end, float(record.labels[0]) if record.content else None, record.id
+
+    def _record_end(self, offset: int, head: bytes) -> int:
+        """Where the record at a place ends, with its padding; `head` is its first 8 bytes."""
         start, flag = offset, FIRST
         while flag not in (WHOLE, LAST):
-            self._open().seek(offset)
-            head = self._file.read(8)
+            if offset > start:
+                self._open().seek(offset)
+                head = self._file.read(8)
             magic, word = struct.unpack("<II", head) if len(head) == 8 else (None, 0)
             if magic != MAGIC:
                 raise OSError(f"{self.path}: no record at byte {offset}: damaged, or of another index.")
@@ -223,27 +246,26 @@ class RecordReader:
         return offset
 
     def _rebuild_index(self) -> dict[int, int]:
-        offset, offsets, numbers = 0, [], []
+        offset, offsets, numbers, labels = 0, [], [], []
         with tqdm(total=self.size, unit="B", unit_scale=True, desc=f"{self.index.name} is missing, index") as progress:
             while offset < self.size:
                 try:
-                    end = self._record_end(offset)
-                    self._open().seek(offset + 4)
-                    length = int.from_bytes(self._file.read(4), "little") & (2**29 - 1)
-                    whole = self._file.read(HEADER.size) if length >= HEADER.size else self._read(offset, "")
-                    numbers.append(HEADER.unpack_from(whole)[2])
-                except (OSError, struct.error) as error:
+                    end, label, number = self._scan_record(offset)
+                except OSError as error:
                     raise ValueError(f"{self.path} cannot be read without {self.index.name}: {error}") from error
                 offsets.append(offset)
+                numbers.append(number)
+                labels.append(label)
                 progress.update(end - offset)
                 offset = end
         keys = numbers if len(set(numbers)) == len(numbers) else range(len(offsets))
+        self._labels = {key: label for key, label in zip(keys, labels, strict=True) if label is not None}
         return dict(zip(keys, offsets, strict=True))
 
 
 def _read_index(path: Path) -> dict[int, int]:
     offsets: dict[int, int] = {}
-    for number, line in enumerate(read_lines(path), start=1):
+    for number, line in enumerate(iterate_lines(path), start=1):
         if not line.strip():
             continue
         try:

@@ -8,6 +8,7 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Protocol
 
@@ -39,10 +40,11 @@ SYSTEM_NAMES |= {"$recycle.bin", "system volume information", "lost+found"}
 # of folders that hold identities: the people in them would become one
 PARTS = {"train", "training", "val", "valid", "validation", "test", "testing", "images", "imgs", "data", "dataset"}
 
-HIDDEN = "hidden or of the system"
-NO_PICTURE = "no picture by its suffix"
+HIDDEN = "hidden or system file"
+NO_PICTURE = "not an image by its suffix"
 OUTSIDE = "in no identity's folder"
 BACK = "a link to a folder that holds this one"
+REPLACED = "replaced by a later file of the same name"
 NAMED = 10  # of what was left out, by each reason
 
 
@@ -108,7 +110,7 @@ def summarize_left_out(left_out: Mapping[str, str]) -> dict[str, dict]:
 
 
 def describe_left_out(summary: Mapping[str, dict]) -> list[str]:
-    """One line for each reason of `summarize_left_out`: `3 no picture by its suffix: anna/notes.txt, ...`."""
+    """One line for each reason of `summarize_left_out`: `3 not an image by its suffix: anna/notes.txt, ...`."""
     lines = []
     for reason, entry in summary.items():
         more = ", ..." if entry["count"] > len(entry["first"]) else ""
@@ -156,32 +158,41 @@ def _is_folder(entry: os.DirEntry) -> bool:
 class FolderSource:
     """`ROOT/IDENTITY/*.jpg`, sorted; pictures in folders within an identity's are its own, too.
 
+    Args:
+        root: the folder.
+        nested: whether each folder in ROOT is one identity where all pictures are in folders within, as in
+            `ROOT/PERSON/VIDEO/*.jpg`. Without it, these are refused: they look the same as `ROOT/PART/PERSON/*.jpg`.
+
     Raises:
-        ValueError: the folders in ROOT are not of identities but of parts of a set, such as `train` and `test`.
+        ValueError: the folders in ROOT may be parts of a set, such as `train` and `test`, instead of identities.
     """
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, nested: bool = False):
         self.root, self.photographs, self.left_out = root, [], {}
         # of names that are not UTF-8: what is shown in their place -> the path
         self._paths: dict[str, Path] = {}
-        nested: dict[str, set[Path]] = {}
         above = {root.resolve(), *root.resolve().parents}
+        inner: dict[str, set[Path]] = {}
         for entry in self._entries(root) if root.is_dir() else []:
             if entry.is_symlink() and Path(os.path.realpath(entry.path)) in above:
                 self._leave_out(Path(entry.path), BACK)
             elif _is_folder(entry):
                 files = sorted(self._pictures(entry), key=lambda path: path.relative_to(root).parts)
                 deeper = {path.parent for path in files if path.parent.parent != root}
-                nested |= {entry.name: deeper} if deeper else {}
+                inner |= {entry.name: deeper} if deeper else {}
                 self._add(entry.name, files)
             else:
                 self._leave_out(Path(entry.path), HIDDEN if is_system_entry(entry.name) else OUTSIDE)
         direct = {photo.identity for photo in self.photographs if photo.file.count("/") == 1}
-        wraps = len(nested) == 1 and len(*nested.values()) > 1
-        if nested and not direct and (wraps or all(name.lower() in PARTS for name in nested)):
+        several = [name for name, folders in inner.items() if len(folders) > 1]
+        if inner and not (direct or nested) and (several or all(name.lower() in PARTS for name in inner)):
+            name = (several or list(inner))[0]
+            example = printable(min(inner[name]).relative_to(root).as_posix())
             raise ValueError(
-                f"{root} has its pictures in folders within {', '.join(sorted(nested))}: the people in each would"
-                f" become one. Give {root / min(nested)}."
+                f"{root} has no pictures directly in its folders, but in folders within them, such as {example}. If"
+                f" that is PART/PERSON, give {printable(str(root / name))}. If it is PERSON/VIDEO, run `uiface convert"
+                f" {printable(str(root))} OUTPUT --format imagefolder --nested` and give OUTPUT: all pictures in"
+                f" {printable(name)} are then of one person."
             )
 
     @staticmethod
@@ -277,12 +288,14 @@ class RecordIOSource:
 
     def __init__(self, path: Path):
         self.reader = RecordReader(path)
-        missing = self.reader.unlisted()
+        labels, missing = self.reader.scan()
         self.left_out = {f"byte {offset}": f"not in {self.reader.index.name}" for offset in missing}
-        labels = {}
-        for key in tqdm(self.reader.image_keys(), desc="labels", unit="record"):
-            labels[key] = self.reader.read_label(key)
-        identities, not_used = record_identities(self.reader.path, labels) if labels else ({}, {})
+        keys = self.reader.image_keys()
+        self.left_out |= {f"key {key}": "a record without a picture" for key in keys if key not in labels}
+        labels = {key: labels[key] for key in keys if key in labels}
+        # InsightFace's files have a record of each identity behind the pictures
+        one = len(self.reader.keys) - len(keys) == 2 or len({*labels.values(), *missing.values()}) > 1
+        identities, not_used = record_identities(self.reader.path, labels, one) if labels else ({}, {})
         self.left_out |= not_used
         self.photographs = [Photograph(identity, str(key)) for key, identity in identities.items()]
 
@@ -330,6 +343,11 @@ class WebDatasetSource:
         others: dict[str, str] = {}
         places: dict[str, tuple[Path, int, int]] = {}
         end = 0
+
+        def leave_out(name: str, reason: str) -> None:
+            number = next(number for number in count(2) if f"{name} ({number})" not in others) if name in others else 1
+            others[name if number == 1 else f"{name} ({number})"] = reason
+
         with tarfile.open(shard, "r:") as tar:  # compressed, a picture could not be read at its offset
             for member in tar:
                 name = printable(str(PurePosixPath(member.name)))
@@ -341,20 +359,25 @@ class WebDatasetSource:
                 elif member.isfile():
                     places[name] = (shard, member.offset_data, member.size)
                 else:
-                    others[name] = "a link or a special file"
+                    leave_out(name, "a link or a special file")
                     continue
                 if any(is_system_entry(part) for part in PurePosixPath(name).parts if part not in (".", "..", "/")):
-                    others[name] = HIDDEN
+                    leave_out(name, HIDDEN)
                 elif has_image_suffix(name):
                     if name in pictures:
-                        others[f"{name} (earlier)"] = "replaced by a later one of its name"
+                        leave_out(f"{name} (earlier)", REPLACED)
                     pictures[name] = member
                 elif name.endswith(".cls"):
+                    if name.removesuffix(".cls") in classes:
+                        leave_out(f"{name} (earlier)", REPLACED)
                     classes[name.removesuffix(".cls")] = _class_text(tar, member, shard)
                 else:
-                    others[name] = NO_PICTURE
+                    leave_out(name, NO_PICTURE)
         self._check_end(shard, end)
         keys = {key for name in pictures for key in _keys(name)}
+        for key in classes:
+            if key not in keys:
+                leave_out(f"{key}.cls", "a class file without a picture")
         for name, reason in others.items():
             # what belongs to a picture's sample is no picture that was forgotten
             if reason != NO_PICTURE or keys.isdisjoint(_keys(name)):
@@ -470,6 +493,26 @@ def find_records(path: Path) -> Path | None:
     return found[0] if found else None
 
 
+def _check_no_folders_beside(folder: Path, files: list[Path]) -> None:
+    """Of a folder with record files or shards.
+
+    Raises:
+        ValueError: it has folders with pictures, too: what is meant is not clear.
+    """
+    for entry in _visible(folder):
+        if entry.is_dir():
+            for parent, folders, names in os.walk(entry):
+                folders[:] = sorted(name for name in folders if not is_system_entry(name))
+                found = [name for name in names if has_image_suffix(name) and not is_system_entry(name)]
+                if found:
+                    more = f" and {len(files) - 1} others" if len(files) > 1 else ""
+                    example = printable(Path(parent, min(found)).relative_to(folder).as_posix())
+                    raise ValueError(
+                        f"{folder} has {files[0].name}{more}, and pictures in folders, such as {example}: only one of"
+                        f" these can be meant. Give {files[0]}, or move the files or the folders to another place."
+                    )
+
+
 def _leave_out_beside(source: PhotographSource, folder: Path, used: Iterable[Path | None], what: str) -> None:
     """What lies in a folder of which only some files are read."""
     used = set(used)
@@ -479,7 +522,7 @@ def _leave_out_beside(source: PhotographSource, folder: Path, used: Iterable[Pat
             source.left_out[printable(entry.name)] = HIDDEN if system else f"beside {what}"
 
 
-def _open_form(path: Path) -> PhotographSource:
+def _open_form(path: Path, nested: bool) -> PhotographSource:
     """The photographs in whatever form is at a path."""
     from .face_cache import FaceCacheSource  # prepares what this module opens
 
@@ -491,6 +534,8 @@ def _open_form(path: Path) -> PhotographSource:
         return FaceCacheSource(path)
     records = find_records(path)
     if records is not None:
+        if path.is_dir():
+            _check_no_folders_beside(path, [records])
         source = RecordIOSource(records)
         if path.is_dir():
             used = (records, records.with_suffix(".idx"), find_list(records))
@@ -498,11 +543,13 @@ def _open_form(path: Path) -> PhotographSource:
         return source
     shards = _shards(path) if path.is_dir() else [path] if path.suffix.lower() == ".tar" else []
     if shards:
+        if path.is_dir():
+            _check_no_folders_beside(path, shards)
         source = WebDatasetSource(shards)
         if path.is_dir():
             _leave_out_beside(source, path, shards, "the tar shards")
         return source
-    return FolderSource(path)
+    return FolderSource(path, nested)
 
 
 def _unite_spellings(source: PhotographSource) -> None:
@@ -518,7 +565,9 @@ def _unite_spellings(source: PhotographSource) -> None:
         ]
 
 
-def open_source(path: str | os.PathLike, identities: list[str] | None = None, min_images: int = 1) -> PhotographSource:
+def open_source(
+    path: str | os.PathLike, identities: list[str] | None = None, min_images: int = 1, nested: bool = False
+) -> PhotographSource:
     """Opens photographs by what is found at `path`.
 
     Args:
@@ -527,16 +576,17 @@ def open_source(path: str | os.PathLike, identities: list[str] | None = None, mi
             taken literally but for a `~` at its start.
         identities: only these; all if not given. Names match in any Unicode normal form.
         min_images: identities with fewer photographs are left out.
+        nested: for a folder, see `FolderSource`.
 
     Returns:
         The photographs that are taken; `left_out` of it names everything else that was found, with the reason.
 
     Raises:
-        ValueError: there are no photographs, an identity that was asked for is not there, or the data set or cache is
-            not finished.
+        ValueError: there are no photographs, it is not clear which folders are identities, an identity that was asked
+            for is not there, or the data set or cache is not finished.
     """
     path = local_path(path)
-    source = _open_form(path)
+    source = _open_form(path, nested)
     _unite_spellings(source)
     counts = Counter(photograph.identity for photograph in source.photographs)
     if identities is not None:
