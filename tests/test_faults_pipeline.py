@@ -552,7 +552,12 @@ def test_64_pictures_of_128_are_one_part():
 
 
 @pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
+    "device",
+    [
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")),
+        pytest.param("mps", marks=pytest.mark.skipif(not torch.mps.is_available(), reason="no MPS")),
+    ],
 )
 @pytest.mark.parametrize("given", [False, True])
 def test_a_switch_draws_as_a_step_draws(device, given):
@@ -571,6 +576,16 @@ def test_a_switch_draws_as_a_step_draws(device, given):
                 scheduler.step(model_output, t, latents, **options)
         following.append(torch.randn(4, device=device, generator=options.get("generator")))
     assert torch.equal(*following)
+
+
+def test_a_device_without_a_known_generator_needs_a_given_one():
+    """A copied step would draw other noise than the step itself."""
+    model_output, latents = torch.zeros(2, 2, 4, 8, 8, device="meta")
+    scheduler = SASolverScheduler(**BETAS)
+    scheduler.set_timesteps(10)
+    scheduler.step(model_output, scheduler.timesteps[0], latents)
+    with pytest.raises(ValueError, match="default random generator of the device `meta` is not known: give `gener"):
+        step_after_switch(scheduler, torch.tensor([0]), model_output, scheduler.timesteps[1], latents)
 
 
 # --- callbacks -------------------------------------------------------------------------------------------------------
