@@ -177,12 +177,49 @@ def test_other_weights_under_the_right_name_are_refused(encoder, exchanged, tiny
     for call in calls:
         with pytest.raises(ValueError, match=both) as error:
             call()
-        assert "one name, but with other weights" in str(error.value)
+        assert "use one model pack for both" in str(error.value)
     assert not (tmp_path / "data").exists()
     tiny_pipeline.identity_projector.register_to_config(identity_encoder_fingerprint=encoder.fingerprint)
     tiny_pipeline.prepare_identity_embeds(bank)
     with pytest.raises(ValueError, match=both):
         tiny_pipeline.prepare_identity_embeds(foreign)
+
+
+def test_fingerprints_decide_and_names_only_without_them():
+    def check(mark: tuple, wanted: tuple) -> None:
+        check_same_encoder("the bank", EncoderMark(*mark), "the pipeline", EncoderMark(*wanted))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # one recognizer in two packs; nothing that both say
+        for mark, wanted in (
+            (("w600k", "aaa"), ("buffalo_l", "aaa")), ((None, "aaa"), ("x", "aaa")), ((None, "aaa"), ("x", None)),
+            ((None, "aaa"), (None, None)), ((None, None), ("x", None)), (("x", None), ("x", None)),
+        ):  # fmt: skip
+            check(mark, wanted)
+            check(wanted, mark)
+        refused = [((None, "aaa"), ("x", "bbb")), (("x", "aaa"), ("x", "bbb")), ((None, "aaa"), (None, "bbb"))]
+        for mark, wanted in [*refused, (("x", "aaa"), ("y", None)), (("x", None), ("y", None))]:
+            for pair in ((mark, wanted), (wanted, mark)):
+                with pytest.raises(ValueError, match="use one model pack for both"):
+                    check(*pair)
+    message = r"^the bank comes from an unnamed encoder \(weights aaa\), the pipeline from encoder `x` \(weights bbb\)"
+    with pytest.raises(ValueError, match=message):
+        check(*refused[0])
+
+
+def test_the_common_encoder_is_the_one_that_says_most():
+    def common(*marks: tuple) -> EncoderMark:
+        return common_encoder({f"cache {i}": EncoderMark(*mark) for i, mark in enumerate(marks)})
+
+    assert common((None, None), ("x", None)) == ("x", None)
+    assert common((None, None), (None, "aaa"), ("x", None)) == (None, "aaa")
+    assert common((None, "aaa"), ("w600k", "aaa"), ("buffalo_l", "aaa")) == ("w600k", "aaa")
+    # the second says nothing that differs from the others
+    with pytest.raises(ValueError, match="cache 2 comes from encoder `y`, cache 0 from encoder `x`"):
+        common(("x", None), (None, None), ("y", None))
+    with pytest.raises(ValueError, match="cache 2 .* cache 0"):
+        common((None, "aaa"), ("x", None), ("x", "bbb"))
 
 
 @pytest.mark.parametrize("part", ["recogniser", "detector"])
@@ -214,7 +251,7 @@ def test_files_without_a_fingerprint_are_warned_of_once(encoder, toy_photographs
         check_settings(tmp_path / "settings.json", check, if_known=known)
     assert FaceCache(tmp_path / "cache").encoder_mark == EncoderMark("toy")
     earlier, mark = EncoderMark("once"), EncoderMark("once", "0123")
-    with pytest.warns(UserWarning, match="the bank is of the encoder `once` but does not say of which weights"):
+    with pytest.warns(UserWarning, match="the bank comes from encoder `once` but does not name its weights"):
         check_same_encoder("the bank", earlier, "the pack", mark)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,6 +1,7 @@
 """What users of diffusers' pipelines run into: threads, exchanged components, compiled models, odd arguments."""
 
 import copy
+import functools
 import importlib
 import json
 import math
@@ -97,6 +98,99 @@ def test_calls_in_threads_are_bit_identical_to_those_alone(tiny_pipeline, stock)
     assert before.keys() == after.keys() and all(after[name] is before[name] for name in before)
 
 
+def in_threads(*functions) -> list:
+    """What the functions return, each in a thread of its own, which alternate within a step."""
+    results, start = [None] * len(functions), threading.Barrier(len(functions))
+
+    def run(i: int) -> None:
+        try:
+            torch.set_num_threads(1)
+            start.wait(60)
+            results[i] = functions[i]()
+        except Exception as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(functions))]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    return results
+
+
+@pytest.mark.parametrize("options", [{}, {"torch_dtype": torch.float32}])
+def test_pipelines_of_from_pipe_sample_beside_each_other(tiny_pipeline, options):
+    tiny_pipeline.scheduler = UniPCMultistepScheduler(**BETAS)
+    other = UIFacePipeline.from_pipe(tiny_pipeline, **options)
+    assert type(other.scheduler) is UniPCMultistepScheduler and other.scheduler is not tiny_pipeline.scheduler
+    assert other.scheduler.config == tiny_pipeline.scheduler.config
+    other.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    calls = [
+        functools.partial(
+            pipe, EMBEDS[0], num_inference_steps=steps, latents=noise, output_type="latent", boundary=500
+        )
+        for pipe, steps in ((tiny_pipeline, 20), (other, 30))
+    ]
+    alone = [call().images for call in calls]
+    for ours, expected in zip(in_threads(*calls), alone, strict=True):
+        assert torch.equal(ours.images, expected)
+
+
+@pytest.mark.parametrize("shares", ["pipeline", "scheduler"])
+def test_a_second_call_while_one_is_running_is_refused(tiny_pipeline, shares):
+    second = tiny_pipeline if shares == "pipeline" else UIFacePipeline(**tiny_pipeline.components)
+    call = {"num_inference_steps": 4, "output_type": "latent", "boundary": 500}
+    call |= {"latents": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))}
+    expected = tiny_pipeline(EMBEDS[0], **call).images
+    running, refused = threading.Event(), threading.Event()
+
+    def wait(pipe, step, t, tensors):
+        running.set()
+        assert refused.wait(60)
+        return {}
+
+    def first():
+        return tiny_pipeline(EMBEDS[0], callback_on_step_end=wait, **call).images
+
+    def beside():
+        assert running.wait(60)
+        try:
+            with pytest.raises(RuntimeError, match="is running.*from_pipe"):
+                second(EMBEDS[1], **call | {"num_inference_steps": 6})
+            # a check of arguments changes nothing
+            second.check_sampling(num_inference_steps=9)
+        finally:
+            refused.set()
+
+    images, error = in_threads(first, beside)
+    assert error is None and torch.equal(images, expected)
+    assert torch.equal(tiny_pipeline(EMBEDS[0], **call).images, expected)
+
+
+def test_a_callback_that_calls_its_own_pipeline_is_refused(tiny_pipeline):
+    call = {"num_inference_steps": 2, "output_type": "latent"}
+    with pytest.raises(RuntimeError, match="from_pipe"):
+        tiny_pipeline(EMBEDS[0], callback_on_step_end=lambda pipe, *_: pipe(EMBEDS[1], **call), **call)
+    # neither that nor an error in the call keeps the pipeline from the next one
+    with pytest.raises(ValueError, match="num_images_per_prompt"):
+        tiny_pipeline(EMBEDS[0], num_images_per_prompt=0)
+    assert tiny_pipeline(EMBEDS[0], **call).images.isfinite().all()
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_list_of_generators_without_one_of_them_is_refused(tiny_pipeline, position):
+    generators = [torch.Generator(), torch.Generator()]
+    generators[position] = None
+    with pytest.raises(ValueError, match=f"`generator` .* position {position} is None"):
+        tiny_pipeline(EMBEDS[:2], generator=generators, num_inference_steps=2)
+
+
 def test_a_call_within_a_call_of_another_pipeline(tiny_pipeline):
     """The worst order, without chance: every step of one call is followed by a whole other call."""
     other = UIFacePipeline.from_pipe(tiny_pipeline, scheduler=DPMSolverMultistepScheduler(**BETAS))
@@ -168,9 +262,9 @@ def test_rows_of_other_threads_are_not_counted(tiny_pipeline, tmp_path):
 # --- the model's own defaults ----------------------------------------------------------------------------------------
 
 
-def test_components_without_the_models_defaults_warn(tiny_pipeline):
+def test_components_without_the_models_defaults_warn():
     own = {"guidance_scale": 3.0, "latest_boundary": 300}
-    pipe = UIFacePipeline(**tiny_pipeline.components, **own)
+    pipe = UIFacePipeline(**tiny_components(), **own)
     for build in (lambda: UIFacePipeline(**pipe.components), lambda: UIFacePipeline(**pipe.components)):
         with pytest.warns(
             UserWarning, match="guidance_scale=3.0, latest_boundary=300.*2.0, latest_boundary=500.*from_pipe"
@@ -189,6 +283,15 @@ def test_components_without_the_models_defaults_warn(tiny_pipeline):
             pipe.default_sampling() | {"guidance_scale": 2.5}
         )
         UIFacePipeline(**tiny_components())  # never had others
+
+
+def test_values_of_a_later_pipeline_are_not_the_models_own(tiny_pipeline):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert UIFacePipeline(**tiny_pipeline.components, guidance_scale=3.0).config.guidance_scale == 3.0
+        assert UIFacePipeline.from_pipe(tiny_pipeline, latest_boundary=100).config.latest_boundary == 100
+        for _ in range(2):
+            assert UIFacePipeline(**tiny_pipeline.components).config.guidance_scale == 2.0
 
 
 def test_from_pipe_leaves_the_shared_models_as_they_are(tiny_pipeline):
@@ -449,7 +552,12 @@ def test_64_pictures_of_128_are_one_part():
 
 
 @pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
+    "device",
+    [
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")),
+        pytest.param("mps", marks=pytest.mark.skipif(not torch.mps.is_available(), reason="no MPS")),
+    ],
 )
 @pytest.mark.parametrize("given", [False, True])
 def test_a_switch_draws_as_a_step_draws(device, given):
@@ -468,6 +576,16 @@ def test_a_switch_draws_as_a_step_draws(device, given):
                 scheduler.step(model_output, t, latents, **options)
         following.append(torch.randn(4, device=device, generator=options.get("generator")))
     assert torch.equal(*following)
+
+
+def test_a_device_without_a_known_generator_needs_a_given_one():
+    """A copied step would draw other noise than the step itself."""
+    model_output, latents = torch.zeros(2, 2, 4, 8, 8, device="meta")
+    scheduler = SASolverScheduler(**BETAS)
+    scheduler.set_timesteps(10)
+    scheduler.step(model_output, scheduler.timesteps[0], latents)
+    with pytest.raises(ValueError, match="default random generator of the device `meta` is not known: give `gener"):
+        step_after_switch(scheduler, torch.tensor([0]), model_output, scheduler.timesteps[1], latents)
 
 
 # --- callbacks -------------------------------------------------------------------------------------------------------

@@ -313,7 +313,7 @@ def test_mistakes_are_named_before_anything_is_lost(tiny_pipeline, toy_root, tmp
     for arguments, message in wrong:
         with pytest.raises(ValueError, match=message):
             generate_dataset(tiny_pipeline, bank(), tmp_path / "new", **arguments)
-    with pytest.raises(ValueError, match="bank is of the encoder `other`"):
+    with pytest.raises(ValueError, match="bank comes from encoder `other`"):
         generate_dataset(tiny_pipeline, bank(3, "other"), tmp_path / "new", encoder=encoder)
     with pytest.raises(ValueError, match="empty"):
         generate_dataset(tiny_pipeline, bank(0), tmp_path / "new")

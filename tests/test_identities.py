@@ -50,7 +50,7 @@ def test_too_few_identities_are_saved_and_reported(tiny_pipeline, encoder, tmp_p
 
 
 def test_banks_of_another_encoder_are_not_compared(tiny_pipeline, encoder, tmp_path):
-    with pytest.raises(ValueError, match="an excluded bank is of the encoder `other`"):
+    with pytest.raises(ValueError, match="an excluded bank comes from encoder `other`"):
         make_identities(tiny_pipeline, encoder, 5, tmp_path / "bank", [IdentityBank(unit(3), "other")])
     assert not list(tmp_path.iterdir())
 

@@ -67,7 +67,7 @@ def test_planted_people_are_found():
 
 
 def test_what_cannot_be_compared_is_named():
-    with pytest.raises(ValueError, match="of the encoder `a`, the real one of `b`: embeddings of two encoders"):
+    with pytest.raises(ValueError, match="from encoder `a`, the real one from encoder `b`: use one model pack"):
         measure_leakage(IdentityBank(torch.eye(3), "a"), IdentityBank(torch.eye(3), "b"))
     with pytest.raises(ValueError, match="of one identity"):
         measure_leakage(IdentityBank(torch.eye(3)), IdentityBank(torch.eye(3), names=["x"] * 3))

@@ -161,7 +161,7 @@ def test_the_curve_tells_what_a_doubling_brought(tmp_path, capsys):
 
 
 def test_encoders_are_not_mixed(root, backbone):
-    with pytest.raises(ValueError, match="cache is of the encoder `toy` .*, the pack of --encoder of `judge`"):
+    with pytest.raises(ValueError, match="cache comes from encoder `toy` .*, the pack of --encoder from .* `judge`"):
         evaluate.main([str(root / "step-1"), *options(root, backbone, "--encoder", "judge", "--judge", "toy")])
     with pytest.raises(ValueError, match="both are `toy`"):
         evaluate.main([str(root / "step-1"), *options(root, backbone, "--judge", "toy")])

@@ -1,6 +1,7 @@
 """Which face recognition model embeddings come from, and the one check that two are of the same."""
 
 from collections.abc import Mapping
+from itertools import combinations
 from typing import Any, NamedTuple
 
 from .files import warn_once
@@ -18,49 +19,45 @@ class EncoderMark(NamedTuple):
 
     def __str__(self) -> str:
         weights = "" if self.fingerprint is None else f" (weights {self.fingerprint})"
-        return f"`{self.name}`{weights}"
+        return ("an unnamed encoder" if self.name is None else f"encoder `{self.name}`") + weights
 
 
 def check_same_encoder(what: str, mark: EncoderMark, other: str, wanted: EncoderMark) -> None:
-    """Refuses embeddings of two encoders. A name that is not known matches every one. Where one of two equal names has
-    no fingerprint, a warning says once that the weights cannot be compared.
+    """Refuses embeddings of two encoders. If both fingerprints are known, they alone decide. Otherwise the names do:
+    an unknown one matches every other, and if only one of two equal names has a fingerprint, a warning says once that
+    the weights cannot be compared.
 
     Args:
         what: has the embeddings of `mark`, such as "the bank".
         other: has those of `wanted`.
 
     Raises:
-        ValueError: the names differ, or the weights; the message has both.
+        ValueError: the encoders differ; the message has both.
     """
-    if None in (mark.name, wanted.name):
+    names, prints = (mark.name, wanted.name), (mark.fingerprint, wanted.fingerprint)
+    compared = names if None in prints else prints
+    if None in compared:
         return
-    prints = (mark.fingerprint, wanted.fingerprint)
-    if mark.name != wanted.name or (None not in prints and prints[0] != prints[1]):
-        hint = "of one name, but with other weights" if mark.name == wanted.name else "of two encoders"
-        raise ValueError(
-            f"{what} is of the encoder {mark}, {other} of {wanted}: embeddings {hint} cannot be compared. Use the"
-            " same model pack for both."
-        )
+    if compared[0] != compared[1]:
+        raise ValueError(f"{what} comes from {mark}, {other} from {wanted}: use one model pack for both.")
     if prints.count(None) == 1:
         silent = what if mark.fingerprint is None else other
         warn_once(
-            f"{silent} is of the encoder `{mark.name}` but does not say of which weights: whether they are"
+            f"{silent} comes from encoder `{mark.name}` but does not name its weights: whether they are"
             f" {next(filter(None, prints))} cannot be checked."
         )
 
 
 def common_encoder(marks: Mapping[str, EncoderMark]) -> EncoderMark:
-    """The encoder of several caches or banks, by what each is called; its weights are known where one of them says so.
+    """The encoder of several caches or banks, by what each is called. Every two are compared. Returns the mark that
+    says most: a fingerprint counts more than a name.
 
     Raises:
         ValueError: two of them are of different encoders.
     """
-    (first, mark), *others = marks.items()
-    for what, other in others:
-        check_same_encoder(what, other, first, mark)
-        if None in mark:
-            first, mark = what, other
-    return mark
+    for (other, wanted), (what, mark) in combinations(marks.items(), 2):
+        check_same_encoder(what, mark, other, wanted)
+    return max(marks.values(), key=lambda mark: (mark.fingerprint is not None, mark.name is not None))
 
 
 def projector_mark(identity_projector: Any) -> EncoderMark:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -253,6 +254,13 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{path} is damaged: it has no settings. Restore it, or choose another folder.")
     return settings
+
+
+def plain_numbers(value: Any) -> Any:
+    """NumPy's numbers as Python's, which JSON knows; also those in lists and tuples, which become lists."""
+    if isinstance(value, list | tuple):
+        return [plain_numbers(each) for each in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

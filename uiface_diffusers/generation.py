@@ -59,7 +59,7 @@ from .data.image_folder import (
 )
 from .encoders import check_same_encoder
 from .faces import FaceEncoder
-from .files import MAX_NAME, check_settings, complete_file, local_path, read_settings
+from .files import MAX_NAME, check_settings, complete_file, local_path, plain_numbers, read_settings
 from .fingerprint import pipeline_fingerprint
 from .hub import IDENTITIES
 from .identities import IdentityBank, perturb_embeddings
@@ -170,7 +170,7 @@ def generate_dataset(
         ValueError: an argument is out of range, or `output` was begun with other settings.
         RuntimeError: another process is at work on the same part of `output`.
     """
-    sampling = {name: _plain(value) for name, value in sampling.items()}
+    sampling = {name: plain_numbers(value) for name, value in sampling.items()}
     batch_size = default_batch_size(pipeline) if batch_size is None else batch_size
     _check_arguments(pipeline, identities, locals())
     images_per_identity, seed, size, max_attempts = map(int, (images_per_identity, seed, size, max_attempts))
@@ -225,13 +225,6 @@ def _sampling(pipeline: UIFacePipeline, given: Mapping[str, Any]) -> dict[str, A
     sampling = pipeline.sampling_defaults() | given
     defaults = pipeline.default_sampling(sampling["num_inference_steps"])
     return sampling | {name: value for name, value in defaults.items() if sampling[name] is None}
-
-
-def _plain(value: Any) -> Any:
-    """Numpy's numbers as Python's, which JSON knows."""
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def _check_noise(file: Path) -> None:

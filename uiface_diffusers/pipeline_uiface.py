@@ -1,7 +1,10 @@
+import copy
+import functools
 import inspect
 import math
 import os
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +28,7 @@ from huggingface_hub import create_repo
 from .attention_processor import installed_processors
 from .denoisers import denoiser_kind
 from .encoders import check_same_encoder, projector_mark
+from .files import plain_numbers
 from .fingerprint import unwrapped
 from .hub import download_pipeline, fill_card, load_card, own_class_names, write_remote_code
 from .identities import IdentityBank
@@ -45,7 +49,7 @@ PAPER_DEFAULTS = {
     "injection_strength": 0.5,
 }
 MODEL_DEFAULTS = tuple(PAPER_DEFAULTS)
-# those of the pipelines that denoisers have been part of
+# those of the pipelines in which denoisers were first seen
 _known_defaults: WeakKeyDictionary[torch.nn.Module, dict[str, float]] = WeakKeyDictionary()
 
 EXAMPLE_DOC_STRING = """
@@ -90,11 +94,6 @@ CALL_ARGUMENTS = {
 }
 
 
-def _plain(value: Any) -> Any:
-    """A numpy number as Python's."""
-    return value.item() if isinstance(value, np.generic) else value
-
-
 def _check_count(name: str, value: Any) -> None:
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"`{name}` has to be a positive integer but is {value!r}.")
@@ -105,6 +104,34 @@ def _check_number(name: str, value: Any, low: float = -math.inf, high: float = m
     if not is_number or not math.isfinite(value) or not low <= value <= high:
         limits = "" if math.isinf(low) else f" from {low:g}" + ("" if math.isinf(high) else f" to {high:g}")
         raise ValueError(f"`{name}` has to be a finite number{limits} but is {value!r}.")
+
+
+# ids of the pipelines and schedulers of the calls that are running: both hold the state of a call
+_running: set[int] = set()
+_running_lock = threading.Lock()
+
+
+def one_call_at_a_time(call: Callable) -> Callable:
+    """Refuses a call of a pipeline while another call of it, or with its scheduler, is running."""
+
+    @functools.wraps(call)
+    def exclusive_call(self, *args, **kwargs):
+        used = {id(self), id(self.scheduler)}
+        with _running_lock:
+            if used & _running:
+                raise RuntimeError(
+                    "another call of this pipeline, or of one with the same scheduler, is running: the two would"
+                    " change each other's images. Give each thread its own `UIFacePipeline.from_pipe(pipe)`, which"
+                    " shares the models and copies the scheduler."
+                )
+            _running.update(used)
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            with _running_lock:
+                _running.difference_update(used)
+
+    return exclusive_call
 
 
 class UIFacePipeline(DiffusionPipeline):
@@ -121,10 +148,10 @@ class UIFacePipeline(DiffusionPipeline):
             prediction.
         identity_projector ([`IdentityProjector`]): identity embedding -> identity context.
         empty_context ([`EmptyContext`]): the learned context of nobody.
-        guidance_scale, boundary_threshold, latest_boundary, injection_strength (*optional*): what the call takes where
-            it is not told otherwise, as it suits this model; the defaults are the paper's. Saved with the pipeline,
-            and taken over by `from_pipe`. `components` does not have them: `UIFacePipeline(**pipe.components)` warns
-            if the model's own are others than the paper's.
+        guidance_scale, boundary_threshold, latest_boundary, injection_strength (*optional*): this model's defaults
+            for the call's arguments; the paper's if not given. They are saved with the pipeline, and `from_pipe` keeps
+            them. `components` does not have them: `UIFacePipeline(**pipe.components)` warns if the model's own differ
+            from the paper's.
 
     Raises:
         ValueError: components that do not belong together or cannot be sampled from, or defaults out of range.
@@ -151,7 +178,7 @@ class UIFacePipeline(DiffusionPipeline):
             zip(MODEL_DEFAULTS, (guidance_scale, boundary_threshold, latest_boundary, injection_strength), strict=True)
         )
         self._check_defaults(**given)
-        given = {name: _plain(value) for name, value in given.items() if value is not None}
+        given = {name: plain_numbers(value) for name, value in given.items() if value is not None}
         self.register_modules(
             vae=vae,
             unet=unet,
@@ -186,15 +213,17 @@ class UIFacePipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "UIFacePipeline":
-        """A pipeline that shares the components of another one, with its defaults; for example one per thread.
+        """A pipeline that shares the models of another one, with its defaults; for example one per thread.
 
-        The models keep their dtype if none is given: diffusers' own `from_pipe` would cast them to float32, also for
-        the pipeline they are shared with.
+        The scheduler is copied, because it holds the state of a call. The models keep their dtype if none is given:
+        diffusers' own `from_pipe` would cast them to float32, also for the pipeline they are shared with.
 
         Args:
             pipeline: the other one.
             kwargs: components and defaults that differ, for example `scheduler`; and `torch_dtype`.
         """
+        if "scheduler" not in kwargs and getattr(pipeline, "scheduler", None) is not None:
+            kwargs["scheduler"] = copy.deepcopy(pipeline.scheduler)
         own = {*cls._get_signature_keys(cls)[0], *MODEL_DEFAULTS}
         if not isinstance(pipeline, UIFacePipeline) or not kwargs.keys() <= own:
             return super().from_pipe(pipeline, **kwargs)
@@ -222,7 +251,7 @@ class UIFacePipeline(DiffusionPipeline):
             identity_dim (`int`, defaults to 512): width of the identity embeddings.
             num_tokens (`int`, defaults to 8): context tokens a sample. With a single one, cross-attention would have
                 nothing to choose from.
-            identity_encoder (`str`, *optional*): the recogniser of the embeddings.
+            identity_encoder (`str`, *optional*): the recognizer of the embeddings.
             kwargs: `revision`, `variant`, `cache_dir`, `token` and the like, of each component's `from_pretrained`.
 
         Raises:
@@ -289,13 +318,13 @@ class UIFacePipeline(DiffusionPipeline):
 
     @staticmethod
     def _with_defaults(unet: torch.nn.Module | None, given: dict[str, float]) -> dict[str, float]:
-        """The paper's defaults where none are given. Warns where those of the model are others."""
+        """The paper's defaults for those that are not given. Warns if the model's own differ."""
         defaults = PAPER_DEFAULTS | given
         if unet is None:
             return defaults
-        known = _known_defaults.get(unet, {})
+        # only the first pipeline says what the model's own are: later ones may be given others
+        known = _known_defaults.setdefault(unet, defaults)
         lost = {name: value for name, value in known.items() if name not in given and value != defaults[name]}
-        _known_defaults[unet] = defaults | lost
         if lost:
             own = ", ".join(f"{name}={value}" for name, value in lost.items())
             taken = ", ".join(f"{name}={defaults[name]}" for name in lost)
@@ -402,14 +431,19 @@ class UIFacePipeline(DiffusionPipeline):
                 )
 
         batch_size = (1 if identity_embeds is None else len(identity_embeds)) * num_images_per_prompt
-        generators = generator if isinstance(generator, list) else [generator]
-        if not all(each is None or isinstance(each, torch.Generator) for each in generators):
+        if generator is not None and not isinstance(generator, list | torch.Generator):
             raise ValueError(f"`generator` has to be a torch.Generator or a list of them but is {generator!r}.")
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"`generator` is a list of {len(generator)} for a batch of {batch_size}: give one generator a sample,"
-                " or a single one."
-            )
+        if isinstance(generator, list):
+            if len(generator) != batch_size:
+                raise ValueError(
+                    f"`generator` is a list of {len(generator)} for a batch of {batch_size}: give one generator per"
+                    " sample, or a single one."
+                )
+            for i, each in enumerate(generator):
+                if not isinstance(each, torch.Generator):
+                    raise ValueError(
+                        f"`generator` has to be a torch.Generator or a list of them, but position {i} is {each!r}."
+                    )
         if latents is not None:
             channels = self.unet.config.in_channels
             if not isinstance(latents, torch.Tensor):
@@ -421,9 +455,10 @@ class UIFacePipeline(DiffusionPipeline):
                 )
         elif self.unet.config.sample_size is None:
             raise ValueError("`unet.config.sample_size` is not set: give `latents`.")
-        # last, so that a scheduler's own complaints are about its steps
-        self.scheduler.set_timesteps(int(num_inference_steps))
-        check_timesteps(self.scheduler)
+        # last, so that a scheduler's own complaints are about its steps; a copy, because a call may be running
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(int(num_inference_steps))
+        check_timesteps(scheduler)
 
     @classmethod
     def sampling_defaults(cls) -> dict[str, Any]:
@@ -496,8 +531,8 @@ class UIFacePipeline(DiffusionPipeline):
         return embeds / norm
 
     def default_sampling(self, num_inference_steps: int = 50) -> dict[str, float | int]:
-        """What the call takes where it is not told otherwise: `guidance_scale`, `boundary_threshold` (in proportion
-        to the width of a step), `latest_boundary`, `injection_strength`.
+        """The call's default values of `guidance_scale`, `boundary_threshold` (in proportion to the width of a step),
+        `latest_boundary` and `injection_strength`.
 
         Raises:
             ValueError: `num_inference_steps` is not a positive integer.
@@ -506,6 +541,12 @@ class UIFacePipeline(DiffusionPipeline):
         defaults = {name: self.config[name] for name in MODEL_DEFAULTS}
         defaults["boundary_threshold"] *= 50 / int(num_inference_steps)
         return defaults
+
+    def prepare_sampling(self, num_inference_steps, *given) -> tuple[float, ...]:
+        """The values of `MODEL_DEFAULTS` in their order: those `given`, or the model's own where one is `None`."""
+        defaults = self.default_sampling(num_inference_steps)
+        pairs = zip(MODEL_DEFAULTS, given, strict=True)
+        return tuple(defaults[name] if value is None else float(value) for name, value in pairs)
 
     def encode_identity(
         self,
@@ -527,6 +568,25 @@ class UIFacePipeline(DiffusionPipeline):
         identity_embeds = identity_embeds.to(device or self._execution_device, self.identity_projector.dtype)
         context = self.identity_projector(identity_embeds, return_dict=False)[0].to(dtype)
         return context.repeat_interleave(num_images_per_prompt, dim=0)
+
+    def prepare_contexts(self, identity_embeds, num_images_per_prompt, device) -> torch.Tensor:
+        """The empty context, then every sample's own: `(1 + B, num_tokens, context_dim)`, or `(1, ...)` of nobody."""
+        contexts = self.empty_context(1, return_dict=False)[0].to(device=device, dtype=self.unet.dtype)
+        if identity_embeds is None:
+            return contexts
+        own = self.encode_identity(identity_embeds, num_images_per_prompt, device, self.unet.dtype)
+        return torch.cat([contexts, own])
+
+    def prepare_timesteps(self, num_inference_steps, device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scheduler's timesteps on the CPU, where it looks them up, and the denoiser's on its device."""
+        self.scheduler.set_timesteps(num_inference_steps)
+        timesteps = self.scheduler.timesteps
+        return timesteps, (timesteps.float() if timesteps.is_floating_point() else timesteps).to(device)
+
+    def prepare_extra_step_kwargs(self, generator) -> dict[str, Any]:
+        """Not every scheduler's step takes a generator."""
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        return {"generator": generator} if takes_generator else {}
 
     def prepare_latents(self, batch_size, dtype, device, generator, latents=None) -> torch.Tensor:
         if latents is None:
@@ -551,6 +611,7 @@ class UIFacePipeline(DiffusionPipeline):
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
+    @one_call_at_a_time
     def __call__(
         self,
         identity_embeds: torch.Tensor | np.ndarray | list | IdentityBank | None = None,
@@ -627,6 +688,7 @@ class UIFacePipeline(DiffusionPipeline):
 
         Raises:
             ValueError: before the first step, with the name of the argument that does not fit.
+            RuntimeError: another call of this pipeline, or of one with the same scheduler, is running.
         """
         # 1. inputs
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
@@ -651,47 +713,28 @@ class UIFacePipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs,
         )
         num_images_per_prompt, num_inference_steps = int(num_images_per_prompt), int(num_inference_steps)
-        boundary, reuse_empty_branch = _plain(boundary), int(reuse_empty_branch)
-        given = (guidance_scale, boundary_threshold, latest_boundary, injection_strength)
-        defaults = self.default_sampling(num_inference_steps)
-        guidance_scale, boundary_threshold, latest_boundary, injection_strength = (
-            defaults[name] if value is None else float(value)
-            for name, value in zip(MODEL_DEFAULTS, given, strict=True)
+        boundary, reuse_empty_branch = plain_numbers(boundary), int(reuse_empty_branch)
+        guidance_scale, boundary_threshold, latest_boundary, injection_strength = self.prepare_sampling(
+            num_inference_steps, guidance_scale, boundary_threshold, latest_boundary, injection_strength
         )
-        self._guidance_scale = guidance_scale
-        self._interrupt = False
-        device = self._execution_device
-        batch_size = (1 if identity_embeds is None else len(identity_embeds)) * num_images_per_prompt
+        self._guidance_scale, self._interrupt = guidance_scale, False
+        device, has_identities = self._execution_device, identity_embeds is not None
+        batch_size = (len(identity_embeds) if has_identities else 1) * num_images_per_prompt
 
-        # 2. contexts: the empty one, then every sample's own
-        contexts = self.empty_context(1, return_dict=False)[0].to(device=device, dtype=self.unet.dtype)
-        if identity_embeds is not None:
-            own = self.encode_identity(identity_embeds, num_images_per_prompt, device, self.unet.dtype)
-            contexts = torch.cat([contexts, own])
-
-        # 3. timesteps, start noise; schedulers look the timesteps up on the CPU, the denoiser gets them where it is
-        self.scheduler.set_timesteps(num_inference_steps)
-        timesteps = self.scheduler.timesteps
-        denoiser_timesteps = (timesteps.float() if timesteps.is_floating_point() else timesteps).to(device)
-        schedule = [float(t) for t in timesteps]
+        # 2. contexts, timesteps, start noise
+        contexts = self.prepare_contexts(identity_embeds, num_images_per_prompt, device)
+        timesteps, denoiser_timesteps = self.prepare_timesteps(num_inference_steps, device)
+        schedule = timesteps.double().tolist()
         self._num_timesteps = len(timesteps)
         # the denoiser alone works in its own dtype: rounded between the steps, latents would lead to another image
         latents_dtype = torch.promote_types(torch.float32, self.unet.dtype)
         latents = self.prepare_latents(batch_size, latents_dtype, device, generator, latents)
-        step_kwargs = {}
-        if "generator" in inspect.signature(self.scheduler.step).parameters:
-            step_kwargs["generator"] = generator
+        step_kwargs = self.prepare_extra_step_kwargs(generator)
 
-        # 4. denoise
+        # 3. denoise
         rule = boundary_rule(boundary, batch_size, latest_boundary, guide_from_boundary, boundary_threshold)
         sampler = TwoStageSampler(
-            rule,
-            identity_embeds is not None,
-            guidance_scale,
-            injection,
-            guidance_interval,
-            reuse_empty_branch,
-            device,
+            rule, has_identities, guidance_scale, injection, guidance_interval, reuse_empty_branch, device
         )
         denoiser = denoiser_kind(self.unet)(self.unet, contexts, device, sampler.injects_cross, injection_strength)
         with installed_processors(self.unet), self.progress_bar(total=len(timesteps)) as progress_bar:
@@ -715,7 +758,7 @@ class UIFacePipeline(DiffusionPipeline):
                     latents = callback_outputs.pop("latents", latents)
                 progress_bar.update()
 
-        # 5. pictures
+        # 4. pictures
         images = latents
         if output_type != "latent":
             images = decode_latents(self.vae, latents.to(self.vae.dtype))

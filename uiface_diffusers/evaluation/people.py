@@ -40,7 +40,7 @@ class People:
         Raises:
             ValueError: the known ones are of another encoder.
         """
-        check_same_encoder("the caches", self.bank.encoder_mark, "the known bank", known.encoder_mark)
+        check_same_encoder("the prepared data", self.bank.encoder_mark, "the known bank", known.encoder_mark)
         cosines, _ = largest_cosines(F.normalize(self.bank.embeddings), F.normalize(known.embeddings))
         near = (cosines >= min_cosine).nonzero().flatten().tolist()
         return list(dict.fromkeys(self.bank.names[position] for position in near))

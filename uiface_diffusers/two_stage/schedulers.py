@@ -2,6 +2,7 @@
 remember when a sample changes stage."""
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,7 @@ SUPPORTED = {
 
 
 def memory_of(scheduler: Any) -> Memory | None:
-    """Of a scheduler's class or the one that it derives from; `None` for none of `SUPPORTED`."""
+    """Of a scheduler's class, or of the one that it derives from; `None` if it is not in `SUPPORTED`."""
     classes = ((getattr(diffusers, name), memory) for name, memory in SUPPORTED.items())
     return next((memory for supported, memory in classes if isinstance(scheduler, supported)), None)
 
@@ -54,7 +55,7 @@ def check_scheduler(scheduler: Any) -> None:
     """Refuses a scheduler whose samples would be wrong.
 
     Raises:
-        ValueError: it is none of `SUPPORTED`, or its configuration is for denoisers of another kind.
+        ValueError: it is not in `SUPPORTED`, or its configuration does not fit a denoiser of 1000 discrete timesteps.
     """
     name = type(scheduler).__name__
     if memory_of(scheduler) is None:
@@ -108,13 +109,21 @@ def starts_step(scheduler: Any) -> bool:
 def _random_generators(
     generator: torch.Generator | list[torch.Generator] | None, device: torch.device
 ) -> list[torch.Generator]:
-    """Those that diffusers' `randn_tensor` draws from: without a generator, the default one of the samples' device."""
+    """Those that diffusers' `randn_tensor` draws from: without a generator, the default one of the samples' device.
+
+    Raises:
+        ValueError: the default generator of that device is not known.
+    """
     if generator is not None:
         return generator if isinstance(generator, list) else [generator]
     if device.type == "cpu":
         return [torch.default_generator]
+    if device.type == "mps":
+        return [torch.mps._get_default_mps_generator()]
     of_devices = getattr(getattr(torch, device.type, None), "default_generators", ())
-    return [of_devices[device.index or 0]] if of_devices else []
+    if not of_devices:
+        raise ValueError(f"the default random generator of the device `{device}` is not known: give `generator`.")
+    return [of_devices[device.index or 0]]
 
 
 def step_after_switch(
@@ -136,6 +145,9 @@ def step_after_switch(
 
     Returns:
         `torch.Tensor` of shape `(B, C, H, W)`: the previous sample.
+
+    Raises:
+        ValueError: `generator` is `None` on a device whose default generator is not known.
     """
 
     def step() -> torch.Tensor:
@@ -144,10 +156,11 @@ def step_after_switch(
     if not len(switched):
         return step()
     memory, switched = memory_of(scheduler), switched.to(sample.device, non_blocking=True)
-    generators = _random_generators(step_kwargs.get("generator"), sample.device)
 
     def step_copy(copied) -> torch.Tensor:
-        # the copy draws the noise that the scheduler itself will draw after it
+        # the copy draws the noise that the scheduler itself will draw after it; not every step takes a generator
+        draws = "generator" in inspect.signature(scheduler.step).parameters
+        generators = _random_generators(step_kwargs.get("generator"), sample.device) if draws else []
         states = [each.get_state() for each in generators]
         previous = copied.step(model_output, timestep, sample, **step_kwargs, return_dict=False)[0]
         for each, state in zip(generators, states, strict=True):
