@@ -189,6 +189,7 @@ def test_options_of_the_published_model_are_checked(tmp_path):
 def test_options_that_a_schedule_reads_are_fixed():
     def settings(*argv: str) -> dict:
         parser = argparse.ArgumentParser()
+        parser.add_argument("--max_train_steps", type=int, default=10)
         add_optimizer_arguments(parser, 0.1, "cosine_warm_restarts")
         return schedule_settings(parser.parse_args(argv))
 
@@ -196,9 +197,10 @@ def test_options_that_a_schedule_reads_are_fixed():
     assert settings("--lr_restart_steps", "7") != plain != settings("--lr_restart_factor", "3")
     assert settings("--learning_rate", "1") != plain != settings("--lr_scheduler", "constant")
     # not read by it
-    assert settings("--lr_warmup_steps", "7") == plain
+    assert settings("--lr_warmup_steps", "7") == settings("--max_train_steps", "20") == plain
     cosine = settings("--lr_scheduler", "cosine")
     assert settings("--lr_scheduler", "cosine", "--lr_warmup_steps", "7") != cosine
+    assert settings("--lr_scheduler", "cosine", "--max_train_steps", "20") != cosine
     assert settings("--lr_scheduler", "cosine", "--lr_restart_steps", "7") == cosine
 
 

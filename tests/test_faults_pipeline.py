@@ -476,13 +476,21 @@ def test_noise_of_version_2():
     assert noise[0, 0, :4].tolist() == pytest.approx([-0.344382, 0.747063, -0.211049, -0.599099], abs=1e-5)
 
 
-def test_a_folder_of_other_noise_is_refused(tiny_pipeline, tmp_path):
-    bank, options = IdentityBank(EMBEDS[:1], "toy"), {"images_per_identity": 1, "size": 16, "num_inference_steps": 2}
+@pytest.mark.parametrize("output_format", ["imagefolder", "webdataset"])
+def test_only_a_finished_folder_of_other_noise_is_taken(tiny_pipeline, tmp_path, output_format):
+    """A finished one draws nothing: its call may be there for the upload."""
+    bank, options = IdentityBank(EMBEDS[:1], "toy"), {"images_per_identity": 2, "size": 16, "num_inference_steps": 2}
+    options |= {"output_format": output_format}
     generate_dataset(tiny_pipeline, bank, tmp_path, **options)
     file = tmp_path / "generation.json"
     written = json.loads(file.read_text())
     assert written["settings"].pop("noise") == 2  # as older versions, which did not write it
     file.write_text(json.dumps(written))
+    report = generate_dataset(tiny_pipeline, bank, tmp_path, **options)
+    assert report.complete and not report.made and json.loads(file.read_text()) == written
+    with pytest.raises(ValueError, match="other settings .*seed"):
+        generate_dataset(tiny_pipeline, bank, tmp_path, seed=1, **options)
+    next(path for path in tmp_path.rglob("*") if path.suffix == ".tar" or path.match("images/*/*.png")).unlink()
     with pytest.raises(
         ValueError, match="begun with noise of version 1, this uiface-diffusers draws version 2.*32 bits"
     ):

@@ -227,6 +227,41 @@ def test_options_train_and_save(workspace):
         train(workspace, "stopped", *changed, "--resume_from_checkpoint", "latest")
 
 
+def test_a_resume_with_other_pictures_of_the_same_names_is_refused(workspace):
+    data = workspace / "own_faces"
+    shutil.copytree(workspace / "faces", data)
+    train(workspace, "pictures", "--train_data", str(data), "--max_train_steps", "1")
+    resume = ("--resume_from_checkpoint", "latest", "--max_train_steps", "2", "--train_data")
+    # a moved folder is the same
+    train(workspace, "pictures", *resume, str(data.rename(workspace / "moved_faces")))
+    picture = min((workspace / "moved_faces").glob("*/*.png"))
+    PIL.Image.fromarray(np.asarray(PIL.Image.open(picture))[::-1] // 2).save(picture)
+    with pytest.raises(ValueError, match="train_data: .* then, .* now"):
+        train(workspace, "pictures", *resume, str(workspace / "moved_faces"))
+
+
+def test_a_schedule_that_is_bent_by_more_steps_is_warned_of(workspace, caplog):
+    """The learning rate of cosine and linear depends on the last step; that of the others does not."""
+    for schedule in ("linear", "multi_step"):
+        folder, options = f"bent_{schedule}", ("--lr_scheduler", schedule)
+        train(workspace, folder, *options, "--max_train_steps", "1")
+        caplog.clear()
+        train(workspace, folder, *options, "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
+        assert ("max_train_steps: 1 then, 2 now" in caplog.text) == (schedule == "linear")
+    caplog.clear()
+    train(
+        workspace,
+        "bent_linear",
+        "--lr_scheduler",
+        "linear",
+        "--max_train_steps",
+        "2",
+        "--resume_from_checkpoint",
+        "latest",
+    )
+    assert "max_train_steps" not in caplog.text
+
+
 def write_benchmark(path: Path, pairs: int = 20) -> None:
     """Pairs of one person and of two in turn, as InsightFace's `.bin`."""
     images = []

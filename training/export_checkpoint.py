@@ -8,8 +8,8 @@
         --output uiface_diffusers/checkpoints/uiface-lfw-128
 
 None of the identities is nearer than `--max_similarity` to a training face or to another one; without `--identities`
-they are drawn from the distribution of the training embeddings. `--defaults` are what the pipeline's call takes where
-it is not told otherwise.
+they are drawn from the distribution of the training embeddings. `--defaults` are the saved
+pipeline's defaults for the arguments of its call.
 """
 
 import argparse

@@ -393,7 +393,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, config: IResNetCon
     accelerator.register_for_checkpointing(last_epoch)
     # what the data's order and labels depend on, besides the step, and what a checkpoint's optimiser would overrule
     fixed = {"seed": args.seed, "train_batch_size": args.train_batch_size, "num_processes": world_size}
-    fixed |= {"faces": len(faces), "identities": faces.num_identities, "files": faces.key}
+    fixed |= {"faces": len(faces), "identities": faces.num_identities}
     fixed |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "head": args.head}
     fixed |= {name: getattr(args, name) for name in ("learning_rate", "momentum", "weight_decay")}
     fixed |= {

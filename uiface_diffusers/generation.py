@@ -203,7 +203,7 @@ def generate_dataset(
     with _locked(output, part):
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions |= {"diffusers": diffusers.__version__, "uiface_diffusers": version("uiface-diffusers")}
-        _check_noise(output / GENERATION)
+        run.check_noise(part)
         prints = ("identity_encoder_fingerprint", "encoder_fingerprint")
         check_settings(output / GENERATION, settings, if_known=prints, versions=versions)
         made, seconds = run.make(part)
@@ -225,17 +225,6 @@ def _sampling(pipeline: UIFacePipeline, given: Mapping[str, Any]) -> dict[str, A
     sampling = pipeline.sampling_defaults() | given
     defaults = pipeline.default_sampling(sampling["num_inference_steps"])
     return sampling | {name: value for name, value in defaults.items() if sampling[name] is None}
-
-
-def _check_noise(file: Path) -> None:
-    """Refuses a folder whose images have noise of another version: those still missing would have other noise."""
-    begun = read_settings(file).get("noise", 1) if file.exists() else NOISE_VERSION
-    if begun != NOISE_VERSION:
-        raise ValueError(
-            f"{file.parent} was begun with noise of version {begun}, this uiface-diffusers draws version"
-            f" {NOISE_VERSION}: the same seed gives other images (version 1 used 32 bits of a seed, so that images"
-            " shared their noise). Choose another folder, or complete this one with the version that began it."
-        )
 
 
 def _check_arguments(pipeline: UIFacePipeline, identities: IdentityBank, arguments: Mapping[str, Any]) -> None:
@@ -302,16 +291,37 @@ class _Run:
         position = number[0] * self.settings["images_per_identity"] + number[1]
         return self.output / "shards" / shard_name(position // IMAGES_A_SHARD)
 
-    def make(self, part: tuple[int, int]) -> tuple[int, float]:
-        """Makes what is missing of part i of n; returns the number of images and the seconds."""
-        self.rows, packs = read_rows(self.output), self.settings["output_format"] == "webdataset"
-        # of a shard, all images are made by one process; the division does not depend on the batch size, which may
-        # be another one on another machine
+    def check_noise(self, part: tuple[int, int]) -> None:
+        """Refuses to draw in a folder that was begun with another version of the noise. Where nothing of the part is
+        missing, nothing is drawn, and the folder keeps its version."""
+        file = self.output / GENERATION
+        begun = read_settings(file).get("noise", 1) if file.exists() else NOISE_VERSION
+        if begun == NOISE_VERSION:
+            return
+        units, done = self._units(part)
+        if len(done) < sum(map(len, units)):
+            raise ValueError(
+                f"{self.output} was begun with noise of version {begun}, this uiface-diffusers draws version"
+                f" {NOISE_VERSION}: the same seed gives other images (version 1 used 32 bits of a seed, so that images"
+                " shared their noise). Choose another folder, or complete this one with the version that began it."
+            )
+        self.settings["noise"] = read_settings(file).get("noise")
+
+    def _units(self, part: tuple[int, int]) -> tuple[list[list[tuple[int, int]]], set[tuple[int, int]]]:
+        """What part i of n has to make, and what of it is done."""
+        self.rows = read_rows(self.output)
+        # of a shard, all images are made by one process; the division does not depend on the batch size, which may be
+        # another one on another machine
         units = [self.plan[part[0] :: part[1]]]
-        if packs:
+        if self.settings["output_format"] == "webdataset":
             shards = [self.plan[k : k + IMAGES_A_SHARD] for k in range(0, len(self.plan), IMAGES_A_SHARD)]
             units = shards[part[0] :: part[1]]
-        done = {number for numbers in units for number in numbers if self._is_done(number)}
+        return units, {number for numbers in units for number in numbers if self._is_done(number)}
+
+    def make(self, part: tuple[int, int]) -> tuple[int, float]:
+        """Makes what is missing of part i of n; returns the number of images and the seconds."""
+        packs = self.settings["output_format"] == "webdataset"
+        units, done = self._units(part)
         journal = Journal(self.output, part)
         started, made = time.monotonic(), 0
         self.pipeline.set_progress_bar_config(disable=True)

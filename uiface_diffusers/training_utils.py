@@ -422,13 +422,15 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
 
 
 def schedule_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that make the learning rate's schedule: a checkpoint's schedule would overrule them, or be bent by
-    them. Those that the schedule does not read are left out."""
+    """The options that the learning rate's schedule reads: a resumed run has to share them, except for
+    `max_train_steps`, which `load_checkpoint` only warns of."""
     names = ["learning_rate", "lr_scheduler"]
     if args.lr_scheduler == "cosine_warm_restarts":
         names += ["lr_restart_steps", "lr_restart_factor"]
     elif args.lr_scheduler != "constant":
         names.append("lr_warmup_steps")
+    if args.lr_scheduler in ("cosine", "linear"):
+        names.append("max_train_steps")
     if args.lr_scheduler == "multi_step":
         names += ["lr_milestones", "lr_decay"]
     return {name: getattr(args, name) for name in names}
@@ -467,7 +469,7 @@ def save_checkpoint(
         (beside / "training.json").write_text(json.dumps(state, indent=1) + "\n")
         beside.rename(output_dir / f"checkpoint-{step}")
         for old in list_checkpoints(output_dir)[:-total_limit]:
-            # by the same road: what has a checkpoint's name is whole
+            # renamed before it is deleted: a folder with a checkpoint's name is always complete
             shutil.rmtree(beside, ignore_errors=True)
             shutil.rmtree(old.rename(beside))
 
@@ -486,7 +488,8 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
 def load_checkpoint(
     accelerator: Accelerator, ema: EMAModel | None, checkpoint: Path, fixed: dict
 ) -> tuple[int, float]:
-    """Restores the state of a checkpoint, with the averaged weights if there are any.
+    """Restores the state of a checkpoint, with the averaged weights if there are any. Warns if `max_train_steps` is
+    among the settings and has changed: trainings are extended, but the learning rate jumps.
 
     Returns:
         Its step, and the hours that it took to come there.
@@ -500,15 +503,18 @@ def load_checkpoint(
     unknown = sorted(fixed.keys() - before.keys())
     if unknown:  # of an earlier version
         logger.warning(f"{checkpoint} does not say its {', '.join(unknown)}: whether they are the same is not checked")
-    changed = [
-        f"{name}: {before[name]} then, {value} now"
+    changed = {
+        name: f"{name}: {before[name]} then, {value} now"
         for name, value in fixed.items()
         if name in before and before[name] != value
-    ]
+    }
+    steps = changed.pop("max_train_steps", None)
+    if steps is not None:
+        logger.warning(f"{checkpoint} is resumed with another end of the schedule ({steps}): the learning rate jumps")
     if changed:
         raise ValueError(
-            f"{checkpoint} cannot be resumed with other settings ({'; '.join(changed)}): go on with those of then, or"
-            " begin in another --output_dir."
+            f"{checkpoint} cannot be resumed with other settings ({'; '.join(changed.values())}): go on with the"
+            " earlier ones, or begin in another --output_dir."
         )
     accelerator.load_state(checkpoint)
     if ema is not None:

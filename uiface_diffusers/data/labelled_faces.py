@@ -94,9 +94,6 @@ class LabelledFaces(Dataset):
         numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
         self.num_identities = len(numbers)
         self.labels = torch.tensor([numbers[name] for name in names])
-        # other faces, or other people, another key
-        files = [photograph for source in self.sources for photograph in source.photographs]
-        self.key = hashlib.sha256(json.dumps([names, files]).encode()).hexdigest()[:12]
         if self.num_identities < 2:
             raise ValueError(f"{', '.join(map(str, paths))}: {len(names)} faces of one identity, two are needed.")
 
@@ -105,8 +102,7 @@ class LabelledFaces(Dataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Twelve hexadecimal digits: other faces, other people or other sizes of files, another fingerprint. Unlike
-        `key`, it sees a picture that was exchanged for one of the same name."""
+        """Twelve hexadecimal digits: other faces, other people or other sizes of files, another fingerprint."""
         parts = [source_fingerprint(source) for source in self.sources]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
