@@ -27,6 +27,7 @@ from uiface_diffusers.data.recordio import RecordReader, picture_range
 from uiface_diffusers.data.sources import open_source, unreadable_reason
 from uiface_diffusers.faces import UnusableFaceError
 from uiface_diffusers.files import complete_file, iterate_lines, read_lines
+from uiface_diffusers.pictures import rgb_bytes
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 5\n"
 
@@ -538,6 +539,18 @@ def test_grey_pictures_are_trained_on(tmp_path, caplog):
     with pytest.raises(UnusableFaceError, match="Git LFS pointer"):
         write(tmp_path, {"a/0.png": POINTER})
         faces.face(0)
+
+
+def test_integers_of_32_bits_that_are_bytes_stay_bytes():
+    values = np.arange(256, dtype=np.int32).reshape(16, 16)
+    picture = PIL.Image.fromarray(values)
+    assert picture.mode == "I" and np.array_equal(rgb_bytes(picture)[..., 0], values)
+    assert np.array_equal(rgb_bytes(PIL.Image.fromarray(values * 257))[..., 0], values)
+    dark = PIL.Image.fromarray(values.astype(np.uint16))  # 16 bits by its mode
+    assert dark.mode == "I;16" and rgb_bytes(dark).max() == 1
+    for beyond in (values - 1, values * 1000):
+        with pytest.raises(ValueError, match="beyond 16 bits"):
+            rgb_bytes(PIL.Image.fromarray(beyond))
 
 
 def test_a_set_whose_pictures_were_exchanged_has_another_fingerprint(tmp_path):

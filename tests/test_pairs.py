@@ -35,6 +35,22 @@ for _name, _head in {"csv": "path1,path2,label", "img": "Img_1,Img_2,Is_Same", "
     FORMS[_name] = ("\n".join([_head, *_rows]), PATHS)
 
 
+_numbers = [("0001", "0002", True), ("0003", "0004", False)]
+FORMS["numbers, label last"] = ("0001 0002 1\n0003 0004 0\n", _numbers)
+FORMS["numbers, label first"] = ("1\t0001\t0002\n0\t0003\t0004\n", _numbers)
+FORMS["numbers of LFW's form"] = ("7 2 1\n8 3 1\n", [("7/7_0002", "7/7_0001", 1), ("8/8_0003", "8/8_0001", 1)])
+for _name in ("Y", "Match", "Target"):
+    FORMS[f"{_name}, a person"] = (
+        f"{_name}\t1\t2\n{_name}\t1\tBob\t1\n",
+        [(f"{_name}/{_name}_0001", f"{_name}/{_name}_0002", True), (f"{_name}/{_name}_0001", B1, False)],
+    )
+FORMS["a label in words"] = (
+    "a.jpg,b.jpg,same\na.jpg,c.jpg,different\n",
+    [("a.jpg", "b.jpg", 1), ("a.jpg", "c.jpg", 0)],
+)
+FORMS["commas and tabs"] = ("Doe, Ann/1.jpg\tb c.jpg\t1\n", [("Doe, Ann/1.jpg", "b c.jpg", True)])
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_forms_of_lists(tmp_path, form, encoding):
@@ -57,6 +73,10 @@ def test_folds_are_brought_together(tmp_path, recwarn):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("Doe, Ann/1.jpg b.jpg 1\n", "not FILE FLAG; separate the words by tabs if names have blanks or commas"),
+        ("Doe, Ann 1 2\nDoe, Ann 1 Bob 1\n", "not FILE FLAG; separate the words by tabs"),
+        ("a.jpg b.jpg 1\nDoe, Ann.jpg b.jpg 0\n", "not PATH PATH 0/1: separate the words by tabs"),
+        ("path1,path2,label\nDoe, Ann.jpg,b.jpg,1\n", "more columns than the header: put names with ',' in quotes"),
         ("\n", "has no pairs"),
         ("path1,path2,label\n", "has no pairs"),
         (
@@ -107,6 +127,16 @@ def test_photographs_of_a_list_are_found(tmp_path):
         make_benchmark(tmp_path / "pairs.txt", images, tmp_path / "x.bin", None)
     benchmark = read_benchmark(tmp_path / "x.bin")
     assert [benchmark.face(position)[0, 0, 0] for position in range(8)] == [0, 1, 0, 2, 0, 1, 0, 2]
+    (images / "y").mkdir()
+    upwards = [f"../x/{composed}/1\tflat.png\t0", f"../y/../x/{composed}/1.tif\t../../images/flat.2\t1"]
+    (tmp_path / "up.txt").write_text("\n".join(upwards), encoding="utf-8")
+    with pytest.warns(UserWarning, match="1 genuine and 1 impostor"), pytest.raises(ValueError, match="1 of 4"):
+        make_benchmark(tmp_path / "up.txt", images / "y", tmp_path / "up.bin", None)
+    (tmp_path / "up.txt").write_text("\n".join(upwards).replace("\tflat", "\t../flat"), encoding="utf-8")
+    with pytest.warns(UserWarning, match="1 genuine and 1 impostor"):
+        make_benchmark(tmp_path / "up.txt", images / "y", tmp_path / "up.bin", None)
+    benchmark = read_benchmark(tmp_path / "up.bin")
+    assert [benchmark.face(position)[0, 0, 0] for position in range(4)] == [0, 1, 0, 2]
     PIL.Image.new("RGB", (112, 112)).save(images / "flat.jpg")
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="flat of the list could be flat.jpg and flat.png"):
         make_benchmark(tmp_path / "pairs.txt", images, tmp_path / "x.bin", None)

@@ -12,7 +12,8 @@ def rgb_bytes(picture: PIL.Image.Image | np.ndarray | str | os.PathLike) -> np.n
     palette and CMYK converted.
 
     Args:
-        picture: a file's path; a `PIL.Image.Image` of any mode; or an array of `(height, width)` or `(height, width,
+        picture: a file's path; a `PIL.Image.Image` of any mode, of which mode `I` counts as 8 bits if no value is
+            over 255, otherwise as 16; or an array of `(height, width)` or `(height, width,
             1)` gray, `(height, width, 3)` RGB or `(height, width, 4)` RGBA, of uint8 in 0..255 or uint16 in 0..65535.
 
     Returns:
@@ -59,7 +60,9 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(f"its values from {values.min()} to {values.max()} are beyond 16 bits")
-        gray = _to_8_bits(values)
+        # mode `I` has 32 bits for values of any range: an array of int32 may hold bytes
+        in_bytes = image.mode == "I" and values.max() <= 255
+        gray = values.astype(np.uint8) if in_bytes else _to_8_bits(values)
         if "transparency" in image.info:  # one value of gray
             gray[values == image.info["transparency"]] = 255
         return PIL.Image.fromarray(gray).convert("RGB")

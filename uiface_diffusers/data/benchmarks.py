@@ -196,6 +196,8 @@ class _Photographs:
         for part in folders:
             if part == os.sep:  # an absolute path
                 folder = Path(part)
+            elif part == os.pardir:
+                folder = folder / part
             else:
                 candidates = [path for path in self._entries(folder).get(same_name(part), []) if path.is_dir()]
                 if not candidates:

@@ -21,6 +21,9 @@ NUMBER = "num|number|imagenum|imgnum|imagenumber|imageid|index|idx"
 LABEL = re.compile("label|same|issame|match|ismatch|samepersonq?|sameperson|issameperson|target|genuine|y|gt")
 
 
+HINT = "separate the words by tabs if names have blanks or commas"
+
+
 class Pair(NamedTuple):
     """Two photographs and whether they are of one person. A photograph is a path within the folder of all: of LFW's
     form `NAME/NAME_0001` without suffix, otherwise as in the list."""
@@ -73,7 +76,7 @@ def _read(path: Path, lines: list[tuple[int, str]]) -> list[Pair]:
     words = _words(lines[0][1])
     if len(words) == 2:
         return _two_lines_each(path, lines)
-    for form in (_lfw_pair, _label_last, _label_first):
+    for form in _numbered_names([_words(line) for _, line in lines]) or (_lfw_pair, _label_last, _label_first):
         try:
             form(words)
         except ValueError:
@@ -82,7 +85,19 @@ def _read(path: Path, lines: list[tuple[int, str]]) -> list[Pair]:
     raise ValueError(
         f"{path} does not start with FOLDS and PAIRS, nor with PAIRS, as LFW's lists do, and its first line"
         f" {lines[0][1]!r} is of no other known form: NAME I J, PATH PATH 0/1, or a header with columns such as path1,"
-        " path2, label."
+        f" path2, label. Or {HINT}."
+    )
+
+
+def _numbered_names(rows: list[list[str]]) -> tuple[Callable[[list[str]], Pair], ...]:
+    """The forms with labels, of three words of which one is always 0 or 1: those of LFW's form number the photographs
+    from 1 on, and have four words for an impostor pair."""
+    if any(len(row) != 3 for row in rows):
+        return ()
+    return tuple(
+        form
+        for place, form in ((2, _label_last), (0, _label_first))
+        if {row[place] for row in rows} <= {"0", "1"} and any(row[place] == "0" for row in rows)
     )
 
 
@@ -122,7 +137,7 @@ def _parse(path: Path, form: Callable[[list[str]], Pair], lines: list[tuple[int,
 
 def _lfw_pair(words: list[str]) -> Pair:
     if len(words) not in (3, 4):
-        raise ValueError("neither NAME I J nor NAME I NAME J")
+        raise ValueError(f"neither NAME I J nor NAME I NAME J: {HINT}")
     same = len(words) == 3
     first, second = words[:2], [words[0], words[2]] if same else words[2:]
     return Pair(_photograph(*first), _photograph(*second), same)
@@ -146,13 +161,13 @@ def _path(text: str) -> str:
 
 def _label_last(words: list[str]) -> Pair:
     if len(words) != 3:
-        raise ValueError("not PATH PATH 0/1: separate the words by tabs if paths have blanks")
+        raise ValueError(f"not PATH PATH 0/1: {HINT}")
     return Pair(_path(words[0]), _path(words[1]), _same(words[2]))
 
 
 def _label_first(words: list[str]) -> Pair:
     if len(words) != 3:
-        raise ValueError("not 0/1 PATH PATH: separate the words by tabs if paths have blanks")
+        raise ValueError(f"not 0/1 PATH PATH: {HINT}")
     return Pair(_path(words[1]), _path(words[2]), _same(words[0]))
 
 
@@ -178,7 +193,7 @@ def _two_lines_each(path: Path, lines: list[tuple[int, str]]) -> list[Pair]:
     for number, line in lines:
         words = _words(line)
         if len(words) != 2 or not words[1].isdecimal():
-            raise ValueError(f"{path} has the line {line!r}: not FILE FLAG (line {number}).")
+            raise ValueError(f"{path} has the line {line!r}: not FILE FLAG; {HINT} (line {number}).")
         rows.append((_path(words[0]), words[1], number))
     pairs = []
     for first, second in zip(rows[::2], rows[1::2], strict=False):
@@ -222,7 +237,9 @@ def _header(line: str) -> _Header | None:
         return _Header(delimiter, people=(people[0], numbers[0], people[1], numbers[1]), label=label, fold=fold)
     if names[:2] in (["name", "imagenum1"], ["name1", "imagenum1"]):
         return _Header(delimiter)
-    if pictures is not None or label is not None:
+    # a first line with a number or a file is no header: a person may be named Match
+    in_list = any(re.fullmatch(r"\d+|.*[/\\].*|.*\.[a-z0-9]{2,5}", word.lower()) for word in _words(line))
+    if (pictures is not None or label is not None) and not in_list:
         raise ValueError(
             f"the header {line!r} has not all columns: two of paths (such as path1 and path2) and one of labels (such"
             " as label or same) are needed."
@@ -248,6 +265,10 @@ def _table(path: Path, header: _Header, lines: list[tuple[int, str]]) -> list[Pa
             folds.append("" if header.fold is None else row[header.fold])
         except (IndexError, ValueError) as error:
             reason = "columns are missing" if isinstance(error, IndexError) else error
+            if len(row) > len(next(csv.reader([lines[0][1]], delimiter=header.delimiter))):
+                reason = (
+                    f"{reason}; it has more columns than the header: put names with {header.delimiter!r} in quotes"
+                )
             raise ValueError(f"{path} has the line {line!r}: {reason} (line {number}).") from error
     if header.fold is None:
         return pairs
