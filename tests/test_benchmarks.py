@@ -248,7 +248,7 @@ def test_photographs_that_cannot_be_used_are_named(encoder, photographs, tmp_pat
     with pytest.raises(ValueError, match="Bob_0003.png cannot be used"):
         make_benchmark(*arguments, encoder)
     (photographs / "Bob" / "Bob_0003.png").unlink()
-    with pytest.raises(ValueError, match="1 of 7 photographs are not in .*, as Bob/Bob_0003.jpg"):
+    with pytest.raises(ValueError, match="1 of 7 photographs are not in .*, such as Bob/Bob_0003.jpg"):
         make_benchmark(*arguments, encoder)
     assert not (tmp_path / "toy.bin").exists()
 

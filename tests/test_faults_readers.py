@@ -438,7 +438,7 @@ def test_a_stray_file_beside_identities_is_refused(tmp_path, beside):
 
 def test_broken_shards_and_classes(tmp_path):
     shard = write_tar(tmp_path / "0.tar", [("a.png", picture(1)), ("a.cls", b"Jos\xe9")])
-    with pytest.raises(ValueError, match="a.cls of .*0.tar is no class file in UTF-8"):
+    with pytest.raises(ValueError, match="a.cls of .*0.tar is not a class file in UTF-8"):
         open_source(shard)
     for content, advice in ((POINTER, "git lfs pull"), (b"", "empty: copy it again"), (b"x" * 800, "damaged")):
         shard.write_bytes(content)

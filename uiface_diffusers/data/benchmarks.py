@@ -218,8 +218,8 @@ def _find_photographs(root: Path, wanted: list[str]) -> dict[str, Path]:
     if missing:
         example = missing[0] if has_image_suffix(missing[0]) else f"{missing[0]}.jpg"
         raise ValueError(
-            f"{len(missing)} of {len(wanted)} photographs are not in {root}, as {example}: the list's paths have to"
-            " begin there."
+            f"{len(missing)} of {len(wanted)} photographs are not in {root}, such as {example}: the list's paths have"
+            " to begin there."
         )
     return files
 

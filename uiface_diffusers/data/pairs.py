@@ -19,8 +19,6 @@ PICTURE = "p|path|img|image|imagepath|imgpath|file|filename|filepath|photo|pictu
 PERSON = "name|id|identity|person|subject"
 NUMBER = "num|number|imagenum|imgnum|imagenumber|imageid|index|idx"
 LABEL = re.compile("label|same|issame|match|ismatch|samepersonq?|sameperson|issameperson|target|genuine|y|gt")
-
-
 HINT = "separate the words by tabs if names have blanks or commas"
 
 

@@ -221,8 +221,8 @@ class FolderSource:
                 self._leave_out(path, "a link to a folder within an identity's")  # it may lead back here
             elif is_system_entry(entry.name):
                 self._leave_out(path, HIDDEN)
-            elif not entry.is_symlink() and not entry.is_file():
-                self._leave_out(path, "no regular file")
+            elif not entry.is_file() and not entry.is_symlink():
+                self._leave_out(path, "not a regular file")
             elif has_image_suffix(entry.name):
                 yield path
             else:
@@ -434,7 +434,7 @@ def _class_text(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> s
     try:
         return tar.extractfile(member).read().decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{printable(member.name)} of {shard} is no class file in UTF-8: {error}") from error
+        raise ValueError(f"{printable(member.name)} of {shard} is not a class file in UTF-8: {error}") from error
 
 
 def _open_generated(path: Path) -> PhotographSource:
@@ -594,7 +594,7 @@ def open_source(
         there = {same_name(name) for name in counts}
         missing = sorted(name for key, name in wanted.items() if key not in there)
         if missing:
-            raise ValueError(f"{len(missing)} identities have no photographs in {path}, as `{missing[0]}`.")
+            raise ValueError(f"{len(missing)} identities have no photographs in {path}, such as `{missing[0]}`.")
         asked_for = {name for name in counts if same_name(name) in wanted}
         _keep(source, asked_for, "of an identity that was not asked for")
     enough = {name for name, count in counts.items() if count >= min_images}
