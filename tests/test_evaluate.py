@@ -296,7 +296,7 @@ def test_every_form_gives_the_same_faces(workspace, tmp_path, encoder):
         with pytest.raises(ValueError, match="is an unfinished data set"):
             open_source(tmp_path / form)
         (tmp_path / form / METADATA).touch()
-        with pytest.raises(ValueError, match="metadata.parquet is damaged"):
+        with pytest.raises(ValueError, match="metadata.parquet is empty"):
             open_source(tmp_path / form)
         pq.write_table(pa.table({"index": range(20)}), tmp_path / form / METADATA)
     names["rec"] = ("0000000", "0000001", "0000002", "0000003")

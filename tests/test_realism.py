@@ -205,7 +205,7 @@ def test_a_folder_of_pictures_is_a_set(workspace, tmp_path):
     source = open_faces(folder)
     assert [photograph.file for photograph in source.photographs] == [f"{number:02d}.png" for number in range(16)]
     assert len({photograph.identity for photograph in source.photographs}) == 16
-    hidden = {name for name, reason in source.left_out.items() if reason == "hidden or of the system"}
+    hidden = {name for name, reason in source.left_out.items() if reason == "hidden or system file"}
     assert hidden == {"@eaDir/thumbnail.png", ".hidden.png"} and source.left_out.keys() - hidden == {"notes.txt"}
     (folder / "anna").mkdir()
     shutil.copy(folder / "00.png", folder / "anna" / "0.png")

@@ -88,7 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         " identities or of pictures, or other forms; equal parts are taken of several",
     )
     parser.add_argument(
-        "--same_person", type=real(-1, 1), default=0.5, help="cosine from which two faces are one person's"
+        "--same_person", type=real(-1), default=0.5, help="cosine from which two faces are one person's"
     )
     parser.add_argument("--num_identities", type=whole(), default=100, help="of the training, unseen, and of the bank")
     parser.add_argument("--images_per_identity", type=whole(), default=4)

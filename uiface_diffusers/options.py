@@ -99,13 +99,13 @@ def timestep_pair(text: str) -> tuple[float, float]:
     return low, high
 
 
-def json_object(text: str) -> dict[str, Any]:
-    """The type of options as a JSON object."""
+def json_object(text: str) -> dict[str, Any] | None:
+    """The type of options as a JSON object; `null` takes back what a recipe says."""
     try:
         options = json.loads(text)
     except ValueError:
-        options = None
-    if not isinstance(options, dict):
+        options = text
+    if not isinstance(options, dict | None):
         raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object of options, such as '{{\"layers\": 2}}'")
     return options
 
