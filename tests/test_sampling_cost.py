@@ -3,6 +3,8 @@
 import json
 from contextlib import nullcontext
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from conftest import BETAS
@@ -10,8 +12,9 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteSc
 from diffusers.models.attention_processor import Attention
 from test_pipeline import MaterialisingProcessor, max_difference, stock_unet
 from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 
-from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline
+from uiface_diffusers import EmptyContext, IdentityBank, IdentityProjector, UIFacePipeline, generate_dataset
 from uiface_diffusers.attention_processor import cross_attention_names
 from uiface_diffusers.pipeline_uiface import MODEL_DEFAULTS
 
@@ -142,12 +145,33 @@ def test_compiled_graphs_are_few(tiny_pipeline):
     expected = [sample(tiny_pipeline, noise).images for noise in noises]
     hook.remove()
     torch._dynamo.reset()
+    counters.clear()
     tiny_pipeline.unet = torch.compile(tiny_pipeline.unet, backend=counter, dynamic=True)
     for noise, images in zip(noises, expected, strict=True):
         assert max_difference(sample(tiny_pipeline, noise).images, images) <= 1e-5 * images.abs().max()
     assert len(set(rows)) > 5
     # a graph for each regime of a step, whatever the number of its rows
     assert counter.frame_count <= len(set(rows))
+    assert not counters["graph_break"]
+
+
+def test_a_compiled_denoiser_makes_the_same_data_set(tiny_pipeline, tmp_path):
+    """By one graph in the single stage, whose rows are always twice the batch; the batch may be another one."""
+    options = {"num_inference_steps": 3, "boundary": None, "size": 16}
+    bank = IdentityBank(EMBEDS, "toy")
+    generate_dataset(tiny_pipeline, bank, tmp_path / "eager", 2, batch_size=3, **options)
+    torch._dynamo.reset()
+    counters.clear()
+    counter = CompileCounter()
+    tiny_pipeline.unet = torch.compile(tiny_pipeline.unet, backend=counter, dynamic=True)
+    for name, batch_size in (("compiled", 6), ("other", 4)):
+        report = generate_dataset(tiny_pipeline, bank, tmp_path / name, 2, batch_size=batch_size, **options)
+        assert report.unet_rows_per_image == 6
+        for file in (tmp_path / "eager" / "images").glob("*/*.png"):
+            same = tmp_path / name / file.relative_to(tmp_path / "eager")
+            levels = [np.asarray(PIL.Image.open(each)).astype(int) for each in (file, same)]
+            assert abs(levels[0] - levels[1]).max() <= 1
+    assert counter.frame_count == 1 and not counters["graph_break"]
 
 
 # --- approximate -----------------------------------------------------------------------------------------------------
