@@ -1,18 +1,22 @@
 """A short run of benchmarks/fuzz.py, and what its long ones found."""
 
+import gzip
 import importlib.util
 import io
 import os
 import re
+import shutil
 import tokenize
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from conftest import REPOSITORY, tiny_components, write_toy_pack
 from test_faults_readers import picture, write, write_records, write_tar
 
-from uiface_diffusers import IdentityBank, UIFacePipeline, cli
+from uiface_diffusers import IdentityBank, UIFacePipeline, cli, generate_dataset
+from uiface_diffusers.data import FaceCache, prepare_faces
 from uiface_diffusers.data.sources import open_source
 from uiface_diffusers.evaluation import load_recognizer
 from uiface_diffusers.faces import FaceEncoder
@@ -166,3 +170,101 @@ def test_a_damaged_shard_is_named_once(tmp_path):
     shard.write_bytes(shard.read_bytes()[:700])
     with pytest.raises(ValueError, match="^0.tar is no tar file: .*0.tar is damaged, cut short or of another kind: "):
         open_source(shard)
+
+
+# situations that were tried by hand
+
+
+def command_error(*words: object) -> str:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(word) for word in words])
+    return str(ended.value.code)
+
+
+def test_one_folder_for_two_commands(tmp_path, toy_root, toy_photographs, tiny_pipeline):
+    """A cache does not become a data set, nor the other way round."""
+    encoder = FaceEncoder("toy", str(toy_root), det_size=160)
+    shutil.copytree(toy_photographs, tmp_path / "photos")
+    with pytest.raises(ValueError, match="photos is a data set, not a cache of faces"):
+        prepare_faces(tmp_path / "photos", tmp_path / "photos", encoder)
+    assert len(list((tmp_path / "photos").iterdir())) == 4
+    prepare_faces(tmp_path / "photos", tmp_path / "cache", encoder, image_size=16)
+    bank = IdentityBank(torch.eye(2, 16), "toy")
+    with pytest.raises(ValueError, match="cache is a cache of faces, not a data set"):
+        generate_dataset(tiny_pipeline, bank, tmp_path / "cache", 1, num_inference_steps=1)
+    generate_dataset(tiny_pipeline, bank, tmp_path / "made", 1, num_inference_steps=1, size=8)
+    with pytest.raises(ValueError, match="made is a data set, not a cache"):
+        prepare_faces(tmp_path / "photos", tmp_path / "made", encoder)
+    # what lies beside them is named
+    for folder, what in (("cache", "beside the cache"), ("made", "beside the generated images")):
+        write(tmp_path / folder, {"anna/0.png": picture(1), ".hidden": b""})
+        assert open_source(tmp_path / folder).left_out == {"anna": what, ".hidden": "hidden or of the system"}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("report.json", "[]", "report.json is damaged: it has no `faces`"),
+        ("report.json", '{"faces": "9"}', "report.json is damaged: it has no `faces`"),
+        ("prepare.json", "[1]", "prepare.json is damaged: it has no `settings`"),
+        ("prepare.json", '{"settings": {"identity_encoder": "toy"}}', "its settings have no `image_size`"),
+        ("outliers.json", '{"dropped": 1}', "outliers.json is damaged: it has no `dropped`"),
+    ],
+)
+def test_files_of_a_cache_of_another_form(tmp_path, toy_root, toy_photographs, file, content, message):
+    encoder = FaceEncoder("toy", str(toy_root), det_size=160)
+    prepare_faces(toy_photographs, tmp_path, encoder, image_size=16)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        if file == "outliers.json":
+            prepare_faces(toy_photographs, tmp_path, encoder, image_size=16)
+        FaceCache(tmp_path)
+
+
+def test_compressed_shards_and_links_to_records(tmp_path):
+    shard = write_tar(tmp_path / "0.tar", [("a/0.png", picture(1))])
+    write(tmp_path, {"gz/0.tar.gz": gzip.compress(shard.read_bytes()), "named/0.tar": gzip.compress(b"x" * 600)})
+    for path in ("gz", "gz/0.tar.gz"):
+        with pytest.raises(ValueError, match="0.tar.gz is compressed: .*Unpack it"):
+            open_source(tmp_path / path)
+    with pytest.raises(ValueError, match="it is compressed, run `gunzip` on it"):
+        open_source(tmp_path / "named")
+    write_records(tmp_path / "records" / "train.rec", [0, 0, 0])
+    (tmp_path / "records" / "list.txt").write_text("0\tanna/0.jpg\n1\tanna/1.jpg\n2\tbert/0.jpg\n")
+    (tmp_path / "link.rec").symlink_to("records/train.rec")
+    names = [photograph.identity for photograph in open_source(tmp_path / "link.rec").photographs]
+    assert names == ["anna", "anna", "bert"]
+
+
+def test_folders_without_identities(tmp_path):
+    write(tmp_path / "set", {"anna/0.png": picture(1)})
+    (tmp_path / "set" / "nobody").mkdir()
+    assert open_source(tmp_path / "set").left_out == {"nobody": "an empty folder"}
+    with pytest.raises(ValueError, match=f"pictures of one identity. Then give {tmp_path / 'set'}"):
+        open_source(tmp_path / "set" / "anna")
+    with pytest.raises(ValueError, match="a path is empty"):
+        open_source("")
+    with pytest.raises(SystemExit):
+        cli.main(["prepare", "", "--output", str(tmp_path / "x")])
+
+
+def test_pictures_of_cameras_with_two_lenses(tmp_path):
+    images = [PIL.Image.new("RGB", (8, 8), (value, 0, 0)) for value in (200, 10)]
+    (tmp_path / "anna").mkdir()
+    images[0].save(tmp_path / "anna" / "0.mpo", save_all=True, append_images=images[1:])
+    source = open_source(tmp_path)
+    assert abs(int(source.read(source.photographs[0])[0, 0, 0]) - 200) < 4 and not source.left_out
+
+
+def test_banks_without_rows(tmp_path, toy_root):
+    empty, bank = IdentityBank(torch.empty(0, 16)), IdentityBank(torch.eye(3, 16))
+    empty.save(tmp_path / "empty")
+    bank.save(tmp_path / "bank")
+    inspect = ["identities", "inspect"]
+    assert "the known bank is empty" in command_error(*inspect, tmp_path / "bank", "--against", tmp_path / "empty")
+    assert "0 identities: two are needed" in command_error(*inspect, tmp_path / "empty")
+    message = command_error("identities", "perturb", tmp_path / "empty", "--output", tmp_path / "x")
+    assert "the bank is empty" in message
+    (tmp_path / "names.txt").write_text("\n\n")
+    words = ["--output", tmp_path / "cache", "--encoder-root", toy_root, "--identities", tmp_path / "names.txt"]
+    assert "names.txt names no identities" in command_error("prepare", tmp_path, *words)

@@ -18,6 +18,7 @@ from .options import (
     none,
     one_of,
     part,
+    path,
     provider,
     real,
     timestep_pair,
@@ -61,6 +62,8 @@ def _prepare(args: argparse.Namespace) -> None:
         lines = [line for line in read_lines(args.identities) if line.strip()]
         has_length = any("\t" in line for line in lines) and "\t" not in lines[0]
         identities = [line.split("\t")[0].strip() for line in lines[has_length:]]
+        if not identities:
+            raise ValueError(f"{args.identities} names no identities.")
     report = prepare_faces(
         args.source,
         args.output,
@@ -215,8 +218,8 @@ def _add_generate(commands) -> None:
         epilog="example: uiface generate --output faces",
     )
     generate.add_argument("model", nargs="?", help="pipeline: folder or Hub repository (default: the embedded one)")
-    generate.add_argument("--output", type=Path, default=Path("faces"), help="folder (default: %(default)s)")
-    generate.add_argument("--identities", type=Path, help="bank (default: identities.safetensors of the model)")
+    generate.add_argument("--output", type=path, default=Path("faces"), help="folder (default: %(default)s)")
+    generate.add_argument("--identities", type=path, help="bank (default: identities.safetensors of the model)")
     generate.add_argument("--images-per-identity", type=whole(), help="default: 50; 8 of the model's own identities")
     generate.add_argument("--max-identities", type=whole(), help="default: all of --identities; 4 of the model's own")
     generate.add_argument("--seed", type=whole(0), default=0, help="default: %(default)s")
@@ -391,8 +394,8 @@ def _add_identities(commands) -> None:
     )
     make.add_argument("model", nargs="?", help="pipeline: folder or Hub repository (default: the embedded one)")
     make.add_argument("--number", type=whole(), required=True, help="identities wanted")
-    make.add_argument("--output", type=Path, required=True, help="the bank, .safetensors")
-    make.add_argument("--exclude", type=Path, nargs="+", default=[], help="banks or caches of known identities")
+    make.add_argument("--output", type=path, required=True, help="the bank, .safetensors")
+    make.add_argument("--exclude", type=path, nargs="+", default=[], help="banks or caches of known identities")
     make.add_argument("--max-similarity", type=real(-1, 1), default=0.3, help="largest cosine (default: %(default)s)")
     make.add_argument("--max-candidates", type=whole(), help="give up after so many (default: 20 times --number)")
     make.add_argument("--device", type=device, help="default: a GPU if there is one")
@@ -402,7 +405,7 @@ def _add_identities(commands) -> None:
     instead = make.add_mutually_exclusive_group()
     instead.add_argument(
         "--from-images",
-        type=Path,
+        type=path,
         help="take these photographs instead, or a cache of `uiface prepare` (needs the extra `train`)",
     )
     make.add_argument("--aligned", action="store_true", help="they are aligned faces: no detection")
@@ -419,23 +422,23 @@ def _add_identities(commands) -> None:
         " bank. Nothing in the file is executed.",
         epilog="example: uiface identities import identities.npy --encoder elasticface --output bank.safetensors",
     )
-    imported.add_argument("file", type=Path, help="(N, identity_dim) floating point numbers")
+    imported.add_argument("file", type=path, help="(N, identity_dim) floating point numbers")
     imported.add_argument("--encoder", required=True, help="name of the recognizer that made them")
     imported.add_argument("--key", help="which array, of a file with several")
-    imported.add_argument("--output", type=Path, required=True, help="the bank, .safetensors")
+    imported.add_argument("--output", type=path, required=True, help="the bank, .safetensors")
     imported.set_defaults(run=_import_identities)
 
     perturb = actions.add_parser("perturb", help="turn every identity by a random angle (IDperturb)")
-    perturb.add_argument("bank", type=Path)
+    perturb.add_argument("bank", type=path)
     perturb.add_argument("--cosine", type=real(-1, 1), nargs=2, default=(0.6, 1.0), metavar=("A", "B"))
     perturb.add_argument("--seed", type=whole(0), default=0)
-    perturb.add_argument("--output", type=Path, required=True)
+    perturb.add_argument("--output", type=path, required=True)
     perturb.set_defaults(run=_perturb_identities)
 
     inspect_parser = actions.add_parser("inspect", help="similarities, duplicates, the nearest known identity")
-    inspect_parser.add_argument("bank", type=Path, help="a bank, or a cache of `uiface prepare`")
-    inspect_parser.add_argument("--against", type=Path, help="bank or cache of known identities")
-    inspect_parser.add_argument("--plot", type=Path, help="save the histogram as a picture")
+    inspect_parser.add_argument("bank", type=path, help="a bank, or a cache of `uiface prepare`")
+    inspect_parser.add_argument("--against", type=path, help="bank or cache of known identities")
+    inspect_parser.add_argument("--plot", type=path, help="save the histogram as a picture")
     inspect_parser.set_defaults(run=_inspect_identities)
 
 
@@ -446,10 +449,10 @@ def _add_audit(commands) -> None:
         description="Cosine of every image and identity of a generated data set to the nearest real embedding, and the"
         " share above thresholds measured on real impostors.",
     )
-    audit.add_argument("dataset", type=Path, help="a folder of `uiface generate`, or of identities")
-    audit.add_argument("--against", type=Path, required=True, help="cache of `uiface prepare`, or a bank")
+    audit.add_argument("dataset", type=path, help="a folder of `uiface generate`, or of identities")
+    audit.add_argument("--against", type=path, required=True, help="cache of `uiface prepare`, or a bank")
     audit.add_argument("--worst", type=whole(0), default=8, help="pairs to show (default: %(default)s)")
-    audit.add_argument("--plot", type=Path, default=Path("audit.png"), help="their picture (default: %(default)s)")
+    audit.add_argument("--plot", type=path, default=Path("audit.png"), help="their picture (default: %(default)s)")
     _add_encoder_arguments(audit)
     audit.set_defaults(run=_audit)
 
@@ -475,6 +478,8 @@ def _verify(args: argparse.Namespace) -> None:
         raise ValueError("give either --benchmarks, or --pairs with --images.")
     if args.output is not None:
         import matplotlib  # noqa: F401  what is not installed is named before the work
+
+        args.output.mkdir(parents=True, exist_ok=True)
 
     if args.pairs is not None:
         check_pairs(args.pairs, [pair.same for pair in read_pairs(args.pairs)])
@@ -504,9 +509,9 @@ def _add_verification(commands) -> None:
         " aligned faces.",
         epilog="example: uiface make-benchmark --pairs lfw/pairs.txt --images lfw/images --output benchmarks/lfw.bin",
     )
-    make.add_argument("--pairs", type=Path, required=True, help="list of pairs")
-    make.add_argument("--images", type=Path, required=True, help="folder of NAME/NAME_0001.jpg")
-    make.add_argument("--output", type=Path, required=True, help="the benchmark, .bin")
+    make.add_argument("--pairs", type=path, required=True, help="list of pairs")
+    make.add_argument("--images", type=path, required=True, help="folder of NAME/NAME_0001.jpg")
+    make.add_argument("--output", type=path, required=True, help="the benchmark, .bin")
     make.add_argument("--aligned", action="store_true", help="the pictures are aligned faces already: no detection")
     _add_encoder_arguments(make)
     make.set_defaults(run=_make_benchmark)
@@ -518,11 +523,11 @@ def _add_verification(commands) -> None:
         epilog="example: uiface verify buffalo_l --benchmarks benchmarks --output results",
     )
     verify.add_argument("model", help="insightface model pack; or a recogniser's folder or Hub repository ORG/NAME")
-    verify.add_argument("--benchmarks", type=Path, help="folder of .bin files, or one")
-    verify.add_argument("--pairs", type=Path, help="a list of pairs of LFW's form instead, with --images")
-    verify.add_argument("--images", type=Path, help="folder of NAME/NAME_0001.jpg")
+    verify.add_argument("--benchmarks", type=path, help="folder of .bin files, or one")
+    verify.add_argument("--pairs", type=path, help="a list of pairs of LFW's form instead, with --images")
+    verify.add_argument("--images", type=path, help="folder of NAME/NAME_0001.jpg")
     verify.add_argument("--aligned", action="store_true", help="they are aligned faces already: no detection")
-    verify.add_argument("--output", type=Path, help="folder for verification.json and roc.png")
+    verify.add_argument("--output", type=path, help="folder for verification.json and roc.png")
     verify.add_argument("--device", type=device, help="of a model that is no pack (default: a GPU if there is one)")
     _add_encoder_arguments(verify, role="insightface model pack whose detector aligns --images")
     verify.set_defaults(run=_verify)
@@ -606,15 +611,15 @@ def _add_evaluate(commands) -> None:
         " RecordIO or webdataset shards. Run it again to go on.",
         epilog="example: uiface evaluate faces --encoder buffalo_l --judge antelopev2 --real cache/photos",
     )
-    evaluate.add_argument("dataset", type=Path, help="folder, train.rec or tar shards")
-    evaluate.add_argument("--output", type=Path, help="folder of the report (default: evaluation/NAME)")
+    evaluate.add_argument("dataset", type=path, help="folder, train.rec or tar shards")
+    evaluate.add_argument("--output", type=path, help="folder of the report (default: evaluation/NAME)")
     _add_encoder_arguments(evaluate)
     evaluate.add_argument("--judge", metavar="PACK", help="second model pack, which the generator has not seen")
-    evaluate.add_argument("--identities", type=Path, help="bank that the faces follow (default: the data set's own)")
-    evaluate.add_argument("--against", type=Path, help="bank or cache of real people, to look for leakage")
+    evaluate.add_argument("--identities", type=path, help="bank that the faces follow (default: the data set's own)")
+    evaluate.add_argument("--against", type=path, help="bank or cache of real people, to look for leakage")
     evaluate.add_argument(
         "--real",
-        type=Path,
+        type=path,
         action="append",
         help="real faces, in any of the forms or a folder of pictures, for KID, the classifier test, precision and"
         " recall; again for another set, of which as many faces are taken",
@@ -628,13 +633,13 @@ def _add_evaluate(commands) -> None:
         default="lpips",
         help="of precision and recall (default: the LPIPS backbone)",
     )
-    evaluate.add_argument("--feature-weights", type=Path, help="safetensors of torchvision's vgg16 or inception_v3")
+    evaluate.add_argument("--feature-weights", type=path, help="safetensors of torchvision's vgg16 or inception_v3")
     evaluate.add_argument("--neighbours", type=whole(), default=3, help="k of these (default: %(default)s)")
     evaluate.add_argument(
         "--max-images", type=whole(), default=50_000, help="of each set for these (default: %(default)s)"
     )
     evaluate.add_argument("--lpips-network", choices=("alex", "squeeze", "vgg"), default="alex")
-    evaluate.add_argument("--lpips-backbone", type=Path, help="its convolutions, safetensors (default: torchvision's)")
+    evaluate.add_argument("--lpips-backbone", type=path, help="its convolutions, safetensors (default: torchvision's)")
     evaluate.add_argument(
         "--lpips-pairs", type=whole(0), default=20, help="of an identity, 0: all (default: %(default)s)"
     )
@@ -650,8 +655,8 @@ def _add_evaluate(commands) -> None:
     evaluate.set_defaults(run=_evaluate)
 
     compare = commands.add_parser("compare", help="reports of `uiface evaluate` side by side")
-    compare.add_argument("reports", type=Path, nargs="+", help="two or more folders with report.json, or such files")
-    compare.add_argument("--output", type=Path, help="folder for comparison.html and comparison.json")
+    compare.add_argument("reports", type=path, nargs="+", help="two or more folders with report.json, or such files")
+    compare.add_argument("--output", type=path, help="folder for comparison.html and comparison.json")
     compare.set_defaults(run=_compare)
 
 
@@ -667,15 +672,15 @@ def build_parser() -> argparse.ArgumentParser:
         " `uiface generate`, or a cache.",
         epilog="example: uiface prepare photos --output cache/photos --encoder buffalo_l",
     )
-    prepare.add_argument("source", type=Path, help="folder, train.rec or tar shards")
-    prepare.add_argument("--output", type=Path, required=True, help="the cache's folder")
+    prepare.add_argument("source", type=path, help="folder, train.rec or tar shards")
+    prepare.add_argument("--output", type=path, required=True, help="the cache's folder")
     _add_encoder_arguments(prepare)
     prepare.add_argument(
         "--image-size", type=whole(), default=128, help="side of the stored faces (default: %(default)s)"
     )
     prepare.add_argument("--face", choices=("largest", "central"), default="largest", help="which of several faces")
     prepare.add_argument("--aligned", action="store_true", help="the pictures are aligned faces already: no detection")
-    prepare.add_argument("--identities", type=Path, help="file with the identities to take, a name a line")
+    prepare.add_argument("--identities", type=path, help="file with the identities to take, a name a line")
     prepare.add_argument("--min-images", type=whole(), default=1, help="leave out identities with fewer photographs")
     prepare.add_argument(
         "--outlier-threshold",
@@ -702,8 +707,8 @@ def build_parser() -> argparse.ArgumentParser:
         " they are, identities keep their names. OUTPUT appears when it is complete.",
         epilog="example: uiface convert faces_webface_112x112 webface --format imagefolder",
     )
-    convert.add_argument("source", type=Path, help="folder, .rec file or tar shards")
-    convert.add_argument("output", type=Path, help="folder that is not there yet, or empty")
+    convert.add_argument("source", type=path, help="folder, .rec file or tar shards")
+    convert.add_argument("output", type=path, help="folder that is not there yet, or empty")
     convert.add_argument("--format", required=True, choices=("imagefolder", "recordio", "webdataset"))
     convert.add_argument(
         "--nested",
@@ -722,16 +727,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="the published UIFace weights -> a pipeline folder",
         description="The published checkpoint, and CompVis' VQ-f4 first stage or a diffusers VQModel -> a pipeline.",
     )
-    convert.add_argument("--unet", type=Path, required=True, help="the denoiser's file")
-    convert.add_argument("--vq-encoder", type=Path, help="first stage: file with encoder and quant_conv")
-    convert.add_argument("--vq-decoder", type=Path, help="first stage: file with decoder and quantisation")
+    convert.add_argument("--unet", type=path, required=True, help="the denoiser's file")
+    convert.add_argument("--vq-encoder", type=path, help="first stage: file with encoder and quant_conv")
+    convert.add_argument("--vq-decoder", type=path, help="first stage: file with decoder and quantisation")
     convert.add_argument("--vq-model", help="first stage: a diffusers VQModel instead of the two files")
     convert.add_argument(
-        "--model-config", type=Path, help="JSON of the reference's options, if not the published ones"
+        "--model-config", type=path, help="JSON of the reference's options, if not the published ones"
     )
     convert.add_argument("--sample-size", type=whole(), default=32, help="of the latents (default: %(default)s)")
     convert.add_argument("--identity-encoder", help="name of the recogniser of the embeddings, as elasticface")
-    convert.add_argument("--output", type=Path, required=True, help="the pipeline's folder")
+    convert.add_argument("--output", type=path, required=True, help="the pipeline's folder")
     convert.set_defaults(run=_convert_original)
 
     _add_evaluate(commands)
@@ -742,7 +747,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(expand_home(argv))
     try:
         args.run(args)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+    except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"uiface {args.command}: {paragraph(error)}")
 
 

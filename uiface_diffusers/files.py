@@ -64,7 +64,14 @@ BYTE_ORDER_MARKS = {
 
 
 def local_path(path: str | os.PathLike) -> Path:
-    """A path with `~/` expanded, for every path that a user gives; everything else in it is taken literally."""
+    """A path with `~/` expanded, for every path that a user gives; everything else in it is taken literally.
+
+    Raises:
+        ValueError: it is empty, as a variable of the shell that is not set: `Path` would take it for the folder that
+            one is in.
+    """
+    if not os.fspath(path):
+        raise ValueError("a path is empty.")
     path = Path(path)
     return path.expanduser() if path.parts[:1] == ("~",) else path
 
@@ -243,16 +250,27 @@ def check_safetensors(folder: Path) -> None:
             pass
 
 
+def read_entries(path: Path, **kinds: type) -> list[Any]:
+    """The values of some entries of a JSON object, by their names and types.
+
+    Raises:
+        ValueError: the file is missing or damaged, or an entry is not there or of another type.
+    """
+    content = read_json(path)
+    values = [content.get(name) if isinstance(content, dict) else None for name in kinds]
+    for (name, kind), value in zip(kinds.items(), values, strict=True):
+        if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
+            raise ValueError(f"{path} is damaged: it has no `{name}`. Restore it, or choose another folder.")
+    return values
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings that `check_settings` wrote.
 
     Raises:
         ValueError: the file is missing or damaged.
     """
-    content = read_json(path)
-    settings = content.get("settings") if isinstance(content, dict) else None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} is damaged: it has no settings. Restore it, or choose another folder.")
+    (settings,) = read_entries(path, settings=dict)
     return settings
 
 

@@ -199,6 +199,8 @@ def generate_dataset(
         "max_attempts": max_attempts if min_similarity is not None else 1,
         "sampling": _sampling(pipeline, sampling),
     }
+    if (output / "prepare.json").exists():
+        raise ValueError(f"{output} is a cache of faces, not a data set of generated ones: choose another folder.")
     run = _Run(pipeline, identities, output, settings, encoder, batch_size)
     with _locked(output, part):
         versions = {"python": platform.python_version(), "torch": torch.__version__}

@@ -309,8 +309,10 @@ def perturb_embeddings(
         The perturbed embeddings, `(N, D)`, of unit length, and their cosines to the given ones, `(N,)`.
 
     Raises:
-        ValueError: not a range of cosines.
+        ValueError: not a range of cosines, or no embeddings.
     """
+    if not len(embeddings):
+        raise ValueError("the bank is empty: there is nothing to perturb.")
     low, high = cosine_range
     if not -1 <= low <= high <= 1:
         raise ValueError(f"a range of cosines goes from a to b with -1 <= a <= b <= 1, not from {low} to {high}.")
@@ -478,8 +480,14 @@ def inspect_bank(bank: IdentityBank, known: IdentityBank | None = None) -> BankR
     training.
 
     Raises:
-        ValueError: the two are of different encoders.
+        ValueError: the two are of different encoders, or too small.
     """
+    if len(bank) < 2 or (known is not None and not len(known)):
+        raise ValueError(
+            f"the bank has {len(bank)} identities: two are needed to compare."
+            if len(bank) < 2
+            else "the known bank is empty: there is nothing to compare with."
+        )
     if known is not None:
         check_same_encoder("the bank", bank.encoder_mark, "the known one", known.encoder_mark)
     embeddings = F.normalize(bank.embeddings)

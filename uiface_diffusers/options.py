@@ -6,6 +6,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from .files import local_path
@@ -72,6 +73,13 @@ def any_of(*kinds: Callable[[str], Any]) -> Callable[[str], Any]:
         raise argparse.ArgumentTypeError(f"{text!r} is not {', nor '.join(reasons)}")
 
     return parse
+
+
+def path(text: str) -> Path:
+    """The type of a path; an empty one, as a variable of the shell that is not set, would be the present folder."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path")
+    return Path(text)
 
 
 def none(text: str) -> None:

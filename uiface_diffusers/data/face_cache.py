@@ -41,11 +41,23 @@ from ..faces import (
     resize_aligned,
     template_landmarks,
 )
-from ..files import check_settings, complete_file, local_path, read_json, read_settings, why_unreadable, write_json
+from ..files import (
+    check_settings,
+    complete_file,
+    local_path,
+    printable,
+    read_entries,
+    read_settings,
+    why_unreadable,
+    write_json,
+)
 from ..identities import IdentityBank
+from .image_folder import GENERATION
 from .sources import (
+    HIDDEN,
     Photograph,
     PhotographSource,
+    is_system_entry,
     open_source,
     source_fingerprint,
     summarize_left_out,
@@ -55,6 +67,7 @@ from .sources import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
+FILES = ("prepare.json", "report.json", "outliers.json")
 SHARD_SIZE = 1000
 BATCH_SIZE = 64
 # a median says nothing about fewer
@@ -173,6 +186,8 @@ def prepare_faces(
     output = local_path(output)
     photographs = open_source(source, identities, min_images)
     total = len(photographs.photographs)
+    if (output / GENERATION).exists() or output.resolve() == local_path(source).resolve():
+        raise ValueError(f"{output} is a data set, not a cache of faces: choose another folder for --output.")
     settings = {"identity_encoder": encoder.name, "image_size": image_size, "face": face, "aligned": aligned}
     settings |= {"det_size": encoder.det_size, "det_thresh": encoder.det_thresh}
     prints = {"identity_encoder_fingerprint": encoder.fingerprint}
@@ -361,16 +376,18 @@ def find_outliers(shards: list[Path], threshold: float) -> dict[str, float]:
 
 def _find_outliers_once(file: Path, shards: list[Path], threshold: float, drop: bool) -> dict[str, float]:
     """The outliers, noted in `file` before any is dropped: afterwards medians would be others."""
-    noted = read_json(file) if file.exists() else {"dropped": False}
-    if not noted["dropped"]:
-        noted = {"threshold": threshold, "dropped": drop, "outliers": find_outliers(shards, threshold)}
-        write_json(file, noted)
-    elif not drop or noted["threshold"] != threshold:
-        raise ValueError(
-            f"{file.parent} was left without its outliers below {noted['threshold']}: choose another folder to keep"
-            " them, or for another threshold."
-        )
-    return noted["outliers"]
+    if file.exists():
+        dropped, earlier, outliers = read_entries(file, dropped=bool, threshold=int | float, outliers=dict)
+        if dropped and (not drop or earlier != threshold):
+            raise ValueError(
+                f"{file.parent} was left without its outliers below {earlier}: choose another folder to keep them, or"
+                " for another threshold."
+            )
+        if dropped:
+            return outliers
+    outliers = find_outliers(shards, threshold)
+    write_json(file, {"threshold": threshold, "dropped": drop, "outliers": outliers})
+    return outliers
 
 
 def _drop_rows(shard: Path, outliers: dict[str, float]) -> None:
@@ -402,15 +419,17 @@ class FaceCache:
         if not (self.folder / "report.json").exists():
             state = "is not finished" if (self.folder / "prepare.json").exists() else "is no cache of prepared faces"
             raise ValueError(f"{self.folder} {state}: run `uiface prepare` on it.")
-        self.settings = read_settings(self.folder / "prepare.json")
-        settings = self.settings
+        self.settings = settings = read_settings(self.folder / "prepare.json")
+        missing = [name for name in ("identity_encoder", "image_size") if name not in settings]
+        if missing:
+            raise ValueError(f"{self.folder / 'prepare.json'} is damaged: its settings have no `{missing[0]}`.")
         self.identity_encoder: str = settings["identity_encoder"]
         self.identity_encoder_fingerprint: str | None = settings.get("identity_encoder_fingerprint")
         self.image_size: int = settings["image_size"]
         # a shard can hold nothing but skipped photographs
         shards = sorted(self.folder.glob("faces-*.parquet"))
         self.shards = [shard for shard in shards if self.shard_length(shard)]
-        expected = read_json(self.folder / "report.json")["faces"]
+        (expected,) = read_entries(self.folder / "report.json", faces=int)
         if len(self) != expected:
             raise ValueError(
                 f"{self.folder} has {len(self)} faces, its report.json says {expected}: files are missing, or"
@@ -497,7 +516,11 @@ class FaceCacheSource:
 
     def __init__(self, folder: str | os.PathLike):
         self.photographs, self.left_out, self._places, self._pictures = [], {}, {}, None
-        self._shards = FaceCache(folder).shards
+        cache = FaceCache(folder)
+        self._shards = cache.shards
+        for entry in sorted(cache.folder.iterdir()):
+            if entry.name not in FILES and not entry.match("faces-*.parquet") and not entry.match("latents-*"):
+                self.left_out[printable(entry.name)] = HIDDEN if is_system_entry(entry.name) else "beside the cache"
         for shard in self._shards:
             for row in _read_shard(shard, ["identity", "file"]).to_pylist():
                 self._places[row["file"]] = (shard, len(self.photographs))

@@ -30,7 +30,9 @@ NO_PHOTOGRAPHS = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
 
 def _image_suffixes() -> frozenset[str]:
     suffixes = PIL.Image.registered_extensions().items()
-    return frozenset(end for end, name in suffixes if name in PIL.Image.OPEN and name not in NO_PHOTOGRAPHS)
+    # MPO, of cameras with two lenses, is opened as the JPEG that it starts with
+    readable = {*PIL.Image.OPEN, "MPO"} - {*NO_PHOTOGRAPHS}
+    return frozenset(end for end, name in suffixes if name in readable)
 
 
 IMAGE_SUFFIXES = _image_suffixes()
@@ -39,6 +41,10 @@ SYSTEM_NAMES = {"__macosx", "__pycache__", "thumbs.db", "desktop.ini", "@eadir",
 SYSTEM_NAMES |= {"$recycle.bin", "system volume information", "lost+found"}
 # of folders that hold identities: the people in them would become one
 PARTS = {"train", "training", "val", "valid", "validation", "test", "testing", "images", "imgs", "data", "dataset"}
+
+# beside the images of a generated set
+GENERATED = (GENERATION, METADATA, JOURNAL, "identities.safetensors", "preview.png", "README.md")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 HIDDEN = "hidden or system file"
 NO_PICTURE = "not an image by its suffix"
@@ -213,7 +219,10 @@ class FolderSource:
         if is_system_entry(folder.name):
             self._leave_out_all(folder, HIDDEN)
             return
-        for entry in self._entries(folder):
+        entries = self._entries(folder)
+        if not entries:
+            self._leave_out(Path(folder.path), "an empty folder")
+        for entry in entries:
             path = Path(entry.path)
             if entry.is_dir(follow_symlinks=False):
                 yield from self._pictures(entry)
@@ -458,6 +467,8 @@ def _open_generated(path: Path) -> PhotographSource:
         expected = pq.read_metadata(path / METADATA).num_rows
     except pa.ArrowException as error:
         raise ValueError(f"no parquet file: {why_unreadable(path / METADATA, error)}. Restore it.") from error
+    used = [path / name for name in (*GENERATED, "shards" if (path / "shards").is_dir() else "images")]
+    _leave_out_beside(source, path, used, "the generated images")
     found = len(source.photographs)
     if found != expected:
         raise ValueError(
@@ -473,6 +484,10 @@ def _visible(folder: Path) -> list[Path]:
 
 def _shards(folder: Path) -> list[Path]:
     return [entry for entry in _visible(folder) if entry.suffix.lower() == ".tar" and entry.is_file()]
+
+
+def _is_compressed(path: Path) -> bool:
+    return path.name.lower().endswith(COMPRESSED) and path.is_file()
 
 
 def find_records(path: Path) -> Path | None:
@@ -536,12 +551,17 @@ def _open_form(path: Path, nested: bool) -> PhotographSource:
     if records is not None:
         if path.is_dir():
             _check_no_folders_beside(path, [records])
-        source = RecordIOSource(records)
+        beside = records.with_suffix(".idx").exists() or find_list(records) is not None
+        # index and list lie beside the file itself, if they do not beside a link to it
+        source = RecordIOSource(records if beside or not records.is_symlink() else records.resolve())
         if path.is_dir():
             used = (records, records.with_suffix(".idx"), find_list(records))
             _leave_out_beside(source, path, used, records.name)
         return source
+    compressed = [entry for entry in (_visible(path) if path.is_dir() else [path]) if _is_compressed(entry)]
     shards = _shards(path) if path.is_dir() else [path] if path.suffix.lower() == ".tar" else []
+    if compressed and not shards:
+        raise ValueError(f"{compressed[0]} is compressed: pictures could not be read at their places. Unpack it.")
     if shards:
         if path.is_dir():
             _check_no_folders_beside(path, shards)
@@ -601,11 +621,13 @@ def open_source(
     _keep(source, enough, f"of an identity with fewer than {min_images} photographs")
     if not source.photographs:
         found = "; ".join(describe_left_out(summarize_left_out(source.left_out)))
+        flat = any(reason == OUTSIDE and has_image_suffix(name) for name, reason in source.left_out.items())
         raise ValueError(
             f"{path} has no photographs: neither IDENTITY/FILE with a picture's suffix, nor a .rec file, nor tar"
             " shards"
             + (f", with at least {min_images} of an identity." if min_images > 1 else ".")
             + (f" It has {found}." if found else "")
+            + (f" Are its pictures of one identity? Then give {path.parent}." if flat else "")
         )
     return source
 
