@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import sys
-import tarfile
 import tempfile
 import threading
 import time
@@ -39,11 +38,11 @@ import yaml
 from conftest import BETAS, TINY_UNET, draw_person, tiny_autoencoder, tiny_components, write_toy_pack
 from conftest import run_script as run_in_process
 from diffusers.callbacks import PipelineCallback
-from test_sources import RecordWriter, image_record
+from test_faults_readers import POINTER, picture, write, write_records, write_tar
 
 from uiface_diffusers import IdentityBank, IResNetImageProcessor, UIFacePipeline, cli, generate_dataset
 from uiface_diffusers.data import FaceCache, make_benchmark, prepare_faces, read_benchmark, read_pairs
-from uiface_diffusers.data.labelled_faces import LabelledFaces
+from uiface_diffusers.data.labeled_faces import LabeledFaces
 from uiface_diffusers.data.recordio import picture_range
 from uiface_diffusers.data.sources import describe_left_out, open_source, summarize_left_out
 from uiface_diffusers.evaluation import load_lpips
@@ -53,7 +52,6 @@ from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.seeds import noise_generator, noise_seed
 from uiface_diffusers.two_stage.schedulers import SUPPORTED
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 5\n"
 NEEDS_GPU = "needs a GPU"
 ROWS: list[tuple[str, str, Callable[[Path], str]]] = []
 
@@ -100,38 +98,6 @@ def refused(what: Callable | tuple, message: str) -> str:
             raise AssertionError(f"not refused but {value!r}")
     require(re.search(message, text, re.DOTALL) and "Traceback" not in text, text)
     return text
-
-
-def picture(value: int = 1, kind: str = "png", size: int = 8) -> bytes:
-    buffer = io.BytesIO()
-    PIL.Image.new("RGB", (size, size), (value, 0, 255 - value)).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def write(root: Path, files: dict[str, bytes | str]) -> Path:
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    return root
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
-
-
-def write_records(path: Path, labels: list[float], keys: list[int] | None = None) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = RecordWriter(path)
-    for number, label in enumerate(labels):
-        key = number if keys is None else keys[number]
-        writer.write(key, image_record(float(label), key, picture(number)))
-    writer.close()
-    return path
 
 
 def people(source) -> str:
@@ -228,14 +194,14 @@ def threads(folder: Path) -> str:
     pairs = [(a, b) for ours, others in zip(together, alone, strict=True) for a, b in zip(ours, others, strict=True)]
     equal = sum(a is not None and torch.equal(a, b) for a, b in pairs)
     require(equal == 20 and pipe.unet.attn_processors == before, f"{equal} of 20 are bit-identical")
-    return "20 of 20 calls are bit-identical; the UNet's processors are its own afterwards"
+    return "20 of 20 calls are bit-identical; the UNet's processors are its own afterward"
 
 
 @row("2", "DCFace's .rec: all labels 0, the identities in list.txt")
 def list_beside_records(folder: Path) -> str:
     write_records(folder / "file.rec", [0] * 6)
     error = refused(lambda: open_source(folder), "all 6 pictures in .* have the label 0")
-    write(folder, {"list.txt": "".join(f"{key}\tperson_{key // 2}/{key}.jpg\n" for key in range(6))})
+    (folder / "list.txt").write_text("".join(f"{key}\tperson_{key // 2}/{key}.jpg\n" for key in range(6)))
     found = people(open_source(folder))
     require(found == "person_0: 2, person_1: 2, person_2: 2", found)
     return f"{found}; without the list: {error}"
@@ -257,7 +223,7 @@ def literal_paths(folder: Path) -> str:
     for name, expected in (("run[2]", 8), ("run2", 6)):
         cache = FaceCache(folder / name / "cache")
         source = open_source(folder / name / "cache")
-        faces = LabelledFaces([folder / name / "cache"], 16)
+        faces = LabeledFaces([folder / name / "cache"], 16)
         read = [source.read(photograph) for photograph in source.photographs]
         require(len(cache) == len(read) == len(faces) == expected, (len(cache), len(read), len(faces)))
         shown.append(f"{name}: {len(read)} faces")
@@ -302,7 +268,7 @@ def exchanged_pack(folder: Path) -> str:
     write_toy_pack(folder / "two")
     write_toy_pack(folder / "two", "other")
     models = folder / "two" / "models"
-    shutil.copy(models / "other" / "recogniser.onnx", models / "toy" / "recogniser.onnx")
+    shutil.copy(models / "other" / "recognizer.onnx", models / "toy" / "recognizer.onnx")
     other = FaceEncoder("toy", str(folder / "two"), det_size=160)
     photos = write_photographs(folder / "photos")
     prepare_faces(photos, folder / "cache", encoder, 16)
@@ -325,7 +291,7 @@ def dotted_keys(folder: Path) -> str:
     members = {f"J.{who}._0001.{end}": data for who, number in (("R", b"0"), ("K", b"1"))
                for end, data in (("jpg", picture(1, "jpeg")), ("cls", number))}  # fmt: skip
     members |= {"x/1.left.png": picture(), "x/1.right.png": picture(), "x/1.cls": b"2"}
-    source = open_source(write_tar(folder / "0.tar", members))
+    source = open_source(write_tar(folder / "0.tar", list(members.items())))
     require(people(source) == "0: 1, 1: 1, 2: 2", people(source))
     return people(source)
 
@@ -334,7 +300,7 @@ def dotted_keys(folder: Path) -> str:
 def suffixes(folder: Path) -> str:
     kinds = {"jfif": "jpeg", "tif": "tiff", "ppm": "ppm", "gif": "gif", "jpe": "jpeg", "avif": "avif", "bmp": "bmp"}
     files = {f"anna/{end}.{end}": picture(1, kind) for end, kind in kinds.items()}
-    files |= {"anna/deeper/1.png": picture(), "anna/notes.txt": "", "alone.png": picture()}
+    files |= {"anna/deeper/1.png": picture(), "anna/notes.txt": b"", "alone.png": picture()}
     source = open_source(write(folder, files))
     readable = sum(source.read(photograph).shape == (8, 8, 3) for photograph in source.photographs)
     require(readable == 8 and len(source.left_out) == 2, (readable, source.left_out))
@@ -450,7 +416,7 @@ def damaged(folder: Path) -> str:
         prepare_faces(photos, root / "cache", encoder, 16)
         UIFacePipeline(**tiny_components()).save_pretrained(root / "model")
         IdentityBank(torch.eye(2, 16), "toy").save(root / "bank.safetensors")
-        model = root / "models" / "toy" / "recogniser.onnx"
+        model = root / "models" / "toy" / "recognizer.onnx"
         shard, weights = root / "cache" / "faces-00000.parquet", root / "model" / "unet"
         weights = weights / "diffusion_pytorch_model.safetensors"
         bank = root / "bank.safetensors"
@@ -608,7 +574,7 @@ def gray(folder: Path) -> str:
     files = {f"{person}/{index}.png": picture(40 * index, size=32) for person in "ab" for index in range(3)}
     write(folder, files)
     PIL.Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(32, 32)).save(folder / "a" / "0.png")
-    face = LabelledFaces([folder], 32).face(0)
+    face = LabeledFaces([folder], 32).face(0)
     require(face.shape == (32, 32, 3) and (face[..., 0] == face[..., 2]).all())
     return "32x32x3, as three equal channels"
 
@@ -726,7 +692,7 @@ def pair_lists(folder: Path) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, text in forms.items():
-            write(folder, {"pairs.txt": text})
+            (folder / "pairs.txt").write_text(text)
             pairs = read_pairs(folder / "pairs.txt")
             require(pairs == [("a.png", "b.png", True), ("a.png", "c.png", False)], (name, pairs))
             make_benchmark(folder / "pairs.txt", folder / "images", folder / "x.bin", None)

@@ -38,10 +38,11 @@ import torch
 from conftest import ALEXNET, FIXTURES, draw_person, tiny_components, write_toy_pack
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_faults_readers import POINTER
 
 from uiface_diffusers import IdentityBank, UIFacePipeline, cli, generate_dataset
 from uiface_diffusers.data import FaceCache, convert_dataset, make_benchmark, prepare_faces, read_benchmark, read_pairs
-from uiface_diffusers.data.labelled_faces import LabelledFaces, check_faces
+from uiface_diffusers.data.labeled_faces import LabeledFaces, check_faces
 from uiface_diffusers.data.recordio import RecordReader
 from uiface_diffusers.data.sources import is_system_entry, open_source
 from uiface_diffusers.evaluation import load_recognizer
@@ -50,7 +51,6 @@ from uiface_diffusers.files import printable
 from uiface_diffusers.identities import import_identities
 from uiface_diffusers.models.face_recognition import IResNetConfig, IResNetImageProcessor, IResNetModel
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 5\n"
 # what a library says to its programmer, not to a user
 INNARDS = re.compile(
     r"Traceback|object has no attribute|NoneType|not subscriptable|not iterable|unhashable|index out of range"
@@ -185,7 +185,7 @@ COMMANDS: list[tuple[str, list[str], list[str]]] = [
 ]  # fmt: skip
 READERS: dict[str, tuple[list[str], Callable[[], object]]] = {
     "open_source": (list(SETS), None),
-    "LabelledFaces": (["faces", "recordio", "cache", "made_shards"], None),
+    "LabeledFaces": (["faces", "recordio", "cache", "made_shards"], None),
     "FaceCache": (["cache"], lambda: FaceCache("cache").embeddings()),
     "RecordReader": (["recordio"], lambda: RecordReader("recordio/train.rec").image_keys()),
     "read_pairs": (["lists/pairs.txt"], lambda: read_pairs("lists/pairs.txt")),
@@ -499,8 +499,8 @@ def check_source(path: str) -> None:
             pass
 
 
-def check_labelled(path: str) -> None:
-    faces = LabelledFaces([path])
+def check_labeled(path: str) -> None:
+    faces = LabeledFaces([path])
     check_faces(faces)
     assert len(faces) == sum(len(source.photographs) for source in faces.sources)
     assert faces.fingerprint
@@ -588,8 +588,8 @@ def fault_of_reader(name: str, rng) -> tuple[str, str, str | None]:
         with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
             if name == "open_source":
                 check_source(chosen)
-            elif name == "LabelledFaces":
-                check_labelled(chosen)
+            elif name == "LabeledFaces":
+                check_labeled(chosen)
             else:
                 read()
         return label, "done", None

@@ -75,7 +75,7 @@ def compare(name: str, expected: dict, found: dict) -> None:
     difference = np.stack([np.abs(expected[k][0].astype(int) - found[k][0]) for k in expected])
     boundaries = sum(expected[k][1] == found[k][1] for k in expected)
     print(
-        f"{name:<24} {len(found)} files as expected; grey levels: largest difference {difference.max()},"
+        f"{name:<24} {len(found)} files as expected; gray levels: largest difference {difference.max()},"
         f" {100 * (difference > 0).mean():.5f} % differ; boundaries equal in {boundaries}",
         flush=True,
     )

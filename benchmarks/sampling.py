@@ -77,9 +77,9 @@ def decode(pipe: UIFacePipeline, latents: torch.Tensor) -> torch.Tensor:
     return decode_latents(pipe.vae, latents.to(pipe.vae.dtype))
 
 
-class MaterialisingProcessor:
+class MaterializingProcessor:
     """Attention with its map in memory; under the empty context the logits are kept, under the identity they replace
-    (self-attention) or renormalise (cross-attention) the own ones, in the samples of `selected`."""
+    (self-attention) or renormalize (cross-attention) the own ones, in the samples of `selected`."""
 
     def __init__(self):
         self.is_empty_pass, self.logits, self.injects, self.selected = True, None, (False, False), None
@@ -112,7 +112,7 @@ class MaterialisingProcessor:
 @torch.no_grad()
 def plain_sampler(pipe: UIFacePipeline, embeds, noise, args) -> tuple[torch.Tensor, torch.Tensor]:
     """Final latents and boundary timesteps of the published code's course."""
-    processors = {name: MaterialisingProcessor() for name in pipe.unet.attn_processors}
+    processors = {name: MaterializingProcessor() for name in pipe.unet.attn_processors}
     cross = [processors[f"{name}.processor"] for name in cross_attention_names(pipe.unet)]
     stock = pipe.unet.attn_processors
     pipe.unet.set_attn_processor(dict(processors))
@@ -374,7 +374,7 @@ def main() -> None:
         counts["approximate"] = sum(approximate_rows)
     for name, count in counts.items():
         rate = number / medians[name]
-        print(f"{name}: {medians[name]:8.2f} s, {rate:6.3f} images/s, {count / number:.1f} UNet rows an image")
+        print(f"{name}: {medians[name]:8.2f} s, {rate:6.3f} images/s, {count / number:.1f} UNet rows per image")
     result = {
         "plain / exact": medians["plain"] / medians["exact"],
         "exact / floor": medians["exact"] / medians["floor"],

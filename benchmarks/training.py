@@ -238,7 +238,7 @@ def main() -> None:
     steps = {setting: step_of(setting, args) for setting in args.settings}
     torch.manual_seed(args.seed)
     for step in steps.values():
-        step()  # compiles, makes the optimiser's state
+        step()  # compiles, makes the optimizer's state
         step()
     with FlopCounterMode(display=False) as counter:
         steps[args.settings[0]]()

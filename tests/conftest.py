@@ -259,7 +259,7 @@ def write_toy_pack(
     root: Path, name: str = "toy", batch: int | str = "n", needs_blue: bool = False, points=TOY_POINTS
 ) -> None:
     """An insightface model pack whose faces are red discs: a detector of red in SCRFD's form (scores, box distances,
-    landmark distances at strides 8, 16, 32), and a fixed random projection of the 112x112 face as the recogniser; all
+    landmark distances at strides 8, 16, 32), and a fixed random projection of the 112x112 face as the recognizer; all
     zero of a face without any blue, if it needs some."""
     folder = root / "models" / name
     folder.mkdir(parents=True)
@@ -299,7 +299,7 @@ def write_toy_pack(
     image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, "height", "width"])
     _save_onnx(folder / "detector.onnx", nodes, [image], scores + boxes + landmarks, constants)
 
-    # packs of other names are other recognisers
+    # packs of other names are other recognizers
     projection = np.random.default_rng(list(name.encode())).normal(size=(3 * 14 * 14, 16)).astype(np.float32)
     nodes = [
         helper.make_node("AveragePool", ["face"], ["pooled"], kernel_shape=[8, 8], strides=[8, 8]),
@@ -317,7 +317,7 @@ def write_toy_pack(
         constants += [_constant("third", np.array([2], np.int64)), _constant("one", np.float32(1))]
     face = helper.make_tensor_value_info("face", TensorProto.FLOAT, [batch, 3, 112, 112])
     embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [batch, 16])
-    _save_onnx(folder / "recogniser.onnx", nodes, [face], [embedding], constants)
+    _save_onnx(folder / "recognizer.onnx", nodes, [face], [embedding], constants)
 
 
 @pytest.fixture(scope="session")
@@ -344,13 +344,13 @@ def backbone(tmp_path_factory) -> Path:
     return path
 
 
-def draw_person(colour: tuple[int, int, int], discs=((80, 80, 44),), size=(160, 160)) -> PIL.Image.Image:
-    """A red disc for a face, with a patch of the person's colour below the centre."""
+def draw_person(color: tuple[int, int, int], discs=((80, 80, 44),), size=(160, 160)) -> PIL.Image.Image:
+    """A red disc for a face, with a patch of the person's color below the center."""
     image = PIL.Image.new("RGB", size, (90, 90, 90))
     draw = PIL.ImageDraw.Draw(image)
     for x, y, radius in discs:
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(255, 0, 0))
-        draw.rectangle((x - 6, y + 10, x + 6, y + 18), fill=colour)
+        draw.rectangle((x - 6, y + 10, x + 6, y + 18), fill=color)
     return image
 
 
@@ -362,10 +362,10 @@ def toy_photographs(tmp_path_factory) -> Path:
     for person in range(4):
         folder = root / f"person_{person}"
         folder.mkdir()
-        colour = tuple(int(value) for value in generator.integers(0, 255, 3))
+        color = tuple(int(value) for value in generator.integers(0, 255, 3))
         for index in range(6):
             x, y = (int(value) for value in generator.integers(70, 90, 2))
-            draw_person(colour, ((x, y, 44),)).save(folder / f"{index}.png")
+            draw_person(color, ((x, y, 44),)).save(folder / f"{index}.png")
     return root
 
 

@@ -35,8 +35,8 @@ def root(tmp_path_factory, toy_photographs):
     for person in range(PEOPLE):
         (root / "photographs" / f"p{person}").mkdir(parents=True)
         for index in range(IMAGES if person else IMAGES - 2):
-            colour = tuple(int(value) for value in np.random.default_rng(person).integers(0, 255, 3))
-            draw_person(colour, ((76 + index, 80, 44),)).save(root / "photographs" / f"p{person}" / f"{index}.png")
+            color = tuple(int(value) for value in np.random.default_rng(person).integers(0, 255, 3))
+            draw_person(color, ((76 + index, 80, 44),)).save(root / "photographs" / f"p{person}" / f"{index}.png")
     encoder = FaceEncoder("toy", str(root / "packs"), det_size=160)
     prepare_faces(root / "photographs", root / "people", encoder, image_size=128)
     embeddings = F.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)))
@@ -89,7 +89,7 @@ def test_arms_differ_in_what_they_say_only(options, root):
             expected["identity_perturbation"] = [0.6, 1.0]
         assert begun[arm] == expected, arm
 
-    # a row an arm, in a column the same noise: one person of each of two groups, four faces
+    # one row per arm, in a column the same noise: one person of each of two groups, four faces
     with PIL.Image.open(work / "ablation.jpg") as picture:
         drawn = np.asarray(picture.convert("RGB"), dtype=int)
     size = drawn.shape[0] // len(changed)
@@ -123,7 +123,7 @@ def test_figures_and_accuracies_are_collected(options, root, capsys, tmp_path):
     assert "accuracy" not in arms["single"]
     for group in range(2):
         report = json.loads((work / "single" / f"evaluation-group-{group}" / "report.json").read_text())
-        figures = {(f["name"], f["conditions"].get("recogniser")): f["value"] for f in report["figures"]}
+        figures = {(f["name"], f["conditions"].get("recognizer")): f["value"] for f in report["figures"]}
         assert figures["genuine_mean", "judge"] != figures["genuine_mean", "toy"]
         expected = {
             "LPIPS": figures["intra_class_lpips", None],

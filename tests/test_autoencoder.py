@@ -88,8 +88,8 @@ def test_learns_to_reconstruct_and_measures_its_latents(uninterrupted, workspace
     vae = AutoModel.from_pretrained(str(uninterrupted)).eval()
     pixels = pictures(workspace)
     before = AutoModel.from_config(vae.config).eval()
-    learnt, untrained = (reconstruction_quality(model, pixels).figures["l1"] for model in (vae, before))
-    assert learnt < 0.5 * untrained
+    learned, untrained = (reconstruction_quality(model, pixels).figures["l1"] for model in (vae, before))
+    assert learned < 0.5 * untrained
     # the latents that a denoiser sees have mean 0 and deviation 1
     latents = encode_images(vae, pixels.float() / 127.5 - 1)
     assert abs(latents.mean()) < 1e-3 and abs(latents.std() - 1) < 1e-3
@@ -274,7 +274,7 @@ def test_adversarial_training_resumes(workspace):
 
 
 def lpips_by_hand(perceptual, backbone, first, second) -> torch.Tensor:
-    """Zhang et al. 2018: unit-normalised features, squared differences, a learnt weight a channel, spatial means."""
+    """Zhang et al. 2018: unit-normalized features, squared differences, learned weights, spatial means."""
     weights = load_file(backbone)
     mean, deviation = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
     heads = [head.model[-1].weight.flatten() for head in perceptual.lins]
@@ -303,9 +303,9 @@ def test_the_log_leaves_out_steps_that_are_not_finite():
     assert log.take(accelerator) == ({}, 0.0)
 
 
-def test_the_identity_loss_takes_any_onnx_recogniser(toy_root):
-    """A file on its own is the recogniser of the pack that it is in."""
-    (file,) = toy_root.glob("models/toy/recogniser.onnx")
+def test_the_identity_loss_takes_any_onnx_recognizer(toy_root):
+    """A file on its own is the recognizer of the pack that it is in."""
+    (file,) = toy_root.glob("models/toy/recognizer.onnx")
     faces = torch.rand(2, 3, 112, 112, generator=torch.Generator().manual_seed(0)) * 2 - 1
     alone, of_pack = (script.load_differentiable(name, str(toy_root)) for name in (str(file), "toy"))
     assert torch.equal(alone(faces), of_pack(faces))

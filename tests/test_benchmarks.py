@@ -221,7 +221,7 @@ def test_benchmarks_are_made_of_aligned_faces(encoder, photographs, tmp_path):
 
 
 def test_several_faces_and_none(toy_root, photographs, tmp_path):
-    """The face next to the centre; and a pair is not left out for want of one."""
+    """The face next to the center; and a pair is not left out for want of one."""
     bob = photographs / "Bob"
     for file in photographs.glob("*/*.[!t]*"):
         draw_person((0, 0, 0), ((150, 100, 44),), size=(320, 200)).save(file)

@@ -112,7 +112,7 @@ def seeds(number: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in range(number)]
 
 
-def grey_levels(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def gray_levels(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Differences of pictures in [0, 1]."""
     return 255 * (a.float() - b.float()).abs()
 
@@ -199,9 +199,9 @@ def test_an_image_does_not_depend_on_its_batch(bank, precision, record_property)
             for n in (1, 5, 16)
         ]
     alone = outputs[0]
-    levels = max(grey_levels(each.images[:1], alone.images).max().item() for each in outputs[1:])
+    levels = max(gray_levels(each.images[:1], alone.images).max().item() for each in outputs[1:])
     boundaries = {int(each.boundary_timesteps[0]) for each in outputs}
-    record_property("grey levels", levels)
+    record_property("gray levels", levels)
     record_property("boundaries", sorted(boundaries))
     assert precision != "float32" or (levels <= 1 and len(boundaries) == 1)
 
@@ -213,10 +213,10 @@ def test_half_precision_gives_the_same_faces(pipe, bank, dtype, record_property)
     noise = torch.randn(number, 8, 16, 16, generator=torch.Generator().manual_seed(0))
     call = {"latents": noise, "num_inference_steps": STEPS, "output_type": "pt"}
     expected, found = pipe(identities, **call), load(dtype)(identities, **call)
-    levels = grey_levels(found.images, expected.images)
+    levels = gray_levels(found.images, expected.images)
     equal = (found.boundary_timesteps == expected.boundary_timesteps).float().mean().item()
-    record_property("grey levels, mean", levels.mean().item())
-    record_property("grey levels, worst image", levels.mean(dim=(1, 2, 3)).max().item())
+    record_property("gray levels, mean", levels.mean().item())
+    record_property("gray levels, worst image", levels.mean(dim=(1, 2, 3)).max().item())
     record_property("equal boundaries", equal)
     assert found.images.isfinite().all()
     assert levels.mean() <= 1
@@ -350,8 +350,8 @@ def test_offloading_gives_the_same(pipe, bank, offloading, record_property):
         offloaded.unet.enable_group_offload(onload_device=DEVICE, offload_type="leaf_level")
     for _ in range(2):  # what is offloaded comes back
         out = offloaded(bank.take(range(2)), generator=seeds(2), **call).images
-    levels = grey_levels(out.to(expected.device), expected).max().item()
-    record_property("grey levels", levels)
+    levels = gray_levels(out.to(expected.device), expected).max().item()
+    record_property("gray levels", levels)
     assert levels <= 1
 
 
@@ -389,7 +389,7 @@ def read_dataset(folder: Path) -> dict[str, np.ndarray]:
 
 
 def compare_datasets(first: Path, second: Path) -> tuple[int, float]:
-    """Largest difference in grey levels, and the share of values that differ."""
+    """Largest difference in gray levels, and the share of values that differ."""
     a, b = read_dataset(first), read_dataset(second)
     assert a.keys() == b.keys() and len(a) == IDENTITIES * IMAGES
     differences = np.stack([abs(a[name] - b[name]) for name in a])
@@ -436,7 +436,7 @@ def test_killed_twice_and_resumed_a_data_set_is_the_same(dataset, tmp_path, reco
     _, errors = last.communicate()
     assert last.returncode == 0, errors.decode()
     levels, share = compare_datasets(folder, dataset)
-    record_property("grey levels", levels)
+    record_property("gray levels", levels)
     record_property("share of values", share)
     assert levels <= 1
 
@@ -448,7 +448,7 @@ def test_two_processes_on_one_gpu_make_one_data_set(dataset, tmp_path, record_pr
         _, errors = process.communicate()
         assert process.returncode == 0, errors.decode()
     levels, share = compare_datasets(folder, dataset)
-    record_property("grey levels", levels)
+    record_property("gray levels", levels)
     record_property("share of values", share)
     assert levels <= 1
 
@@ -460,7 +460,7 @@ def test_batches_of_another_size_make_the_same_data_set(bank, precision, tmp_pat
     with tensor_cores(precision != "float32", precision == "bfloat16"):
         folders = [generate(pipe, bank, tmp_path / str(size), size) for size in (16, 5)]
     levels, share = compare_datasets(*folders)
-    record_property("grey levels", levels)
+    record_property("gray levels", levels)
     record_property("share of values", share)
     assert precision != "float32" or levels <= 1
 

@@ -37,11 +37,11 @@ IMAGES = 5
 
 
 def face(person: int, index: int, seed: int = 0) -> PIL.Image.Image:
-    """A disc with the person's colour, at a place and with noise of its own."""
+    """A disc with the person's color, at a place and with noise of its own."""
     generator = np.random.default_rng([seed, person, index])
-    colour = tuple(int(value) for value in np.random.default_rng(person).integers(0, 255, 3))
+    color = tuple(int(value) for value in np.random.default_rng(person).integers(0, 255, 3))
     x, y = (int(value) for value in generator.integers(46, 66, 2))
-    picture = np.asarray(draw_person(colour, ((x, y, 40),), size=(112, 112))).astype(int)
+    picture = np.asarray(draw_person(color, ((x, y, 40),), size=(112, 112))).astype(int)
     return PIL.Image.fromarray((picture + generator.integers(-30, 30, picture.shape)).clip(0, 255).astype(np.uint8))
 
 
@@ -93,7 +93,7 @@ def evaluated(workspace, arguments) -> Path:
         "--identities": workspace / "contexts.safetensors",
         "--against": workspace / "known.safetensors",
         "--real": workspace / "real",
-        "--neighbours": "2",
+        "--neighbors": "2",
         "--lpips-pairs": "6",
         "--output": workspace / "evaluated",
     }
@@ -101,11 +101,11 @@ def evaluated(workspace, arguments) -> Path:
     return workspace / "evaluated"
 
 
-def figures(report: dict, recogniser: str | None = None) -> dict[str, float]:
+def figures(report: dict, recognizer: str | None = None) -> dict[str, float]:
     return {
         each["name"]: each["value"]
         for each in report["figures"]
-        if each["conditions"].get("recogniser") in (None, recogniser)
+        if each["conditions"].get("recognizer") in (None, recognizer)
     }
 
 
@@ -128,13 +128,13 @@ def test_every_figure_by_hand(evaluated, workspace, encoder, perceptual):
     spread = np.var(genuine) + np.var(impostor)
     # single precision
     assert found["fdr"] == pytest.approx((np.mean(genuine) - np.mean(impostor)) ** 2 / spread, rel=1e-4)
-    centres = {name: F.normalize(of_name.mean(dim=0), dim=0) for name, of_name in embeddings.items()}
+    centers = {name: F.normalize(of_name.mean(dim=0), dim=0) for name, of_name in embeddings.items()}
     kept = []
-    for centre in centres.values():
-        if all(centre @ other < 0.3 for other in kept):
-            kept.append(centre)
+    for center in centers.values():
+        if all(center @ other < 0.3 for other in kept):
+            kept.append(center)
     assert found["uniqueness"] == pytest.approx(len(kept) / 4, abs=1e-6)
-    near = [[float(x @ centres[name]) > 0.3 for x in of_name] for name, of_name in embeddings.items()]
+    near = [[float(x @ centers[name]) > 0.3 for x in of_name] for name, of_name in embeddings.items()]
     assert found["consistency"] == pytest.approx(np.mean(near), abs=1e-6)
 
     contexts = IdentityBank.load(workspace / "contexts.safetensors")
@@ -237,11 +237,11 @@ def test_nothing_is_computed_twice(evaluated, workspace, encoder, perceptual, mo
         "real": workspace / "real",
         "perceptual": perceptual,
     }
-    options = {"same_people": True, "neighbours": 2, "lpips_pairs": 6}
+    options = {"same_people": True, "neighbors": 2, "lpips_pairs": 6}
     evaluate_dataset(workspace / "set", evaluated, encoder, **given, **options)
     assert (evaluated / "report.json").read_text() == before
     shutil.copytree(evaluated / "cache", workspace / "other" / "cache")
-    options["neighbours"] = 3
+    options["neighbors"] = 3
     report = evaluate_dataset(workspace / "set", workspace / "other", encoder, **given, **options)
     assert {each["conditions"].get("k") for each in report["figures"]} == {None, 3}
     # a changed picture is another set
@@ -351,7 +351,7 @@ def test_what_cannot_be_evaluated_is_named_first(workspace, encoder, perceptual,
         ("set", {"judge": encoder}, "both are `toy`"),
         ("set", {"same_people": True}, "about real faces"),
         ("set", {"same_people": True, "real": tmp_path / "strangers"}, "no identity has more than 3 images under"),
-        ("set", {"real": real, "neighbours": 20}, "sets of 20 images are too small for 20 neighbours"),
+        ("set", {"real": real, "neighbors": 20}, "sets of 20 images are too small for 20 neighbors"),
         ("set", {"real": real, "max_images": 3}, "sets of 3 images"),
         ("set", {"identities": IdentityBank(directions, "toy", [*PEOPLE, "x", "x"])}, "several embeddings of `x`"),
         ("set", {"max_pairs": 0}, "`max_pairs` has to be positive"),
@@ -388,7 +388,7 @@ def test_a_face_of_which_a_network_makes_nothing_is_named(workspace, encoder, pe
         def forward(self, pixels):
             return pixels.mean(dim=(2, 3)) / (pixels[:, 2:].amax(dim=(2, 3)) + 1)
 
-    options = {"real": workspace / "real", "features": Overflowing(), "perceptual": perceptual, "neighbours": 2}
+    options = {"real": workspace / "real", "features": Overflowing(), "perceptual": perceptual, "neighbors": 2}
     with pytest.raises(ValueError, match=r"features of dora/0001.png by overflowing are not finite"):
         evaluate_dataset(tmp_path / "set", tmp_path / "output", encoder, **options)
 
@@ -420,7 +420,7 @@ def test_comparison(evaluated, workspace, tmp_path, capsys):
         each["value"] = 0.5
         if "k" in each["conditions"]:
             each["conditions"]["k"] = 5
-    other["figures"] = [each for each in other["figures"] if each["conditions"].get("recogniser") != "judge"]
+    other["figures"] = [each for each in other["figures"] if each["conditions"].get("recognizer") != "judge"]
     (tmp_path / "other.json").write_text(json.dumps(other))
     cli.main(["compare", str(evaluated), str(tmp_path / "other.json"), "--output", str(tmp_path / "comparison")])
     printed = capsys.readouterr().out
@@ -439,18 +439,18 @@ def test_comparison(evaluated, workspace, tmp_path, capsys):
     errors = rows("Equal error rate")
     weights = [FaceEncoder(name, str(workspace / "packs"), det_size=160).fingerprint for name in ("toy", "judge")]
     assert [conditions for _, conditions in errors] == [
-        f"recogniser toy, weights {weights[0]}",
-        f"recogniser judge, weights {weights[1]}",
+        f"recognizer toy, weights {weights[0]}",
+        f"recognizer judge, weights {weights[1]}",
     ]
     assert [values[1] for values, _ in errors] == ["50.00 %", "-"]
     ((values, _),) = rows("Intra-class LPIPS")
     assert values[1] == "0.5000"
     notes = [line for line in printed.splitlines() if line.startswith("Measured with different conditions")]
     assert len(notes) == 2 and "Intra-class LPIPS" not in "".join(notes)
-    assert any("Equal error rate, FMR100," in note and "recogniser: toy | judge" in note for note in notes)
+    assert any("Equal error rate, FMR100," in note and "recognizer: toy | judge" in note for note in notes)
     assert any("Improved recall" in note and note.endswith("(k: 2 | 5).") for note in notes)
     page = Page((tmp_path / "comparison" / "comparison.html").read_text())
-    assert "other <set>" in page.text and "recogniser judge" in page.text
+    assert "other <set>" in page.text and "recognizer judge" in page.text
     content = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
     assert content["sets"] == ["set", "other <set>"] and len(content["rows"][0]) == 2
     assert compare_reports([load_report(evaluated)] * 2).sets == ["set [1]", "set [2]"]

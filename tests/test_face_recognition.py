@@ -88,10 +88,10 @@ def test_ir50_is_insightfaces(ir50):
         expected = functional_iresnet(tensors, (3, 4, 14, 3), pixels)
     assert ours.shape == (2, 512) and expected.abs().max() > 1
     assert torch.allclose(ours, expected, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(ours.norm(dim=1), torch.ones(2), atol=0.1)  # not normalised
+    assert not torch.allclose(ours.norm(dim=1), torch.ones(2), atol=0.1)  # not normalized
 
 
-def test_initialisation_is_arcface_torchs(tiny):
+def test_initialization_is_arcface_torchs(tiny):
     state = IResNetModel(IResNetConfig(layers=18, width=16)).state_dict()
     assert abs(state["layer4.1.conv1.weight"].std() - 0.1) < 0.002
     bound = state["fc.weight"].shape[1] ** -0.5
@@ -219,11 +219,11 @@ def test_heads_against_brute_force(name):
     head = {"arcface": ArcFaceHead, "cosface": CosFaceHead, "adaface": AdaFaceHead}[name](8, 5).eval()
     angles = torch.linspace(0.01, math.pi - 0.01, 200, dtype=torch.float64)
     labels = torch.arange(200) % 5
-    centres = F.normalize(head.weight.detach().double())[labels]
+    centers = F.normalize(head.weight.detach().double())[labels]
     across = torch.randn(200, 8, dtype=torch.float64)
-    across = F.normalize(across - (across * centres).sum(1, keepdim=True) * centres)
+    across = F.normalize(across - (across * centers).sum(1, keepdim=True) * centers)
     lengths = torch.rand(200, 1, dtype=torch.float64) * 150
-    embeddings = (lengths * (angles.cos()[:, None] * centres + angles.sin()[:, None] * across)).float()
+    embeddings = (lengths * (angles.cos()[:, None] * centers + angles.sin()[:, None] * across)).float()
     if name == "adaface":
         head.mean.fill_(60.0)
         head.deviation.fill_(12.0)

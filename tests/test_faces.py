@@ -48,7 +48,7 @@ def test_which_of_several_faces(toy_root):
     photograph = np.asarray(draw_person((0, 0, 0), ((60, 60, 44), (230, 110, 44)), size=(320, 200)))
     faces = encoder.detect(photograph)
     assert len(faces) == 2
-    # boxes of the toy detector are of one size: the nearer one to the centre (160, 100) is the second disc
+    # boxes of the toy detector are of one size: the nearer one to the center (160, 100) is the second disc
     central = encoder.select(faces, photograph.shape, "central")
     assert central.box[0] > 120
     faces[0].box[2] += 10
@@ -68,7 +68,7 @@ def test_no_face_is_an_error_that_names_the_photograph(encoder):
         encoder.embed([face, nothing])
 
 
-@pytest.mark.parametrize(("removed", "message"), [("detector", "no detection"), ("recogniser", "no recognition")])
+@pytest.mark.parametrize(("removed", "message"), [("detector", "no detection"), ("recognizer", "no recognition")])
 def test_incomplete_model_packs_are_named(tmp_path, removed, message):
     write_toy_pack(tmp_path, "half")
     (tmp_path / "models" / "half" / f"{removed}.onnx").unlink()
@@ -156,10 +156,10 @@ def test_prepare_reports_what_it_skips(encoder, toy_photographs, tmp_path):
 def test_prepare_reports_what_looks_wrong(encoder, tmp_path):
     """A stranger among four faces of one person, the same pixels in two files, a photograph of two people."""
     source = tmp_path / "source"
-    for person, colour in (("blue", (0, 0, 255)), ("green", (0, 255, 0))):
+    for person, color in (("blue", (0, 0, 255)), ("green", (0, 255, 0))):
         (source / person).mkdir(parents=True)
         for index in range(4):
-            draw_person(colour, ((80 + index, 80, 44),)).save(source / person / f"{index}.png")
+            draw_person(color, ((80 + index, 80, 44),)).save(source / person / f"{index}.png")
     stranger = PIL.Image.new("RGB", (160, 160), (0, 200, 0))
     stranger.paste(draw_person((255, 255, 255)).crop((30, 30, 130, 130)), (30, 30))
     stranger.save(source / "blue" / "stranger.png")
@@ -224,10 +224,10 @@ def test_pictures_of_any_mode_are_read_as_people_see_them(tmp_path):
     PIL.Image.fromarray(ramp).save(tmp_path / "16-bit.png")
     expected = np.arange(256, dtype=np.uint8)[None, :, None].repeat(4, axis=0).repeat(3, axis=2)
     assert np.array_equal(load_photograph(tmp_path / "16-bit.png"), expected)
-    PIL.Image.fromarray(expected[:, :, 0]).save(tmp_path / "grey.png")
-    assert np.array_equal(load_photograph(tmp_path / "grey.png"), expected)
+    PIL.Image.fromarray(expected[:, :, 0]).save(tmp_path / "gray.png")
+    assert np.array_equal(load_photograph(tmp_path / "gray.png"), expected)
     red = PIL.Image.new("RGBA", (4, 4), (255, 0, 0, 255))
-    red.putpixel((0, 0), (0, 255, 0, 0))  # a colour that nobody sees
+    red.putpixel((0, 0), (0, 255, 0, 0))  # a color that nobody sees
     red.save(tmp_path / "transparent.png")
     seen = load_photograph(tmp_path / "transparent.png")
     assert seen[0, 0].tolist() == [255] * 3 and seen[1, 1].tolist() == [255, 0, 0]
@@ -391,7 +391,7 @@ def test_command_line_names_the_problem(toy_root, tmp_path):
 
 
 def test_real_photographs(assets, tmp_path):
-    """Genuine pairs of LFW are alike to EdgeFace, impostors are not: the alignment feeds the recogniser as it
+    """Genuine pairs of LFW are alike to EdgeFace, impostors are not: the alignment feeds the recognizer as it
     should."""
     encoder = FaceEncoder("edgeface", str(assets / "insightface"), det_size=320)
     people = ["Aaron_Peirsol", "Abdullah_Gul", "Al_Gore", "Alejandro_Toledo"]

@@ -32,11 +32,11 @@ from uiface_diffusers.training_utils import add_optimizer_arguments, parse_recip
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1000\n"
 
 
-def complaint(*argv: str) -> str:
+def complaint(*argv: object) -> str:
     """What `uiface` writes to stderr before it ends with an error."""
     written = io.StringIO()
     with redirect_stderr(written), pytest.raises(SystemExit) as ended:
-        cli.main(list(argv))
+        cli.main([str(word) for word in argv])
     assert ended.value.code not in (0, None)
     message = written.getvalue() + (ended.value.code if isinstance(ended.value.code, str) else "")
     assert "Traceback" not in message
@@ -165,12 +165,12 @@ def test_damaged_weights_of_a_pipeline_are_named(tmp_path, content, reason):
 
 def test_a_damaged_pack_is_named(tmp_path):
     write_toy_pack(tmp_path)
-    (tmp_path / "models" / "toy" / "recogniser.onnx").write_bytes(LFS_POINTER)
+    (tmp_path / "models" / "toy" / "recognizer.onnx").write_bytes(LFS_POINTER)
     (tmp_path / "photographs" / "a").mkdir(parents=True)
     draw_person((0, 0, 255)).save(tmp_path / "photographs" / "a" / "0.png")
     pack = ["--encoder", "toy", "--encoder-root", str(tmp_path), "--output", str(tmp_path / "cache")]
     message = complaint("prepare", str(tmp_path / "photographs"), *pack)
-    assert "recogniser.onnx is a Git LFS pointer" in message and not (tmp_path / "cache").exists()
+    assert "recognizer.onnx is a Git LFS pointer" in message and not (tmp_path / "cache").exists()
 
 
 def test_options_of_the_published_model_are_checked(tmp_path):

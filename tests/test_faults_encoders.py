@@ -43,7 +43,7 @@ def exchanged(tmp_path_factory) -> FaceEncoder:
     root = tmp_path_factory.mktemp("exchanged")
     write_toy_pack(root)
     write_toy_pack(root, "other")
-    shutil.copy(root / "models" / "other" / "recogniser.onnx", root / "models" / "toy" / "recogniser.onnx")
+    shutil.copy(root / "models" / "other" / "recognizer.onnx", root / "models" / "toy" / "recognizer.onnx")
     return FaceEncoder("toy", str(root), det_size=160)
 
 
@@ -222,7 +222,7 @@ def test_the_common_encoder_is_the_one_that_says_most():
         common((None, "aaa"), ("x", None), ("x", "bbb"))
 
 
-@pytest.mark.parametrize("part", ["recogniser", "detector"])
+@pytest.mark.parametrize("part", ["recognizer", "detector"])
 def test_a_pack_exchanged_within_prepare_is_refused(tmp_path, toy_photographs, part):
     write_toy_pack(tmp_path, "toy")
     write_toy_pack(tmp_path, "other")
@@ -234,7 +234,7 @@ def test_a_pack_exchanged_within_prepare_is_refused(tmp_path, toy_photographs, p
     model.producer_name = "another"
     onnx.save(model, file)
     now = FaceEncoder("toy", str(tmp_path), det_size=160)
-    name = "fingerprint" if part == "recogniser" else "detector_fingerprint"
+    name = "fingerprint" if part == "recognizer" else "detector_fingerprint"
     with pytest.raises(ValueError, match=f"{getattr(first, name)}' there, '{getattr(now, name)}' now"):
         prepare_faces(toy_photographs, tmp_path / "cache", now, image_size=16)
 
@@ -272,11 +272,11 @@ def test_the_embedded_checkpoint_loads_without_a_warning():
 
 def test_weights_beside_the_model_are_in_the_fingerprint(tmp_path):
     write_toy_pack(tmp_path)
-    file = tmp_path / "models" / "toy" / "recogniser.onnx"
+    file = tmp_path / "models" / "toy" / "recognizer.onnx"
     model = onnx.load(file)
-    onnx.save(model, file, save_as_external_data=True, location="recogniser.onnx.data", size_threshold=0)
+    onnx.save(model, file, save_as_external_data=True, location="recognizer.onnx.data", size_threshold=0)
     before = FaceEncoder("toy", str(tmp_path), det_size=160).fingerprint
-    data = file.with_name("recogniser.onnx.data")
+    data = file.with_name("recognizer.onnx.data")
     content = bytearray(data.read_bytes())
     content[:4] = np.float32(0.5).tobytes()
     data.write_bytes(content)
@@ -293,10 +293,10 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_models_are_named(tmp_path, damage):
     write_toy_pack(tmp_path)
-    file = tmp_path / "models" / "toy" / "recogniser.onnx"
+    file = tmp_path / "models" / "toy" / "recognizer.onnx"
     change, message = DAMAGES[damage]
     file.write_bytes(change(file.read_bytes()))
-    with pytest.raises(ValueError, match=f"`toy`.*no recognition model; .*recogniser.onnx {message}"):
+    with pytest.raises(ValueError, match=f"`toy`.*no recognition model; .*recognizer.onnx {message}"):
         FaceEncoder("toy", str(tmp_path))
 
 
@@ -304,7 +304,7 @@ def test_damaged_models_are_named(tmp_path, damage):
 def test_a_damaged_file_that_is_not_needed_breaks_nothing(encoder, tmp_path, damage):
     write_toy_pack(tmp_path)
     folder = tmp_path / "models" / "toy"
-    (folder / "attributes.onnx").write_bytes(DAMAGES[damage][0]((folder / "recogniser.onnx").read_bytes()))
+    (folder / "attributes.onnx").write_bytes(DAMAGES[damage][0]((folder / "recognizer.onnx").read_bytes()))
     (folder / "._detector.onnx").write_bytes(b"of a Mac")
     with pytest.warns(UserWarning, match=r"is used without a file: .*attributes\.onnx " + DAMAGES[damage][1]):
         found = FaceEncoder("toy", str(tmp_path), det_size=160)

@@ -238,7 +238,7 @@ def test_processors_that_a_callback_sets_stay(tiny_pipeline):
 
 
 def test_rows_of_other_threads_are_not_counted(tiny_pipeline, tmp_path):
-    """`generate_dataset` reports UNet rows an image; another thread may use the UNet at the same time."""
+    """`generate_dataset` reports UNet rows per image; another thread may use the UNet at the same time."""
     bank = IdentityBank(EMBEDS[:2], "toy")
     options = {"images_per_identity": 2, "size": 16, "num_inference_steps": 4, "boundary": 500}
     expected = generate_dataset(tiny_pipeline, bank, tmp_path / "alone", **options).unet_rows_per_image
@@ -348,7 +348,7 @@ def video() -> UNet3DConditionModel:
 def test_denoisers_of_another_kind_are_refused(tiny_pipeline, unet, message):
     with pytest.raises(ValueError, match=message):
         UIFacePipeline(**tiny_components() | {"unet": unet()})
-    tiny_pipeline.unet = unet()  # exchanged afterwards
+    tiny_pipeline.unet = unet()  # exchanged afterward
     with pytest.raises(ValueError, match=message):
         tiny_pipeline(EMBEDS[0], num_inference_steps=2)
 

@@ -22,7 +22,7 @@ from test_sources import RecordWriter, image_record, write_faces
 from uiface_diffusers import cli
 from uiface_diffusers.data import FaceCache, convert_dataset
 from uiface_diffusers.data.face_cache import FaceCacheSource, load_pictures
-from uiface_diffusers.data.labelled_faces import LabelledFaces
+from uiface_diffusers.data.labeled_faces import LabeledFaces
 from uiface_diffusers.data.recordio import RecordReader, picture_range
 from uiface_diffusers.data.sources import open_source, unreadable_reason
 from uiface_diffusers.faces import UnusableFaceError
@@ -239,10 +239,10 @@ def test_a_record_file_of_one_identity(tmp_path, listed):
         ("{key}\t{label}\tcamera_1/{key}.jpg\n", ["0000007", "0000007", "0000009", "0000009"]),
     ],
 )
-@pytest.mark.parametrize("labelled", [False, True])
-def test_forms_of_lists(tmp_path, line, names, labelled):
+@pytest.mark.parametrize("labeled", [False, True])
+def test_forms_of_lists(tmp_path, line, names, labeled):
     people = [("anna", 7), ("anna", 7), ("bert", 9), ("bert", 9)]
-    write_records(tmp_path / "train.rec", [label if labelled else 3 for _, label in people])
+    write_records(tmp_path / "train.rec", [label if labeled else 3 for _, label in people])
     lines = [line.format(key=key, person=person, label=label) for key, (person, label) in enumerate(people)]
     (tmp_path / "train.lst").write_text("".join(lines))
     source = open_source(tmp_path)
@@ -527,12 +527,12 @@ def test_broken_shards_of_a_cache_are_named(tmp_path, content, advice):
         FaceCache(tmp_path)
 
 
-def test_grey_pictures_are_trained_on(tmp_path, caplog):
+def test_gray_pictures_are_trained_on(tmp_path, caplog):
     pictures = {f"{person}/{index}.png": picture(40 * index, size=32) for person in "ab" for index in range(3)}
-    grey = io.BytesIO()
-    PIL.Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(32, 32)).save(grey, "png")
-    write(tmp_path, {**pictures, "a/0.png": grey.getvalue(), "b/notes.txt": b"", "c/.hidden.png": b""})
-    faces = LabelledFaces([tmp_path], 32)
+    gray = io.BytesIO()
+    PIL.Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(32, 32)).save(gray, "png")
+    write(tmp_path, {**pictures, "a/0.png": gray.getvalue(), "b/notes.txt": b"", "c/.hidden.png": b""})
+    faces = LabeledFaces([tmp_path], 32)
     assert np.array_equal(faces.face(0), np.repeat(np.arange(1024, dtype=np.uint8).reshape(32, 32, 1), 3, axis=2))
     assert f"left out of {tmp_path}: 1 not an image by its suffix: b/notes.txt" in caplog.text
     assert f"left out of {tmp_path}: 1 hidden or system file: c/.hidden.png" in caplog.text
@@ -555,10 +555,10 @@ def test_integers_of_32_bits_that_are_bytes_stay_bytes():
 
 def test_a_set_whose_pictures_were_exchanged_has_another_fingerprint(tmp_path):
     pictures = {f"{person}/{index}.png": picture(40 * index, size=32) for person in "ab" for index in range(3)}
-    fingerprint = LabelledFaces([write(tmp_path, pictures)], 32).fingerprint
-    assert len(fingerprint) == 12 and fingerprint == LabelledFaces([tmp_path], 32).fingerprint
+    fingerprint = LabeledFaces([write(tmp_path, pictures)], 32).fingerprint
+    assert len(fingerprint) == 12 and fingerprint == LabeledFaces([tmp_path], 32).fingerprint
     write(tmp_path, {"a/0.png": picture(0, "bmp", size=32)})
-    assert fingerprint != LabelledFaces([tmp_path], 32).fingerprint
+    assert fingerprint != LabeledFaces([tmp_path], 32).fingerprint
 
 
 def test_the_report_of_prepare_names_what_it_left_out(toy_root, toy_photographs, tmp_path, capsys):

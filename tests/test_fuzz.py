@@ -13,6 +13,7 @@ import PIL.Image
 import pytest
 import torch
 from conftest import REPOSITORY, tiny_components, write_toy_pack
+from test_faults_cli import complaint
 from test_faults_readers import picture, write, write_records, write_tar
 
 from uiface_diffusers import IdentityBank, UIFacePipeline, cli, generate_dataset
@@ -175,12 +176,6 @@ def test_a_damaged_shard_is_named_once(tmp_path):
 # situations that were tried by hand
 
 
-def command_error(*words: object) -> str:
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(word) for word in words])
-    return str(ended.value.code)
-
-
 def test_one_folder_for_two_commands(tmp_path, toy_root, toy_photographs, tiny_pipeline):
     """A cache does not become a data set, nor the other way round."""
     encoder = FaceEncoder("toy", str(toy_root), det_size=160)
@@ -261,10 +256,10 @@ def test_banks_without_rows(tmp_path, toy_root):
     empty.save(tmp_path / "empty")
     bank.save(tmp_path / "bank")
     inspect = ["identities", "inspect"]
-    assert "the known bank is empty" in command_error(*inspect, tmp_path / "bank", "--against", tmp_path / "empty")
-    assert "0 identities: two are needed" in command_error(*inspect, tmp_path / "empty")
-    message = command_error("identities", "perturb", tmp_path / "empty", "--output", tmp_path / "x")
+    assert "the known bank is empty" in complaint(*inspect, tmp_path / "bank", "--against", tmp_path / "empty")
+    assert "0 identities: two are needed" in complaint(*inspect, tmp_path / "empty")
+    message = complaint("identities", "perturb", tmp_path / "empty", "--output", tmp_path / "x")
     assert "the bank is empty" in message
     (tmp_path / "names.txt").write_text("\n\n")
     words = ["--output", tmp_path / "cache", "--encoder-root", toy_root, "--identities", tmp_path / "names.txt"]
-    assert "names.txt names no identities" in command_error("prepare", tmp_path, *words)
+    assert "names.txt names no identities" in complaint("prepare", tmp_path, *words)

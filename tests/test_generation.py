@@ -54,7 +54,7 @@ def metadata(folder: Path) -> list[dict]:
 
 
 def assert_same_images(first: dict, second: dict) -> None:
-    """At most one grey level apart, and that in at most 0.1 % of the values."""
+    """At most one gray level apart, and that in at most 0.1 % of the values."""
     assert first.keys() == second.keys()
     for name in first:
         difference = np.abs(first[name].astype(int) - second[name])

@@ -239,13 +239,13 @@ def test_the_embedded_checkpoint_has_a_card():
 def test_a_card_keeps_what_people_wrote():
     pipe = UIFacePipeline(**tiny_components())
     card = fill_card(None, pipe, "org/name", {"license": "mit"}, "Ten steps.")
-    assert "| licence | mit |" in card.text and "Ten steps." in card.text
+    assert "| license | mit |" in card.text and "Ten steps." in card.text
     # the written section is renewed, words around it stay, and so do data
     edited = ModelCard(card.content.replace("# name", "# name\n\nMy own words.").replace("mit\n", "gpl-3.0\n", 1))
     renewed = fill_card(edited, pipe, "org/name", {"license": "mit", "datasets": ["lfw"]}, "Twenty steps.")
     assert "My own words." in renewed.text and "Twenty steps." in renewed.text and "Ten steps." not in renewed.text
     assert renewed.data.license == "gpl-3.0" and renewed.data.datasets == ["lfw"]
-    assert "| licence | gpl-3.0 |" in renewed.text
+    assert "| license | gpl-3.0 |" in renewed.text
     # a section that a person has changed is that person's
     changed = ModelCard(card.content.replace("Ten steps.", "Ten steps, and luck."))
     kept = fill_card(changed, pipe, "org/name", {}, "Twenty steps.")

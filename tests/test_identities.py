@@ -80,8 +80,8 @@ def test_commands(toy_root, tmp_path, capsys):
     """Images of three people, twice the same one; perturbed and inspected."""
     source = tmp_path / "photos" / "a"
     source.mkdir(parents=True)
-    for number, colour in enumerate(((0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 255, 0))):
-        draw_person(colour).save(source / f"{number}.png")
+    for number, color in enumerate(((0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 255, 0))):
+        draw_person(color).save(source / f"{number}.png")
     PIL.Image.new("RGB", (160, 160)).save(source / "nobody.png")
     bank = tmp_path / "bank.safetensors"
     pack = ["--encoder", "toy", "--encoder-root", str(toy_root), "--det-size", "160"]

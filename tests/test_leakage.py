@@ -16,8 +16,8 @@ from uiface_diffusers.faces import FaceEncoder
 
 def real_bank(people: int = 60, photographs: int = 20) -> IdentityBank:
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(people, 1, 32, generator=generator)
-    faces = centres + 0.7 * torch.randn(people, photographs, 32, generator=generator)
+    centers = torch.randn(people, 1, 32, generator=generator)
+    faces = centers + 0.7 * torch.randn(people, photographs, 32, generator=generator)
     return IdentityBank(
         F.normalize(faces.flatten(0, 1)), "toy", [f"p{i}" for i in range(people) for _ in range(photographs)]
     )
@@ -75,9 +75,9 @@ def test_what_cannot_be_compared_is_named():
 
 def test_the_command_shows_the_worst_pairs(toy_root, tmp_path, capsys):
     """A data set with a copy of a training face."""
-    for person, colour in (("a", (0, 255, 0)), ("b", (0, 0, 255)), ("c", (255, 255, 255))):
+    for person, color in (("a", (0, 255, 0)), ("b", (0, 0, 255)), ("c", (255, 255, 255))):
         (tmp_path / "real" / person).mkdir(parents=True)
-        draw_person(colour, ((56, 56, 44),), size=(112, 112)).save(tmp_path / "real" / person / "0.png")
+        draw_person(color, ((56, 56, 44),), size=(112, 112)).save(tmp_path / "real" / person / "0.png")
         (tmp_path / "set" / f"s{person}").mkdir(parents=True)
         strange = PIL.Image.fromarray(np.random.default_rng(ord(person)).integers(0, 256, (112, 112, 3), np.uint8))
         strange.save(tmp_path / "set" / f"s{person}" / "0000.png")

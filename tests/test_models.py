@@ -93,7 +93,7 @@ def test_gradients_reach_everything_and_checkpointing_keeps_them():
     assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-6) for name in gradients[0])
 
 
-def test_zero_initialised_residual_branches_leave_the_input():
+def test_zero_initialized_residual_branches_leave_the_input():
     unet = UIFaceUNet2DModel(**TINY_UNET)
     unet.zero_init_residual_branches()
     with torch.no_grad():

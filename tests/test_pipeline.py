@@ -201,7 +201,7 @@ def test_guidance_from_the_boundary_is_the_papers_reading(reference):
     assert max_difference(early.images, late.images) > 1e-2
 
 
-# --- the processors on a stock UNet, against materialised maps -------------------------------------------------------
+# --- the processors on a stock UNet, against materialized maps -------------------------------------------------------
 
 
 def stock_unet(cross_attention_dim=16) -> UNet2DConditionModel:
@@ -221,7 +221,7 @@ def stock_unet(cross_attention_dim=16) -> UNet2DConditionModel:
     ).eval()
 
 
-class MaterialisingProcessor:
+class MaterializingProcessor:
     """The published code with every attention map in memory: first an empty pass that keeps the logits, then the
     identity's pass that takes them."""
 
@@ -250,7 +250,7 @@ class MaterialisingProcessor:
 
 
 @pytest.mark.parametrize("injection", [None, "self", "cross", "both"])
-def test_processors_on_a_stock_unet_equal_materialised_maps(injection):
+def test_processors_on_a_stock_unet_equal_materialized_maps(injection):
     unet = stock_unet()
     torch.manual_seed(1)
     latents, t = torch.randn(3, 4, 16, 16), torch.tensor([900, 400, 20])
@@ -271,7 +271,7 @@ def test_processors_on_a_stock_unet_equal_materialised_maps(injection):
         rows = unet(latents[plan.samples], t[plan.samples], context, cross_attention_kwargs=kwargs).sample
         ours = combine_rows(rows, plan, 2.0)
 
-        processors = {name: MaterialisingProcessor() for name in unet.attn_processors}
+        processors = {name: MaterializingProcessor() for name in unet.attn_processors}
         unet.set_attn_processor(dict(processors))
         predictions = {}
         for mode, context in (("empty", empty), ("identity", identity)):
@@ -486,7 +486,7 @@ def test_forms_of_identity_embeds(tiny_pipeline):
     )
 
 
-def test_images_of_one_identity_are_neighbours(tiny_pipeline):
+def test_images_of_one_identity_are_neighbors(tiny_pipeline):
     rows = torch.eye(16)[:2]
     both = call_tiny(tiny_pipeline, rows, seeds=range(6), num_images_per_prompt=3).images
     second = call_tiny(tiny_pipeline, rows[1], seeds=range(3, 6), num_images_per_prompt=3).images

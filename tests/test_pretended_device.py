@@ -127,7 +127,7 @@ def test_a_step_of_sampling_waits_for_a_boundary_only(pretended, pipe, name, opt
     if "boundary" in options:
         assert not any(steps)
         return
-    # while samples seek: one line, once a step
+    # while samples seek: one line, once per step
     assert any(steps) and all(sum(waits.values()) <= 1 for waits in steps)
     assert len({line for waits in steps for line in waits}) == 1
     assert not any(steps[7:])

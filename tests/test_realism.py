@@ -167,7 +167,7 @@ def workspace(tmp_path_factory):
 @pytest.fixture(scope="module")
 def arguments(workspace, backbone) -> list[str]:
     pack = ["--encoder", "toy", "--encoder-root", str(workspace / "packs"), "--det-size", "160"]
-    return ["evaluate", str(workspace / "set"), *pack, "--lpips-backbone", str(backbone), "--neighbours", "2"]
+    return ["evaluate", str(workspace / "set"), *pack, "--lpips-backbone", str(backbone), "--neighbors", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +267,7 @@ def test_too_few_people_are_a_note(workspace, arguments, backbone, tmp_path, cap
     assert "precision" in figures(found) and "kid/alexnet" not in figures(found)
     options = {"real": workspace / "real", "perceptual": load_lpips("alex", backbone)}
     encoder = FaceEncoder("toy", str(workspace / "packs"), det_size=160)
-    found = evaluate_dataset(tmp_path / "few", tmp_path / "other", encoder, neighbours=2, **options)
+    found = evaluate_dataset(tmp_path / "few", tmp_path / "other", encoder, neighbors=2, **options)
     assert any("8 faces of 2 identities: KID and the classifier test need 5" in note for note in found["notes"])
 
 

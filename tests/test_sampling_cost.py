@@ -10,7 +10,7 @@ import torch
 from conftest import BETAS
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 from diffusers.models.attention_processor import Attention
-from test_pipeline import MaterialisingProcessor, max_difference, stock_unet
+from test_pipeline import MaterializingProcessor, max_difference, stock_unet
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
@@ -219,14 +219,14 @@ STAGE_ONE = [(t, "empty") for t in (900, 800, 700, 600)]
         ),
     ],
 )
-def test_reuse_and_interval_equal_materialised_maps(tiny_pipeline, options, stage_two, rows):
+def test_reuse_and_interval_equal_materialized_maps(tiny_pipeline, options, stage_two, rows):
     pipe = stock_pipeline(tiny_pipeline)
     counted = []
     hook = pipe.unet.register_forward_pre_hook(lambda module, args: counted.append(len(args[0])))
     ours = sample(pipe, boundary=500, latest_boundary=600, **options).images
     hook.remove()
     assert sum(counted) == rows
-    processors = {name: MaterialisingProcessor() for name in pipe.unet.attn_processors}
+    processors = {name: MaterializingProcessor() for name in pipe.unet.attn_processors}
     pipe.unet.set_attn_processor(dict(processors))
     steps = STAGE_ONE + list(zip((500, 400, 300, 200, 100, 0), stage_two, strict=True))
     expected = reference_reuse(pipe, steps, processors)

@@ -20,7 +20,7 @@ from uiface_diffusers.evaluation import (
     load_lpips,
     measure_separability,
 )
-from uiface_diffusers.evaluation.class_structure import class_centres
+from uiface_diffusers.evaluation.class_structure import class_centers
 from uiface_diffusers.evaluation.diversity import identity_pairs, mean_lpips
 from uiface_diffusers.evaluation.features import LpipsFeatures
 from uiface_diffusers.evaluation.separability import (
@@ -31,15 +31,15 @@ from uiface_diffusers.evaluation.separability import (
 )
 
 
-def labelled_embeddings(identities: int = 30, spread: float = 0.6) -> tuple[torch.Tensor, torch.Tensor]:
+def labeled_embeddings(identities: int = 30, spread: float = 0.6) -> tuple[torch.Tensor, torch.Tensor]:
     """2 to 7 embeddings of each identity, shuffled."""
     generator = torch.Generator().manual_seed(0)
     counts = torch.randint(2, 8, (identities,), generator=generator)
     labels = torch.arange(identities).repeat_interleave(counts)
     labels = labels[torch.randperm(len(labels), generator=generator)]
-    centres = torch.randn(identities, 12, generator=generator)
+    centers = torch.randn(identities, 12, generator=generator)
     noise = torch.randn(len(labels), 12, generator=generator)
-    return F.normalize(centres[labels] + spread * noise), labels
+    return F.normalize(centers[labels] + spread * noise), labels
 
 
 def as_set(pairs: np.ndarray) -> set[tuple[int, int]]:
@@ -88,7 +88,7 @@ def lowest_fnmr(genuine: list[float], impostor: list[float], rate: float) -> flo
 
 @pytest.mark.parametrize("decimals", [1, 6])  # 1: many ties
 def test_separability(decimals):
-    embeddings, labels = labelled_embeddings(12)
+    embeddings, labels = labeled_embeddings(12)
     pairs = itertools.combinations(range(len(labels)), 2)
     vectors = embeddings.numpy()
     cosines = {(i, j): float(np.dot(vectors[i], vectors[j])) for i, j in pairs}
@@ -119,24 +119,24 @@ def test_a_collapsed_set_and_a_set_without_pairs():
 
 @pytest.mark.parametrize("threshold", [0.1, 0.3, 0.6])
 def test_uniqueness_and_consistency(threshold):
-    embeddings, labels = labelled_embeddings(spread=1.0)
+    embeddings, labels = labeled_embeddings(spread=1.0)
     vectors = embeddings.numpy().astype(float)
     members = [[i for i, label in enumerate(labels.tolist()) if label == identity] for identity in range(30)]
     means = [np.mean(vectors[own], axis=0) for own in members]
-    centres = [mean / np.linalg.norm(mean) for mean in means]
-    found = class_centres(embeddings, labels)
-    assert np.abs(found.numpy() - np.array(centres)).max() < 1e-6
+    centers = [mean / np.linalg.norm(mean) for mean in means]
+    found = class_centers(embeddings, labels)
+    assert np.abs(found.numpy() - np.array(centers)).max() < 1e-6
     kept = []
-    for centre in centres:
-        if all(np.dot(centre, other) < threshold for other in kept):
-            kept.append(centre)
+    for center in centers:
+        if all(np.dot(center, other) < threshold for other in kept):
+            kept.append(center)
     assert 1 < len(kept) < 30
     assert class_uniqueness(found, threshold) == pytest.approx(len(kept) / 30, abs=1e-6)
-    cosines = {i: np.dot(vectors[i], centres[identity]) for identity, own in enumerate(members) for i in own}
+    cosines = {i: np.dot(vectors[i], centers[identity]) for identity, own in enumerate(members) for i in own}
     shares = [sum(cosines[i] > threshold for i in own) / len(own) for own in members]
-    share, to_centre = intra_class_consistency(embeddings, labels, threshold)
+    share, to_center = intra_class_consistency(embeddings, labels, threshold)
     assert share == pytest.approx(np.mean(shares), abs=1e-6)
-    assert to_centre.numpy() == pytest.approx([cosines[i] for i in range(len(labels))], abs=1e-6)
+    assert to_center.numpy() == pytest.approx([cosines[i] for i in range(len(labels))], abs=1e-6)
     for own in members[:-1]:
         for i in own:
             others = np.sum([vectors[j] for j in own if j != i], axis=0)
@@ -157,14 +157,14 @@ def test_strangers_pass_for_one_person_when_each_is_part_of_the_mean():
     assert intra_class_consistency(embeddings, labels, leave_one_out=True)[0] == 0.0
 
 
-def slow_share(points: np.ndarray, centres: np.ndarray, k: int) -> float:
+def slow_share(points: np.ndarray, centers: np.ndarray, k: int) -> float:
     """Kynkaanniemi et al. 2019, equations 1 and 2, word by word."""
     radii = []
-    for i, centre in enumerate(centres):
-        others = sorted(np.linalg.norm(centre - other) for j, other in enumerate(centres) if j != i)
+    for i, center in enumerate(centers):
+        others = sorted(np.linalg.norm(center - other) for j, other in enumerate(centers) if j != i)
         radii.append(others[k - 1])
     inside = [
-        any(np.linalg.norm(point - centre) <= radius for centre, radius in zip(centres, radii, strict=True))
+        any(np.linalg.norm(point - center) <= radius for center, radius in zip(centers, radii, strict=True))
         for point in points
     ]
     return sum(inside) / len(points)

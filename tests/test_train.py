@@ -143,7 +143,7 @@ def test_an_unfinished_checkpoint_is_not_resumed(uninterrupted, workspace):
 def test_checkpoints_hold_no_pickled_weights(uninterrupted):
     checkpoints = sorted(uninterrupted.glob("checkpoint*"))
     assert [p.name for p in checkpoints] == ["checkpoint-56", "checkpoint-60"]  # the limit is 2
-    # the pipeline has the EMA weights, which are not those of the optimiser
+    # the pipeline has the EMA weights, which are not those of the optimizer
     ema = load_file(checkpoints[-1] / "ema.safetensors")
     model = load_file(checkpoints[-1] / "model.safetensors")
     saved = parameters(uninterrupted)["empty_context/embedding"]
@@ -181,7 +181,7 @@ def test_accelerate_launch_trains(workspace):
 
 
 def test_two_processes_train_one_model(workspace):
-    """One set of files and the same parameters as without a resume; the schedule goes on by optimiser steps, not by
+    """One set of files and the same parameters as without a resume; the schedule goes on by optimizer steps, not by
     processes."""
     options = ("--validation_steps", "4", "--validation_inference_steps", "2", "--checkpointing_steps", "3")
     options += ("--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "8", "--logging_steps", "1")
@@ -233,7 +233,7 @@ def test_the_average_follows_the_published_decay(workspace):
 
 @pytest.mark.parametrize("by", ["processes", "accumulation"])
 def test_the_gradients_of_two_batches_are_averaged(workspace, by):
-    """A step of two batches, one a process or one after the other, against the same step by hand: both batches, mean
+    """A step of two batches, one per process or one after the other, against the same step by hand: both batches, mean
     gradient, one AdamW step."""
     if by == "processes":
         result = launch(workspace, by, "--max_train_steps", "1", launch=LAUNCH_TWO)

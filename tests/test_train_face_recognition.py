@@ -25,9 +25,9 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
 from uiface_diffusers import IResNetConfig, IResNetModel
-from uiface_diffusers.data import FaceCache, labelled_faces, prepare_faces
+from uiface_diffusers.data import FaceCache, labeled_faces, prepare_faces
 from uiface_diffusers.data.image_folder import ImageRow, pack_shard, write_metadata
-from uiface_diffusers.data.labelled_faces import LabelledFaces, check_faces
+from uiface_diffusers.data.labeled_faces import LabeledFaces, check_faces
 from uiface_diffusers.evaluation import load_recognizer, verify_benchmarks
 from uiface_diffusers.faces import FaceEncoder
 
@@ -39,7 +39,7 @@ IDENTITIES, IMAGES, SIZE = 8, 12, 32
 
 
 def toy_face(identity: int, index: int, size: int = SIZE) -> PIL.Image.Image:
-    """A coarse pattern of the identity's colours, shifted, dimmed, with noise."""
+    """A coarse pattern of the identity's colors, shifted, dimmed, with noise."""
     pattern = np.random.default_rng(identity).integers(40, 216, (5, 5, 3), dtype=np.uint8)
     generator = np.random.default_rng((identity, index))
     face = PIL.Image.fromarray(pattern).resize((size + 8, size + 8), PIL.Image.Resampling.BICUBIC)
@@ -112,7 +112,7 @@ def uninterrupted(workspace) -> Path:
         return train(workspace, "whole")
 
 
-def test_saves_a_recogniser_for_the_auto_classes(uninterrupted):
+def test_saves_a_recognizer_for_the_auto_classes(uninterrupted):
     files = sorted(path.name for path in uninterrupted.iterdir() if path.is_file())
     assert files == ["config.json", "model.safetensors", "preprocessor_config.json", "train_results.json"]
     model, info = AutoModel.from_pretrained(uninterrupted, output_loading_info=True)
@@ -143,7 +143,7 @@ def test_learns_to_tell_people_apart(workspace):
         return float((cosines[same & pairs][:, None] > cosines[~same & pairs]).mean())
 
     options = ("--train_batch_size", "32", "--max_train_steps", "80", "--lr_milestones", "20")
-    trained = separation(AutoModel.from_pretrained(train(workspace, "learnt", *options)))
+    trained = separation(AutoModel.from_pretrained(train(workspace, "learned", *options)))
     torch.manual_seed(0)
     fresh = separation(IResNetModel(IResNetConfig(layers=18, width=4, embedding_dim=16, image_size=SIZE)))
     assert trained > 0.97 and fresh < 0.8, (trained, fresh)
@@ -189,7 +189,7 @@ def test_two_processes_train_as_two_batches(workspace):
     options += ("--recognizer", f'{{"layers": 18, "width": 4, "embedding_dim": 16, "image_size": {SIZE}}}')
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     result = train_elsewhere(workspace, "two", *options, launch=launch)
-    assert result.stderr.count("recogniser saved") == 1 and result.stderr.count("96 checked") == 1
+    assert result.stderr.count("recognizer saved") == 1 and result.stderr.count("96 checked") == 1
     two = last_checkpoint(workspace / "two")
     one = last_checkpoint(train(workspace, "one", *options, "--gradient_accumulation_steps", "2"))
     torch.manual_seed(0)
@@ -218,7 +218,7 @@ def test_options_train_and_save(workspace):
     assert [path.name for path in stopped.glob("checkpoint*")] == ["checkpoint-1"]
     with pytest.raises(ValueError, match="train_batch_size: 8 then, 16 now"):
         train(workspace, "stopped", "--train_batch_size", "16", "--resume_from_checkpoint", "latest")
-    # what the optimiser's saved state would overrule without a word
+    # what the optimizer's saved state would overrule without a word
     with pytest.raises(ValueError, match=r"head: cosface then, adaface now; learning_rate: 0.1 then, 0.01 now"):
         changed = ("--head", "adaface", "--learning_rate", "0.01")
         train(workspace, "stopped", *changed, "--resume_from_checkpoint", "latest")
@@ -274,7 +274,7 @@ def write_benchmark(path: Path, pairs: int = 20) -> None:
 
 
 def test_benchmarks_and_log(workspace, tmp_path):
-    """The accuracies in the log are those of the saved recogniser, as `uiface verify` measures it."""
+    """The accuracies in the log are those of the saved recognizer, as `uiface verify` measures it."""
     bins = tmp_path / "bins"
     bins.mkdir()
     for name, pairs in (("lfw", 20), ("calfw", 30)):
@@ -301,7 +301,7 @@ def test_benchmarks_and_log(workspace, tmp_path):
     (folder / "accuracies.json").write_text(json.dumps({"2": accuracies["2"]}))
     train(workspace, "benchmarks", *options, "--resume_from_checkpoint", "latest")
     assert json.loads((folder / "accuracies.json").read_text()) == accuracies
-    with pytest.raises(ValueError, match="benchmarks have faces of 112 pixels, the recogniser takes 32"):
+    with pytest.raises(ValueError, match="benchmarks have faces of 112 pixels, the recognizer takes 32"):
         train(workspace, "small", "--benchmarks", str(bins))
     # what could not be measured is named before the first step
     for content, message in ((b"damaged", "z.bin cannot be read"), (None, "`z` has 0 genuine and 2 impostor pairs")):
@@ -353,7 +353,7 @@ def test_caches_of_photographs_are_trained_on(workspace, toy_root, toy_photograp
     """Faces of `uiface prepare` at another size are resized."""
     encoder = FaceEncoder("toy", str(toy_root), det_size=160)
     prepare_faces(toy_photographs, tmp_path / "cache", encoder, image_size=128)
-    faces = LabelledFaces([tmp_path / "cache"])
+    faces = LabeledFaces([tmp_path / "cache"])
     assert len(faces) == 24 and faces.num_identities == 4
     (shard,) = FaceCache(tmp_path / "cache").shards
     first = next(FaceCache(tmp_path / "cache").shard_images(shard))
@@ -365,16 +365,16 @@ def test_caches_of_photographs_are_trained_on(workspace, toy_root, toy_photograp
 def test_pushes_and_survives_a_failed_upload(workspace, tmp_path):
     with HubServer(tmp_path / "hub") as hub:
         hub.fail_uploads = 1
-        options = ("--push_to_hub", "--hub_model_id", "tester/recogniser", "--hub_private", "--license", "mit")
+        options = ("--push_to_hub", "--hub_model_id", "tester/recognizer", "--hub_private", "--license", "mit")
         options += ("--max_train_steps", "2", "--checkpointing_steps", "1")
         result = train_elsewhere(workspace, "pushed", *options, **hub.environment(tmp_path / "home"))
-        assert "tester/recogniser was not pushed to the Hub; the training goes on." in result.stderr
-        files = hub.files("tester/recogniser")
+        assert "tester/recognizer was not pushed to the Hub; the training goes on." in result.stderr
+        files = hub.files("tester/recognizer")
         assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} <= set(files)
-        assert hub.repositories["tester/recogniser"].private
-        pushed = hub.read("tester/recogniser", "model.safetensors")
+        assert hub.repositories["tester/recognizer"].private
+        pushed = hub.read("tester/recognizer", "model.safetensors")
         assert pushed == (workspace / "pushed" / "model.safetensors").read_bytes()
-        card = hub.read("tester/recogniser", "README.md").decode()
+        card = hub.read("tester/recognizer", "README.md").decode()
         assert "license: mit" in card and "head: arcface" in card and str(workspace) not in card
 
 
@@ -478,7 +478,7 @@ def forms(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("form", ["folder", "generated", "generated_shards", "shards", "recordio"])
 def test_every_form_gives_the_same_faces(forms, form):
     # as workers get it that are not forked
-    faces = pickle.loads(pickle.dumps(LabelledFaces([forms[form]], SIZE)))
+    faces = pickle.loads(pickle.dumps(LabeledFaces([forms[form]], SIZE)))
     pixels, labels = faces.__getitems__([(index, 0) for index in range(6)])
     assert labels.tolist() == [0, 0, 1, 1, 2, 2] and faces.num_identities == 3
     expected = np.stack([np.asarray(toy_face(i, j)) for i in range(3) for j in range(2)])
@@ -486,16 +486,16 @@ def test_every_form_gives_the_same_faces(forms, form):
 
 
 def test_several_data_sets_have_different_people(forms):
-    faces = LabelledFaces([forms["folder"], forms["recordio"]], SIZE)
+    faces = LabeledFaces([forms["folder"], forms["recordio"]], SIZE)
     assert faces.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     assert faces.name(7).endswith("train.rec: 2") and faces.name(2).endswith("folder: person_1/0000.png")
     report = check_faces(faces, num_workers=1)
     assert report == {"faces": 12, "identities": 6, "single": 0, "checked": 12, "uniform": 0}
     with pytest.raises(ValueError, match="folder is given twice"):
-        LabelledFaces([forms["folder"], forms["folder"] / "."], SIZE)
+        LabeledFaces([forms["folder"], forms["folder"] / "."], SIZE)
     for form, part in (("generated", "images"), ("generated_shards", "shards")):
         with pytest.raises(ValueError, match=f"{form} is given twice"):
-            LabelledFaces([forms[form], forms["folder"], forms[form] / part], SIZE)
+            LabeledFaces([forms[form], forms["folder"], forms[form] / part], SIZE)
 
 
 @pytest.mark.parametrize("form", ["generated", "generated_shards"])
@@ -504,15 +504,15 @@ def test_a_generated_set_that_lost_files_is_refused(forms, form, tmp_path):
     lost = next((tmp_path / "set").glob("*/*/*.png"), None) or next((tmp_path / "set" / "shards").iterdir())
     lost.unlink()
     with pytest.raises(ValueError, match="set has [45] images, its metadata.parquet says 6: it is not whole"):
-        LabelledFaces([tmp_path / "set"], SIZE)
+        LabeledFaces([tmp_path / "set"], SIZE)
 
 
 def test_the_flawed_file_is_named_without_progress_bars(tmp_path, monkeypatch):
     data = write_faces(tmp_path / "faces", identities=10, images=10)
     (data / "person_9" / "0004.png").write_bytes(b"no picture")
-    monkeypatch.setattr(labelled_faces, "tqdm", functools.partial(tqdm, disable=True))  # as by TQDM_DISABLE=1
+    monkeypatch.setattr(labeled_faces, "tqdm", functools.partial(tqdm, disable=True))  # as by TQDM_DISABLE=1
     with pytest.raises(ValueError, match="1 of 100 faces.*1 unreadable, as .*person_9/0004.png"):
-        check_faces(LabelledFaces([data], SIZE))
+        check_faces(LabeledFaces([data], SIZE))
 
 
 def test_hostile_data_is_named(workspace, tmp_path):
@@ -532,12 +532,12 @@ def test_hostile_data_is_named(workspace, tmp_path):
     message = str(error.value)
     assert "6 of 12 faces cannot be trained on" in message
     assert f"3 unreadable, as {data}: person_1/0000.png" in message
-    assert f"2 of one colour, as {data}: person_2/0000.png" in message
+    assert f"2 of one color, as {data}: person_2/0000.png" in message
     assert f"1 40x40, not {SIZE}x{SIZE}, as {data}: person_0/0002.png" in message
-    assert "person_0/0000.png" not in message and "person_0/0001.png" not in message  # grey and RGBA are converted
+    assert "person_0/0000.png" not in message and "person_0/0001.png" not in message  # gray and RGBA are converted
     assert not list((workspace / "hostile").glob("*"))
     # what is not checked is named when it is met
-    faces = LabelledFaces([data], SIZE)
+    faces = LabeledFaces([data], SIZE)
     with pytest.raises(ValueError, match="person_0/0002.png is 40x40, not 32x32"):
         faces.__getitems__([(2, 0)])
 
@@ -546,26 +546,26 @@ def test_too_few_people_and_single_faces(tmp_path, caplog, workspace):
     data = write_faces(tmp_path / "faces", identities=3, images=4)
     for index in (1, 2, 3):
         (data / "person_2" / f"{index:04d}.png").unlink()
-    assert check_faces(LabelledFaces([data], SIZE))["single"] == 1
-    assert LabelledFaces([data], SIZE, min_images=2).num_identities == 2
+    assert check_faces(LabeledFaces([data], SIZE))["single"] == 1
+    assert LabeledFaces([data], SIZE, min_images=2).num_identities == 2
     with caplog.at_level("INFO"):
         train(workspace, "single", "--train_data", str(data), "--max_train_steps", "1")
     assert "1 of 3 identities have a single face" in caplog.text
     with pytest.raises(ValueError, match="4 faces of one identity, two are needed"):
-        LabelledFaces([write_faces(tmp_path / "alone", identities=1, images=4)], SIZE)
-    # among many faces a few of one colour are reported, no more
+        LabeledFaces([write_faces(tmp_path / "alone", identities=1, images=4)], SIZE)
+    # among many faces a few of one color are reported, no more
     for index in range(4, 120):
         toy_face(0, index).save(data / "person_0" / f"{index:04d}.png")
     PIL.Image.new("RGB", (SIZE, SIZE)).save(data / "person_0" / "0000.png")
-    assert check_faces(LabelledFaces([data], SIZE))["uniform"] == 1
+    assert check_faces(LabeledFaces([data], SIZE))["uniform"] == 1
 
 
 def test_unfinished_generation_is_refused(forms, tmp_path):
     (tmp_path / "generation.json").write_text("{}")
     write_faces(tmp_path / "images", identities=2, images=2)
     with pytest.raises(ValueError, match="unfinished data set: go on with `uiface generate`"):
-        LabelledFaces([tmp_path], SIZE)
-    assert len(LabelledFaces([tmp_path / "images"], SIZE)) == 4
+        LabeledFaces([tmp_path], SIZE)
+    assert len(LabeledFaces([tmp_path / "images"], SIZE)) == 4
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def reference_cross_injection(logits, empty_logits, strength):
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.3, 0.5, 1.0])
-def test_temperature_equals_the_renormalised_logits(strength):
+def test_temperature_equals_the_renormalized_logits(strength):
     torch.manual_seed(0)
     query, empty_query = torch.randn(2, 2, 3, 64, 32).unbind()
     key, empty_key = torch.randn(2, 2, 3, 20, 32).unbind()

@@ -258,7 +258,7 @@ def test_the_table_leaves_out_what_so_few_pairs_cannot_tell():
     assert len(verification_table({"x": results["x"]}).splitlines()) == 2
 
 
-def test_packs_give_features_that_are_not_normalised(toy_root):
+def test_packs_give_features_that_are_not_normalized(toy_root):
     encoder = FaceEncoder("toy", str(toy_root))
     recognizer = load_recognizer("toy", toy_root)
     faces = np.random.default_rng(0).integers(0, 256, (5, 112, 112, 3), np.uint8)
@@ -275,7 +275,7 @@ class ToyConfig(PretrainedConfig):
 
 
 class ToyModel(PreTrainedModel):
-    """Of the form of this package's recogniser."""
+    """Of the form of this package's recognizer."""
 
     config_class = ToyConfig
 
@@ -315,11 +315,11 @@ def test_models_of_transformers(tmp_path, benchmarks):
 
 def test_from_photographs_to_figures(toy_root, tmp_path, capsys):
     """`make-benchmark`, then `verify`: the figures are those of the encoder's own embeddings."""
-    colours = [(0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (255, 255, 0)]
-    for person, colour in enumerate(colours):
+    colors = [(0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (255, 255, 0)]
+    for person, color in enumerate(colors):
         (tmp_path / "photographs" / f"p{person}").mkdir(parents=True)
         for index in range(1, 5):
-            photograph = draw_person(colour, ((78 + 2 * index, 80, 44),))
+            photograph = draw_person(color, ((78 + 2 * index, 80, 44),))
             photograph.save(tmp_path / "photographs" / f"p{person}" / f"p{person}_{index:04d}.png")
     lines = ["10\t1"]
     for fold in range(10):

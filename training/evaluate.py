@@ -10,7 +10,7 @@
 - identity: cosine of generated faces to the photograph of the person that they were conditioned on, and to the
   photographs of the others, for people of the training and unseen ones;
 - verification: equal error rate of pairs of generated faces of the bank's identities (`identities.safetensors` of the
-  pipeline, or else drawn from the training embeddings), at the same number of images an identity;
+  pipeline, or else drawn from the training embeddings), at the same number of images per identity;
 - faces found in all of these, and the nearest training face of generated and of unseen real faces;
 - with `--real`, how real the faces look, by KID and the AUC of a classifier that tells them from real ones (0.5:
   cannot be told apart), on AlexNet's features and the judge's: of the empty context, of a single stage with guidance 1
@@ -207,7 +207,7 @@ def nearest_cosines(embeddings: torch.Tensor, known: torch.Tensor) -> dict[str, 
 
 
 class Measurement:
-    """What all pipelines have in common: people, photographs, recognisers.
+    """What all pipelines have in common: people, photographs, recognizers.
 
     Raises:
         ValueError: a model pack is not the caches', or encoder and judge are one.
@@ -223,7 +223,7 @@ class Measurement:
             folder, mark = str(people.caches[0].folder), people.bank.encoder_mark
             check_same_encoder(folder, mark, "the pack of --encoder", self.encoder.encoder_mark)
         if args.encoder == args.judge:
-            raise ValueError(f"the judge has to be another recogniser than the encoder, but both are `{args.judge}`.")
+            raise ValueError(f"the judge has to be another recognizer than the encoder, but both are `{args.judge}`.")
         self.seen = unseen.near(self.train.bank, args.same_person)
         print(
             f"{len(self.seen)} unseen people have a face like one of the training (cosine >= {args.same_person}) and"

@@ -112,7 +112,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--output_dir", type=Path, help="pipeline, checkpoints, logs and validation grids")
 
-    group = parser.add_argument_group("objective and optimiser")
+    group = parser.add_argument_group("objective and optimizer")
     group.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), default="epsilon")
     group.add_argument("--snr_gamma", type=real(0), help="min-SNR loss weights (Hang et al. 2023); 5.0 is usual")
     group.add_argument(
@@ -148,10 +148,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="logit_normal: sigmoid of a normal with mean -0.5 and deviation 1.2 (Esser et al. 2024), which spends"
         " fewer samples on nearly pure noise",
     )
-    group.add_argument("--train_batch_size", type=whole(), default=64, help="samples a step and process")
+    group.add_argument("--train_batch_size", type=whole(), default=64, help="samples per step and process")
     group.add_argument("--max_train_steps", type=whole(), default=250_000)
     group.add_argument("--max_train_hours", type=real(0), help="save and stop after this time in this run")
-    group.add_argument("--gradient_accumulation_steps", type=whole(), default=1, help="batches of one optimiser step")
+    group.add_argument("--gradient_accumulation_steps", type=whole(), default=1, help="batches of one optimizer step")
     add_optimizer_arguments(group, learning_rate=1e-4, lr_scheduler="cosine_warm_restarts")
     group.add_argument("--ema_decay", type=real(0, 1), default=0.9999)
 
@@ -161,7 +161,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--snapshot_steps", type=whole(0), default=0, help="keep the pipeline of every so many steps, too"
     )
-    group.add_argument("--validation_seeds", type=whole(), default=4, help="pictures a row of the grid")
+    group.add_argument("--validation_seeds", type=whole(), default=4, help="pictures per row of the grid")
     group.add_argument("--validation_inference_steps", type=whole(), default=50)
     group.add_argument(
         "--encoder_root",
@@ -539,21 +539,21 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         denoiser.to(memory_format=torch.channels_last)
     noise_scheduler = DDPMScheduler.from_config(sampler_scheduler.config)
 
-    # 3. optimiser; the published code's Adam is AdamW without weight decay
+    # 3. optimizer; the published code's Adam is AdamW without weight decay
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     lr_scheduler = make_lr_scheduler(args, optimizer)
     denoiser.to(accelerator.device)
     # the published code's decay: min(1 - (1 + s)^-0.75, 0.9999)
     ema = EMAModel(denoiser.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
     model, optimizer = accelerator.prepare(denoiser, optimizer)
-    # not given to `prepare`: that would step the schedule once a process
+    # not given to `prepare`: that would step the schedule once per process
     accelerator.register_for_checkpointing(lr_scheduler)
     if args.report_to != "none":
         accelerator.init_trackers(
             "train", config={k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
         )
 
-    # what the data's order depends on, besides the step, and what a checkpoint's optimiser would overrule
+    # what the data's order depends on, besides the step, and what a checkpoint's optimizer would overrule
     fixed = {"seed": args.seed, "train_batch_size": args.train_batch_size, "num_processes": world_size}
     fixed |= {"faces": len(dataset), "balanced_sampling": args.balanced_sampling}
     fixed |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, **schedule_settings(args)}

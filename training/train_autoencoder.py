@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """Trains a first stage on prepared faces: L1 + LPIPS (Zhang et al. 2018) + identity loss, and a patch discriminator
-(Isola et al. 2017) towards the end.
+(Isola et al. 2017) toward the end.
 
     uiface prepare photos --output cache/photos --encoder buffalo_l
     accelerate launch training/train_autoencoder.py --config training/configs/autoencoder_lfw.yaml \
@@ -83,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--output_dir", type=Path, help="model, checkpoints, logs and validation grids")
 
-    group = parser.add_argument_group("objective and optimiser")
+    group = parser.add_argument_group("objective and optimizer")
     group.add_argument("--lpips_weight", type=real(0), default=1.0)
     group.add_argument("--lpips_network", choices=("alex", "squeeze", "vgg"), default="alex")
     group.add_argument("--lpips_backbone", help="its convolutions' weights; torchvision downloads them if not given")
@@ -91,7 +91,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--identity_encoder",
         default="buffalo_l",
-        help="of the identity loss: an insightface model pack, or the .onnx file of any recogniser of aligned faces",
+        help="of the identity loss: an insightface model pack, or the .onnx file of any recognizer of aligned faces",
     )
     group.add_argument("--encoder_root", default="~/.insightface", help="folder with models/PACK")
     group.add_argument(
@@ -120,7 +120,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--adversarial_weight", type=real(0), default=0.0, help="of the patch discriminator's hinge loss"
     )
     group.add_argument("--adversarial_start", type=whole(0), default=0, help="first step with the discriminator")
-    group.add_argument("--train_batch_size", type=whole(), default=16, help="faces a step and process")
+    group.add_argument("--train_batch_size", type=whole(), default=16, help="faces per step and process")
     group.add_argument("--max_train_steps", type=whole(), default=100_000)
     group.add_argument("--max_train_hours", type=real(0), help="save and stop after this time in this run")
     add_optimizer_arguments(group, learning_rate=5e-4, lr_scheduler="cosine")
@@ -168,7 +168,7 @@ def keep_batch(batch):
 
 
 def load_differentiable(name: str, root: str) -> TorchRecognizer:
-    """The recogniser of a model pack, or of an ONNX file, for a loss."""
+    """The recognizer of a model pack, or of an ONNX file, for a loss."""
     if not name.endswith(".onnx"):
         return FaceEncoder(name, root, det_size=160).to_torch()
     model = ArcFaceONNX(name)
@@ -339,7 +339,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         recognizer = load_differentiable(args.identity_encoder, args.encoder_root).to(device)
         recognizer = compiled(accelerator, recognizer)
 
-    # 3. optimiser
+    # 3. optimizer
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     lr_scheduler = make_lr_scheduler(args, optimizer)
@@ -353,12 +353,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
             judge.parameters(), lr=args.learning_rate / 2, betas=(0.5, 0.9), weight_decay=0.0, fused=True
         )
         discriminator, discriminator_optimizer = accelerator.prepare(judge, discriminator_optimizer)
-    # not given to `prepare`: that would step the schedule once a process
+    # not given to `prepare`: that would step the schedule once per process
     accelerator.register_for_checkpointing(lr_scheduler)
     if args.report_to != "none":
         settings = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
         accelerator.init_trackers("train_autoencoder", config=settings)
-    # what the data's order depends on, besides the step, and what a checkpoint's optimiser would overrule
+    # what the data's order depends on, besides the step, and what a checkpoint's optimizer would overrule
     fixed = {"seed": args.seed, "train_batch_size": args.train_batch_size, "num_processes": world_size}
     fixed |= {"faces": len(dataset), "train_data": dataset.fingerprints, **schedule_settings(args)}
     fixed |= {"autoencoder": args.autoencoder, "freeze_encoder": args.freeze_encoder}

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Trains a face recogniser on aligned faces: IResNet with a margin head. It is how a synthetic data set is judged.
+"""Trains a face recognizer on aligned faces: IResNet with a margin head. It is how a synthetic data set is judged.
 
     uiface generate org/model --identities bank.safetensors --images-per-identity 50 --output data
     accelerate launch training/train_face_recognition.py --config training/configs/fr_ir50_arcface.yaml \
-        --train_data data --benchmarks path/to/bins --output_dir runs/recogniser
+        --train_data data --benchmarks path/to/bins --output_dir runs/recognizer
 
 Data sets are folders `ROOT/IDENTITY/*.png`, folders of `uiface generate`, InsightFace's RecordIO (`train.rec`) or
 webdataset shards, of faces that are aligned already, or caches of `uiface prepare`. All are read once before the first
@@ -39,7 +39,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from uiface_diffusers import IResNetConfig, IResNetImageProcessor, IResNetModel
-from uiface_diffusers.data.labelled_faces import LabelledFaces, check_faces
+from uiface_diffusers.data.labeled_faces import LabeledFaces, check_faces
 from uiface_diffusers.evaluation import verify_benchmarks
 from uiface_diffusers.evaluation.reconstruction import to_unit_range
 from uiface_diffusers.evaluation.verification import read_benchmarks
@@ -97,15 +97,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--recognizer", type=json_object, default={}, help="IResNetConfig options, as JSON")
     group.add_argument("--output_dir", type=Path, help="model, checkpoints and logs")
 
-    group = parser.add_argument_group("objective and optimiser")
+    group = parser.add_argument_group("objective and optimizer")
     group.add_argument("--head", choices=tuple(MARGIN_HEADS), default="arcface")
     group.add_argument("--margin", type=real(), help="default: the head's own")
     group.add_argument("--scale", type=real(0), default=64.0, help="of the cosines")
-    group.add_argument("--train_batch_size", type=whole(), default=512, help="faces a step and process")
+    group.add_argument("--train_batch_size", type=whole(), default=512, help="faces per step and process")
     group.add_argument("--epochs", type=whole(), default=40)
     group.add_argument("--max_train_steps", type=whole(), help="instead of --epochs")
     group.add_argument("--max_train_hours", type=real(0), help="save and stop after this time in this run")
-    group.add_argument("--gradient_accumulation_steps", type=whole(), default=1, help="batches of one optimiser step")
+    group.add_argument("--gradient_accumulation_steps", type=whole(), default=1, help="batches of one optimizer step")
     add_optimizer_arguments(group, 0.1, "multi_step", ("multi_step", *LR_SCHEDULERS))
     group.add_argument(
         "--lr_milestones", type=whole(0), nargs="*", default=[22, 28, 32], help="of multi_step, in epochs"
@@ -118,7 +118,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = add_checkpoint_arguments(parser, steps=2000)
     group.add_argument("--benchmarks", type=Path, help="folder of InsightFace .bin files, for validation")
-    add_hub_arguments(group, "recogniser")
+    add_hub_arguments(group, "recognizer")
 
     args = parse_recipe(parser, argv, required=("train_data", "output_dir"))
     unknown = sorted(args.recognizer.keys() - inspect.signature(IResNetConfig.__init__).parameters.keys())
@@ -177,12 +177,12 @@ class NumberedBatches(Sampler):
 
 
 def keep_batch(batch):
-    """What `LabelledFaces` fetches is a batch already."""
+    """What `LabeledFaces` fetches is a batch already."""
     return batch
 
 
 class FaceClassifier(nn.Module):
-    """Recogniser and head as one module, so that all gradients are reduced together."""
+    """Recognizer and head as one module, so that all gradients are reduced together."""
 
     def __init__(self, recognizer: IResNetModel, head: MarginHead):
         super().__init__()
@@ -213,19 +213,19 @@ def make_schedule(
 
 def load_training_data(
     args: argparse.Namespace, accelerator: Accelerator, image_size: int, check: bool
-) -> LabelledFaces:
+) -> LabeledFaces:
     """The faces. The main process reads them all first, if they are to be checked."""
     augmentation = Augmentation(
         args.seed, image_size, args.flip_probability, args.crop_probability, tuple(args.crop_scale)
     )
-    faces = LabelledFaces(args.train_data, image_size, args.min_images_per_identity, augmentation)
+    faces = LabeledFaces(args.train_data, image_size, args.min_images_per_identity, augmentation)
     if check and accelerator.is_main_process:
         report = check_faces(faces, args.checked_faces, args.dataloader_num_workers)
         logger.info("{faces} faces of {identities} identities; {checked} checked".format_map(report))
         if report["single"]:
             logger.warning("{single} of {identities} identities have a single face".format_map(report))
         if report["uniform"]:
-            logger.warning("{uniform} of {checked} faces are of one colour".format_map(report))
+            logger.warning("{uniform} of {checked} faces are of one color".format_map(report))
     accelerator.wait_for_everyone()
     return faces
 
@@ -296,7 +296,7 @@ def save_recognizer(recognizer: IResNetModel, folder: Path) -> None:
 
 
 def model_card(repo_id: str, config: IResNetConfig, license_name: str | None, recipe: str) -> ModelCard:
-    """What the recogniser is, how to use it, how it was trained."""
+    """What the recognizer is, how to use it, how it was trained."""
     data = ModelCardData(
         license=license_name,
         library_name="transformers",
@@ -309,7 +309,7 @@ def model_card(repo_id: str, config: IResNetConfig, license_name: str | None, re
 
 # {repo_id.split("/")[-1]}
 
-A face recogniser: IResNet-{config.layers} of width {config.width}, {config.embedding_dim}-d embeddings of aligned
+A face recognizer: IResNet-{config.layers} of width {config.width}, {config.embedding_dim}-d embeddings of aligned
 {config.image_size}x{config.image_size} faces, of [uiface-diffusers](https://pypi.org/project/uiface-diffusers).
 
 ```python
@@ -318,7 +318,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 model = AutoModel.from_pretrained("{repo_id}")
 processor = AutoImageProcessor.from_pretrained("{repo_id}")
-embeddings = model(**processor(faces, return_tensors="pt")).embeddings  # faces: RGB bytes, not normalised
+embeddings = model(**processor(faces, return_tensors="pt")).embeddings  # faces: RGB bytes, not normalized
 ```
 
 ## Training
@@ -328,7 +328,7 @@ embeddings = model(**processor(faces, return_tensors="pt")).embeddings  # faces:
 
 
 def push_to_hub(recognizer: IResNetModel, args: argparse.Namespace, message: str) -> None:
-    """Uploads the recogniser; a card that the repository has stays. What goes wrong is logged: a training does not end
+    """Uploads the recognizer; a card that the repository has stays. What goes wrong is logged: a training does not end
     for it."""
     repo_id = args.hub_model_id or args.output_dir.resolve().name
     paths = ("train_data", "output_dir", "hub_model_id", "benchmarks")
@@ -348,7 +348,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     config = IResNetConfig(**args.recognizer)
     if args.benchmarks is not None and config.image_size != ALIGNED_SIZE:
-        raise ValueError(f"benchmarks have faces of {ALIGNED_SIZE} pixels, the recogniser takes {config.image_size}.")
+        raise ValueError(f"benchmarks have faces of {ALIGNED_SIZE} pixels, the recognizer takes {config.image_size}.")
     accelerator = make_accelerator(args, gradient_accumulation_steps=args.gradient_accumulation_steps)
     with training_folder(accelerator, args.output_dir):
         train(args, accelerator, config)
@@ -376,13 +376,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator, config: IResNetCon
     if args.channels_last:
         classifier.to(memory_format=torch.channels_last)
 
-    # 3. optimiser; as arcface_torch's, it decays the weights of batch norm and head, too
+    # 3. optimizer; as arcface_torch's, it decays the weights of batch norm and head, too
     optimizer = torch.optim.SGD(
         classifier.parameters(), lr=args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
     )
     lr_scheduler = make_schedule(args, optimizer, batches_per_epoch)
     model, optimizer = accelerator.prepare(classifier, optimizer)
-    # not given to `prepare`: that would step the schedule once a process
+    # not given to `prepare`: that would step the schedule once per process
     accelerator.register_for_checkpointing(lr_scheduler)
     if args.report_to != "none":
         settings = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
@@ -391,7 +391,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, config: IResNetCon
     steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
     last_epoch = LastEpochLog(device, max(0, args.max_train_steps - steps_per_epoch))
     accelerator.register_for_checkpointing(last_epoch)
-    # what the data's order and labels depend on, besides the step, and what a checkpoint's optimiser would overrule
+    # what the data's order and labels depend on, besides the step, and what a checkpoint's optimizer would overrule
     fixed = {"seed": args.seed, "train_batch_size": args.train_batch_size, "num_processes": world_size}
     fixed |= {"faces": len(faces), "identities": faces.num_identities}
     fixed |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "head": args.head}
@@ -484,7 +484,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, config: IResNetCon
             validate()
             log.since = time.monotonic()  # not a time of training
 
-    # 5. the recogniser; the head has done its work
+    # 5. the recognizer; the head has done its work
     accelerator.wait_for_everyone()
     if step == args.max_train_steps:
         logs, finite = last_epoch.take(accelerator)
@@ -492,13 +492,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator, config: IResNetCon
             write_json(args.output_dir / RESULTS, {"step": step, "loss": logs["loss"], "accuracy": logs["accuracy"]})
         if finite and logs["accuracy"] < LEAST_ACCURACY:
             logger.warning(
-                f"the recogniser tells hardly any of its {faces.num_identities} identities apart: in the last epoch"
+                f"the recognizer tells hardly any of its {faces.num_identities} identities apart: in the last epoch"
                 f" {logs['accuracy']:.1%} of the faces were classified right with the margin. Try --max_grad_norm 5, a"
                 " smaller --margin or --learning_rate, or more --epochs."
             )
     if accelerator.is_main_process:
         save_recognizer(classifier.recognizer, args.output_dir)
-        logger.info(f"recogniser saved to {args.output_dir}")
+        logger.info(f"recognizer saved to {args.output_dir}")
     accelerator.end_training()
 
 

@@ -1,7 +1,7 @@
 """UIFace in diffusers: synthetic face recognition data by two-stage, identity-conditioned latent diffusion.
 
 Everything that a saved pipeline may name is imported here: diffusers resolves the components of a `model_index.json`
-only in modules that are already imported. The face recogniser registers with transformers' `AutoModel` on import.
+only in modules that are already imported. The face recognizer registers with transformers' `AutoModel` on import.
 """
 
 from .checkpoints import default_checkpoint

@@ -148,7 +148,7 @@ def _key(attn: Attention, context: torch.Tensor) -> torch.Tensor:
 class SelfInjectionAttnProcessor(UIFaceAttnProcessor):
     """Self-attention in which the identity rows attend as their empty rows do: softmax(Q_e K_e^T) V (sec. 3.4).
 
-    Their own queries and keys are not computed, no attention map is materialised.
+    Their own queries and keys are not computed, no attention map is materialized.
     """
 
     def _query_key_value(self, attn, hidden_states, context, row_plan, injection_strength, recorder, state):
@@ -165,8 +165,8 @@ class SelfInjectionAttnProcessor(UIFaceAttnProcessor):
 
 
 class CrossInjectionAttnProcessor(UIFaceAttnProcessor):
-    """Cross-attention that records the rows which seek their boundary, and renormalises the identity rows' logits
-    towards those of their empty rows, as the temperature that this is (`two_stage.cross_temperature`)."""
+    """Cross-attention that records the rows which seek their boundary, and renormalizes the identity rows' logits
+    toward those of their empty rows, as the temperature that this is (`two_stage.cross_temperature`)."""
 
     @staticmethod
     def encode_contexts(

@@ -201,7 +201,7 @@ def _generate(args: argparse.Namespace) -> None:
     )
     print(
         f"{report.made} of {report.planned} images made here, {report.images_per_second:.2f} images/s,"
-        f" {report.unet_rows_per_image:.1f} UNet rows an image"
+        f" {report.unet_rows_per_image:.1f} UNet rows per image"
     )
     if report.complete:
         print(f"{args.output} is complete; a first look: {args.output / 'preview.png'}")
@@ -400,7 +400,7 @@ def _add_identities(commands) -> None:
     make.add_argument("--max-candidates", type=whole(), help="give up after so many (default: 20 times --number)")
     make.add_argument("--device", type=device, help="default: a GPU if there is one")
     make.add_argument("--seed", type=whole(0), default=0, help="default: %(default)s")
-    make.add_argument("--batch-size", type=whole(), default=16, help="faces a call (default: %(default)s)")
+    make.add_argument("--batch-size", type=whole(), default=16, help="faces per call (default: %(default)s)")
     make.add_argument("--num-inference-steps", type=whole(), default=50, help="default: %(default)s")
     instead = make.add_mutually_exclusive_group()
     instead.add_argument(
@@ -464,7 +464,7 @@ def _make_benchmark(args: argparse.Namespace) -> None:
     print(f"{report['pairs']} pairs of {report['photographs']} photographs saved to {args.output}")
     if not args.aligned:
         print(f"  {report['several_faces']} photographs have several faces: the central one was taken")
-        print(f"  {len(report['without_face'])} show none: the square about their centre was taken")
+        print(f"  {len(report['without_face'])} show none: the square about their center was taken")
     for name in report["without_face"]:
         print(f"    {name}")
 
@@ -518,11 +518,11 @@ def _add_verification(commands) -> None:
 
     verify = commands.add_parser(
         "verify",
-        help="measure a recogniser",
+        help="measure a recognizer",
         description="Verification accuracy on ten folds, equal error rate and true accept rates, with 95 % intervals.",
         epilog="example: uiface verify buffalo_l --benchmarks benchmarks --output results",
     )
-    verify.add_argument("model", help="insightface model pack; or a recogniser's folder or Hub repository ORG/NAME")
+    verify.add_argument("model", help="insightface model pack; or a recognizer's folder or Hub repository ORG/NAME")
     verify.add_argument("--benchmarks", type=path, help="folder of .bin files, or one")
     verify.add_argument("--pairs", type=path, help="a list of pairs of LFW's form instead, with --images")
     verify.add_argument("--images", type=path, help="folder of NAME/NAME_0001.jpg")
@@ -580,7 +580,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         features=features,
         perceptual=load_lpips(args.lpips_network, args.lpips_backbone),
         lpips_pairs=args.lpips_pairs or None,
-        neighbours=args.neighbours,
+        neighbors=args.neighbors,
         threshold=args.threshold,
         max_pairs=args.max_pairs,
         max_images=args.max_images,
@@ -634,7 +634,7 @@ def _add_evaluate(commands) -> None:
         help="of precision and recall (default: the LPIPS backbone)",
     )
     evaluate.add_argument("--feature-weights", type=path, help="safetensors of torchvision's vgg16 or inception_v3")
-    evaluate.add_argument("--neighbours", type=whole(), default=3, help="k of these (default: %(default)s)")
+    evaluate.add_argument("--neighbors", type=whole(), default=3, help="k of these (default: %(default)s)")
     evaluate.add_argument(
         "--max-images", type=whole(), default=50_000, help="of each set for these (default: %(default)s)"
     )
@@ -680,7 +680,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     prepare.add_argument("--face", choices=("largest", "central"), default="largest", help="which of several faces")
     prepare.add_argument("--aligned", action="store_true", help="the pictures are aligned faces already: no detection")
-    prepare.add_argument("--identities", type=path, help="file with the identities to take, a name a line")
+    prepare.add_argument("--identities", type=path, help="file with the identities to take, one name per line")
     prepare.add_argument("--min-images", type=whole(), default=1, help="leave out identities with fewer photographs")
     prepare.add_argument(
         "--outlier-threshold",
@@ -729,13 +729,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--unet", type=path, required=True, help="the denoiser's file")
     convert.add_argument("--vq-encoder", type=path, help="first stage: file with encoder and quant_conv")
-    convert.add_argument("--vq-decoder", type=path, help="first stage: file with decoder and quantisation")
+    convert.add_argument("--vq-decoder", type=path, help="first stage: file with decoder and quantization")
     convert.add_argument("--vq-model", help="first stage: a diffusers VQModel instead of the two files")
     convert.add_argument(
         "--model-config", type=path, help="JSON of the reference's options, if not the published ones"
     )
     convert.add_argument("--sample-size", type=whole(), default=32, help="of the latents (default: %(default)s)")
-    convert.add_argument("--identity-encoder", help="name of the recogniser of the embeddings, as elasticface")
+    convert.add_argument("--identity-encoder", help="name of the recognizer of the embeddings, as elasticface")
     convert.add_argument("--output", type=path, required=True, help="the pipeline's folder")
     convert.set_defaults(run=_convert_original)
 

@@ -303,7 +303,7 @@ def convert_original(
             folder loads by `UIFacePipeline.from_pretrained(output, vae=...)`.
         model_config: the reference's options; those of the published weights if not given.
         sample_size (`int`, defaults to 32): height and width of the latents.
-        identity_encoder: name of the recogniser whose embeddings the weights belong to.
+        identity_encoder: name of the recognizer whose embeddings the weights belong to.
 
     Raises:
         ValueError: a file does not fit.

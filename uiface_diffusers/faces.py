@@ -123,7 +123,7 @@ def align_face(photograph: np.ndarray, landmarks: np.ndarray, size: int = ALIGNE
     """
     matrix = alignment_matrix(landmarks)
     scale = size / ALIGNED_SIZE
-    # resizing keeps the corners of the pixels in place, not their centres
+    # resizing keeps the corners of the pixels in place, not their centers
     resize = np.array([[scale, 0, (scale - 1) / 2], [0, scale, (scale - 1) / 2]])
     matrix = resize @ np.vstack([matrix, [0, 0, 1]])
     return cv2.warpAffine(photograph, matrix, (size, size), flags=cv2.INTER_LINEAR, borderValue=0)
@@ -422,7 +422,7 @@ class FaceEncoder:
     def select(
         self, faces: Sequence[DetectedFace], shape: tuple[int, ...], selection: str = "largest"
     ) -> DetectedFace:
-        """The face that a photograph of one person is about: the largest, or the one nearest to the centre.
+        """The face that a photograph of one person is about: the largest, or the one nearest to the center.
 
         Args:
             faces: of one photograph.
@@ -438,8 +438,8 @@ class FaceEncoder:
             raise NoFaceError("no face")
         if selection == "largest":
             return max(faces, key=lambda face: float(np.prod(face.box[2:] - face.box[:2])))
-        centre = np.array([shape[1], shape[0]]) / 2
-        return min(faces, key=lambda face: float(np.linalg.norm((face.box[:2] + face.box[2:]) / 2 - centre)))
+        center = np.array([shape[1], shape[0]]) / 2
+        return min(faces, key=lambda face: float(np.linalg.norm((face.box[:2] + face.box[2:]) / 2 - center)))
 
     def features(self, faces: Sequence[np.ndarray]) -> np.ndarray:
         """What the recognition model makes of aligned faces, before it is brought to unit length: verification adds

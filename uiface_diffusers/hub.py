@@ -191,7 +191,7 @@ face recognition data, of [uiface-diffusers](https://pypi.org/project/uiface-dif
 
 | | |
 |---|---|
-| licence | {metadata.get("license") or "not stated"} |
+| license | {metadata.get("license") or "not stated"} |
 | training data | {metadata.get("datasets") or "not stated"} |
 | identity encoder | `{encoder}`, {projector.config.identity_dim}-d unit embeddings |
 | first stage | {type(vae).__name__}, latents of {latents} |

@@ -342,9 +342,9 @@ def sample_identities(bank: IdentityBank, number: int, max_similarity: float = 0
     if len(bank) < 2:
         raise ValueError(f"a distribution needs two embeddings or more; the bank has {len(bank)}.")
     known = F.normalize(bank.embeddings)
-    mean, centred = known.mean(dim=0), known - known.mean(dim=0)
+    mean, centered = known.mean(dim=0), known - known.mean(dim=0)
     # a standard normal vector times the covariance's root has that covariance
-    values, vectors = torch.linalg.eigh((centred.T @ centred).double() / (len(known) - 1))
+    values, vectors = torch.linalg.eigh((centered.T @ centered).double() / (len(known) - 1))
     root = (vectors * values.clamp(min=0).sqrt()).T.float()
     generator = torch.Generator().manual_seed(seed)
     distinct = DistinctIdentities(known, max_similarity, number)
@@ -384,7 +384,7 @@ def make_identities(
         max_similarity (`float`, defaults to 0.3): cosine from which two identities are too near.
         max_candidates (`int`, *optional*): give up after so many; 20 times `number` if not given.
         seed (`int`, defaults to 0): candidate k depends on the pipeline, `sampling`, k and the seed only.
-        batch_size (`int`, defaults to 16): faces a call.
+        batch_size (`int`, defaults to 16): faces per call.
         sampling: further arguments of the pipeline's call.
 
     Returns:

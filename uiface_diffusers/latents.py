@@ -13,7 +13,7 @@ def encode_images(vae: FirstStage, images: torch.Tensor, generator: torch.Genera
     """Encodes pictures to the latents that the denoiser sees.
 
     Args:
-        vae: the first stage. A `VQModel`'s latents are taken before quantisation, an `AutoencoderKL`'s are sampled.
+        vae: the first stage. A `VQModel`'s latents are taken before quantization, an `AutoencoderKL`'s are sampled.
         images (`torch.Tensor` of shape `(batch, 3, height, width)`): in [-1, 1].
         generator (`torch.Generator`, *optional*): for the sampling.
 
@@ -27,7 +27,7 @@ def encode_images(vae: FirstStage, images: torch.Tensor, generator: torch.Genera
 
 def decode_latents(vae: FirstStage, latents: torch.Tensor) -> torch.Tensor:
     """The way back: `(batch, latent_channels, h, w)` -> `(batch, 3, height, width)`, about [-1, 1]. A `VQModel`
-    quantises the latents first. Large batches are decoded in parts, so that the memory does not grow with them."""
+    quantizes the latents first. Large batches are decoded in parts, so that the memory does not grow with them."""
     latents = latents / vae.config.scaling_factor + _shift_factor(vae)
     blocks = vae.config.get("block_out_channels") or vae.config.decoder_block_out_channels
     pixels = latents.shape[-2] * latents.shape[-1] * 4 ** (len(blocks) - 1)

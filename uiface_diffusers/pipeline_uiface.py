@@ -559,7 +559,7 @@ class UIFacePipeline(DiffusionPipeline):
 
         Args:
             identity_embeds (`torch.Tensor` of shape `(batch, identity_dim)`): of unit length.
-            num_images_per_prompt (`int`, defaults to 1): samples an identity.
+            num_images_per_prompt (`int`, defaults to 1): samples per identity.
             device, dtype (*optional*): of the context; the pipeline's device, the projector's dtype if not given.
 
         Returns:
@@ -638,8 +638,8 @@ class UIFacePipeline(DiffusionPipeline):
         Args:
             identity_embeds (`torch.Tensor`, `np.ndarray`, `list` or `IdentityBank`, *optional*): `(batch, 512)` face
                 recognition embeddings, one `(512,)` vector, or a list of such vectors. Another length than 1 is
-                normalised. `None` follows the empty context to the end: faces of nobody in particular.
-            num_images_per_prompt (`int`, defaults to 1): samples an identity; those of one identity are neighbours.
+                normalized. `None` follows the empty context to the end: faces of nobody in particular.
+            num_images_per_prompt (`int`, defaults to 1): samples per identity; those of one identity are neighbors.
             num_inference_steps (`int`, defaults to 50): steps of the scheduler.
             guidance_scale (`float`, *optional*, the paper's is 2.0): diffusers' scale, the paper's w plus 1:
                 e_empty + guidance_scale * (e_identity - e_empty). 1 is no guidance. This, `boundary_threshold`,
@@ -668,7 +668,7 @@ class UIFacePipeline(DiffusionPipeline):
                 `guide_from_boundary`; always in the single stage), the empty branch runs in every so many steps only.
                 What it gave to guidance (e_identity - e_empty) and injection is kept for the steps between. 1 is
                 exact.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): one, or one a sample. With one a
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): one, or one per sample. With one a
                 sample, a sample does not depend on the others in its batch.
             latents (`torch.Tensor` of shape `(B, channels, height, width)`, *optional*): the start noise, drawn from
                 `generator` in float32 if not given.

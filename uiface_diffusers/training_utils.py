@@ -355,7 +355,7 @@ def facial_feature_weights(size: int, device: torch.device | str = "cpu") -> tor
 
 
 def make_lr_scheduler(args, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    """The schedule over `args.max_train_steps` optimiser steps. To be stepped once a step, whatever the number of
+    """The schedule over `args.max_train_steps` optimizer steps. To be stepped once per step, whatever the number of
     processes: it is not given to `Accelerator.prepare`."""
     if args.lr_scheduler == "cosine_warm_restarts":
         return torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(

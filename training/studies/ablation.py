@@ -7,7 +7,7 @@
 
 Every arm is generated (image n of an identity starts from the same noise in all of them) and measured as `uiface
 evaluate` does, in `--groups` of other identities each: the spread of a figure is that over the groups, and the same
-identities stand against each other in two arms. A small recogniser is trained on all groups together from scratch with
+identities stand against each other in two arms. A small recognizer is trained on all groups together from scratch with
 each of `--seeds`, and verified on `--benchmarks`. `real` is an arm, too: as many real people with as many faces each,
 none of whom looks like one of the benchmarks. Recall and precision are against real faces of other people again. Both
 are written first: what is missing there is named before the long work.
@@ -90,13 +90,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--judge", required=True, help="model pack that the pipeline was not trained with")
     parser.add_argument("--encoder_root", default="~/.insightface")
     parser.add_argument("--lpips_backbone", help="AlexNet's convolutions; torchvision downloads them if not given")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the faces, reports and recognisers")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the faces, reports and recognizers")
     parser.add_argument("--results", type=Path, help="the table, JSON (default: ablation.json in --work)")
     parser.add_argument("--num_identities", type=whole(), default=200)
     parser.add_argument("--groups", type=whole(), default=5, help="of identities, for the spread")
     parser.add_argument("--images_per_identity", type=whole(), default=20)
     parser.add_argument("--num_inference_steps", type=whole(), default=25)
-    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2], help="of the recognisers")
+    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2], help="of the recognizers")
     parser.add_argument("--recipe", type=Path, default=TRAINING / "configs" / "fr_study.yaml", help="of them")
     parser.add_argument(
         "--same_person",
@@ -114,7 +114,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def groups_of(args: argparse.Namespace, arm: str) -> list[Path]:
-    """The arm's data sets, one a group of identities."""
+    """The arm's data sets, one per group of identities."""
     return [args.work / arm / f"group-{number}" for number in range(args.groups)]
 
 
@@ -242,7 +242,7 @@ def figures_of(args: argparse.Namespace, report: dict) -> dict[str, float]:
     """The table's figures of one group."""
     found = {}
     for figure in report["figures"]:
-        by = figure["conditions"].get("recogniser")
+        by = figure["conditions"].get("recognizer")
         for title, name in FIGURES.items():
             # the judge's, but the cosine to the embedding, which is the encoder's
             if figure["name"] == name and by in (None, args.encoder if title == "context" else args.judge):
@@ -252,7 +252,7 @@ def figures_of(args: argparse.Namespace, report: dict) -> dict[str, float]:
 
 def collect(args: argparse.Namespace, default_latest: int) -> dict[str, dict[str, dict[str, float]]]:
     """What `--results` and `--work` have: arm -> figure -> its value by group; by seed, the mean accuracy over the
-    benchmarks and the share of its own faces that the recogniser has learned."""
+    benchmarks and the share of its own faces that the recognizer has learned."""
     table, saved = {}, saved_results(args)
     for arm in ARMS:
         row = saved.get(arm, {})
@@ -321,7 +321,7 @@ def print_table(table: dict[str, dict[str, dict[str, float]]]) -> None:
 
 
 def write_picture(args: argparse.Namespace) -> None:
-    """Faces of one person of two groups each, a row an arm and a column the same noise, as JPEG beside `--results`.
+    """Faces of one person of two groups each, one row per arm and a column the same noise, as JPEG beside `--results`.
     Not before all arms are generated."""
     arms = [arm for arm in ARMS if arm != "real"]
     groups = {arm: [folder / "images" for folder in groups_of(args, arm)[:2]] for arm in arms}

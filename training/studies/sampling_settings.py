@@ -8,10 +8,10 @@ The YAML file maps the name of a setting to arguments of the pipeline's call; `s
 `scheduler_options` what it takes beside the pipeline's own configuration. The first setting is what the others are
 compared with. For each:
 
-- rows: UNet rows an image; seconds an image, with decoding;
+- rows: UNet rows per image; seconds per image, with decoding;
 - boundary: mean timestep from which a face follows its identity; capped: share of the faces that do so at
   `latest_boundary`, as their attention has not come to rest before;
-- judge: cosine of the faces to the photograph of the person that they were conditioned on, by a recogniser that the
+- judge: cosine of the faces to the photograph of the person that they were conditioned on, by a recognizer that the
   training has not seen; others: to the photographs of the others; EER: of pairs of the faces;
 - LPIPS: between the images of one person (diversity);
 - precision, recall: against as many real faces (Kynkaanniemi et al. 2019), features of the LPIPS backbone.
@@ -103,7 +103,7 @@ def make_pipeline(args: argparse.Namespace, setting: dict) -> UIFacePipeline:
 def sample(
     args: argparse.Namespace, people: Conditions, setting: dict
 ) -> tuple[list[PIL.Image.Image], dict[str, float]]:
-    """Images, those of a person together; rows and seconds an image, and where the boundaries were."""
+    """Images, those of a person together; rows and seconds per image, and where the boundaries were."""
     setting = dict(setting)
     pipe, rows, images, boundaries = make_pipeline(args, setting), [], [], []
     pipe.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))

@@ -224,7 +224,7 @@ def _find_photographs(root: Path, wanted: list[str]) -> dict[str, Path]:
     return files
 
 
-def _centre_square(photograph: np.ndarray) -> np.ndarray:
+def _center_square(photograph: np.ndarray) -> np.ndarray:
     height, width = photograph.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -236,8 +236,8 @@ def make_benchmark(
 ) -> dict:
     """Makes a `.bin` of a list of pairs: faces are detected, aligned to 112x112 and stored as PNG.
 
-    In a photograph of several people the face nearest to the centre is meant: LFW's photographs were cut about it. Of
-    one in which no face is found, the square about its centre is stored, as by InsightFace's own tool: to leave pairs
+    In a photograph of several people the face nearest to the center is meant: LFW's photographs were cut about it. Of
+    one in which no face is found, the square about its center is stored, as by InsightFace's own tool: to leave pairs
     out would leave out hard ones, and move the folds.
 
     Args:
@@ -283,10 +283,10 @@ def make_benchmark(
 
 
 def _central_face(photograph: np.ndarray, encoder: FaceEncoder) -> tuple[np.ndarray, int]:
-    """The aligned face, and how many were found; the centre's square without any."""
+    """The aligned face, and how many were found; the center's square without any."""
     try:
         faces = encoder.detect(photograph)
         face = encoder.select(faces, photograph.shape, "central")
     except UnusableFaceError:
-        return _centre_square(photograph), 0
+        return _center_square(photograph), 0
     return align_face(photograph, face.landmarks), len(faces)

@@ -162,7 +162,7 @@ def prepare_faces(
             does not depend on it. Give an encoder with `threads=1`, so that they do not wait for each other.
 
     Returns:
-        The report: `photographs`, `faces`, `identities`, `reasons` (a count a reason), `skipped` (file -> reason),
+        The report: `photographs`, `faces`, `identities`, `reasons` (one count per reason), `skipped` (file -> reason),
         `several_faces` (file -> how many were found, if more than one), `duplicates` (file -> the first file with
         the same pixels), `outliers` (file -> cosine) and `left_out` (of what was found beside the photographs:
         reason -> `count`, and the `first` ten names). Of the faces: `poses_known` (how many have a head pose; those
@@ -375,7 +375,7 @@ def find_outliers(shards: list[Path], threshold: float) -> dict[str, float]:
 
 
 def _find_outliers_once(file: Path, shards: list[Path], threshold: float, drop: bool) -> dict[str, float]:
-    """The outliers, noted in `file` before any is dropped: afterwards medians would be others."""
+    """The outliers, noted in `file` before any is dropped: afterward medians would be others."""
     if file.exists():
         dropped, earlier, outliers = read_entries(file, dropped=bool, threshold=int | float, outliers=dict)
         if dropped and (not drop or earlier != threshold):
@@ -456,7 +456,7 @@ class FaceCache:
         return EncoderMark(self.identity_encoder, self.identity_encoder_fingerprint)
 
     def embeddings(self) -> IdentityBank:
-        """One embedding a face, `(N, identity_dim)`, in the order of `images`; the names are the identities'."""
+        """One embedding per face, `(N, identity_dim)`, in the order of `images`; the names are the identities'."""
         columns = [_read_shard(shard, ["embedding", "identity"]) for shard in self.shards]
         table = pa.concat_tables(columns)
         embeddings = np.stack(table["embedding"].to_numpy())

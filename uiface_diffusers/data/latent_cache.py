@@ -20,7 +20,7 @@ from .face_cache import FaceCache
 def cache_latents(
     faces: FaceCache, vae: FirstStage, device: torch.device | str = "cpu", batch_size: int = 32
 ) -> list[Path]:
-    """Encodes the faces of a cache and their mirror images, a file a shard beside it. Goes on where it was stopped.
+    """Encodes the faces of a cache and their mirror images, one file per shard beside it. Resumable.
 
     Args:
         faces: prepared faces.

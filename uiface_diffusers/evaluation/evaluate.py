@@ -23,7 +23,7 @@ from ..files import local_path, read_settings
 from ..fingerprint import weights_fingerprint
 from ..generation import bank_hash
 from ..identities import IdentityBank, largest_cosines
-from .class_structure import class_centres, class_uniqueness, intra_class_consistency
+from .class_structure import class_centers, class_uniqueness, intra_class_consistency
 from .diversity import identity_pairs, mean_lpips
 from .face_set import FaceSet, computed_once, open_faces
 from .features import LpipsFeatures, LpipsGridFeatures
@@ -58,7 +58,7 @@ def evaluate_dataset(
     features: nn.Module | str = "lpips",
     perceptual: nn.Module | None = None,
     lpips_pairs: int | None = 20,
-    neighbours: int = 3,
+    neighbors: int = 3,
     threshold: float = 0.3,
     max_pairs: int = 1_000_000,
     max_images: int = 50_000,
@@ -75,8 +75,8 @@ def evaluate_dataset(
     Args:
         dataset: folder of `generate_dataset` or `prepare_faces`, identity folders, RecordIO or webdataset shards.
         output: folder of the report.
-        encoder: the recogniser that the generator was conditioned on, or any.
-        judge (*optional*): another recogniser, to measure identity by a model that the generator has not seen.
+        encoder: the recognizer that the generator was conditioned on, or any.
+        judge (*optional*): another recognizer, to measure identity by a model that the generator has not seen.
         identities (*optional*): the embeddings that the faces were conditioned on, by name.
         against (*optional*): embeddings of real people, as those of the training, to look for leakage.
         real (*optional*): real faces for KID and the classifier test, precision and recall: one set or several, in the
@@ -91,7 +91,7 @@ def evaluate_dataset(
             module with a `name`, as `TorchvisionFeatures`.
         perceptual (*optional*): as `load_lpips` gives it; AlexNet with torchvision's backbone if not given.
         lpips_pairs (`int`, defaults to 20): pairs of images drawn of each identity; None for all.
-        neighbours (`int`, defaults to 3): k of precision and recall.
+        neighbors (`int`, defaults to 3): k of precision and recall.
         threshold (`float`, defaults to 0.3): cosine from which two are of one person, of uniqueness and consistency.
         max_pairs (`int`, defaults to 1,000,000): genuine and impostor pairs at most; all if there are no more.
         max_images (`int`, defaults to 50,000): images at most of each side for these. For precision and recall both
@@ -110,17 +110,17 @@ def evaluate_dataset(
             another encoder or lacks identities; a setting is out of range; `output` has the report of another set.
     """
     dataset, output = local_path(dataset), local_path(output)
-    settings = {"lpips_pairs": lpips_pairs, "neighbours": neighbours, "threshold": threshold, "max_pairs": max_pairs}
+    settings = {"lpips_pairs": lpips_pairs, "neighbors": neighbors, "threshold": threshold, "max_pairs": max_pairs}
     settings |= {"max_images": max_images, "seed": seed}
-    for name in ("lpips_pairs", "neighbours", "max_pairs", "max_images"):
+    for name in ("lpips_pairs", "neighbors", "max_pairs", "max_images"):
         if settings[name] is not None and settings[name] < 1:
             raise ValueError(f"`{name}` has to be positive but is {settings[name]}.")
     if isinstance(features, str) and features not in ("lpips", "encoder"):
         raise ValueError(f"`features` has to be `lpips`, `encoder` or a module but is {features!r}.")
     versions = {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
     _refuse_another(output, dataset)
-    recognisers = [encoder] if judge is None else [encoder, judge]
-    _check_banks(recognisers, (identities, against))
+    recognizers = [encoder] if judge is None else [encoder, judge]
+    _check_banks(recognizers, (identities, against))
     if against is not None and len(set(against.names)) < 2:
         raise ValueError("`against` has a single identity: leakage is measured against impostors among real people.")
     reals = [] if real is None else [real] if isinstance(real, str | os.PathLike) else list(real)
@@ -144,18 +144,18 @@ def evaluate_dataset(
             real_sides = _realism_sides(faces, references, max_images, seed)
         except TooFewFacesError as error:
             too_few = [f"Not measured: {error}"]
-    _check_compared(compared, faces, references, same_people, neighbours)
+    _check_compared(compared, faces, references, same_people, neighbors)
 
-    run = _Evaluation(faces, output / "cache", settings, device, recognisers)
+    run = _Evaluation(faces, output / "cache", settings, device, recognizers)
     for path, each in zip([dataset, *reals], [faces, *references], strict=True):
         if each.source.left_out:
             lines = describe_left_out(summarize_left_out(each.source.left_out))
             run.notes.append(f"Left out of {path}: {'; '.join(lines)}.")
     run.notes += too_few
     perceptual = (perceptual or load_lpips()).to(device)
-    embeddings = {recogniser.name: faces.embed(recogniser, run.cache) for recogniser in recognisers}
+    embeddings = {recognizer.name: faces.embed(recognizer, run.cache) for recognizer in recognizers}
     for name, of_name in embeddings.items():
-        run.recogniser(name, of_name)
+        run.recognizer(name, of_name)
     if identities is not None:
         name = identities.identity_encoder or encoder.name
         run.contexts(name, embeddings[name], identities)
@@ -166,7 +166,7 @@ def evaluate_dataset(
     if real_sides is not None:
         grid = LpipsGridFeatures(perceptual)
         run.realism(*real_sides, real_name, grid, grid.network)
-        run.realism(*real_sides, real_name, recognisers[-1], recognisers[-1].name)
+        run.realism(*real_sides, real_name, recognizers[-1], recognizers[-1].name)
     if compared is not None:
         network = LpipsFeatures(perceptual) if features == "lpips" else encoder if features == "encoder" else features
         run.precision_recall(*compared, real_name, network)
@@ -203,15 +203,15 @@ def _refuse_another(output: Path, dataset: Path) -> None:
             raise ValueError(f"{output} has the report of {before}: choose another folder.")
 
 
-def _check_banks(recognisers: Sequence[FaceEncoder], banks: Sequence[IdentityBank | None]) -> None:
-    names = [recogniser.name for recogniser in recognisers]
+def _check_banks(recognizers: Sequence[FaceEncoder], banks: Sequence[IdentityBank | None]) -> None:
+    names = [recognizer.name for recognizer in recognizers]
     if len(set(names)) < len(names):
-        raise ValueError(f"the judge has to be another recogniser than the encoder, but both are `{names[0]}`.")
+        raise ValueError(f"the judge has to be another recognizer than the encoder, but both are `{names[0]}`.")
     for bank in banks:
         if bank is not None:
-            # the recogniser of its name; of none, the first one for the error
-            same = [recogniser for recogniser in recognisers if recogniser.name == bank.identity_encoder]
-            wanted, measured = (same or recognisers)[0], f"this evaluation (by `{'`, `'.join(names)}`)"
+            # the recognizer of its name; of none, the first one for the error
+            same = [recognizer for recognizer in recognizers if recognizer.name == bank.identity_encoder]
+            wanted, measured = (same or recognizers)[0], f"this evaluation (by `{'`, `'.join(names)}`)"
             check_same_encoder("a bank", bank.encoder_mark, measured, wanted.encoder_mark)
     contexts = banks[0]
     if contexts is not None and len(set(contexts.names)) < len(contexts):
@@ -287,22 +287,22 @@ def _check_compared(
     faces: FaceSet,
     references: Sequence[FaceSet],
     same_people: bool,
-    neighbours: int,
+    neighbors: int,
 ) -> None:
     if compared is None:
         if same_people:
             raise ValueError("`same_people` is about real faces: name them by `real`.")
         return
-    if len(compared[0]) <= neighbours:
-        raise ValueError(f"sets of {len(compared[0])} images are too small for {neighbours} neighbours.")
-    if same_people and not _people_of_both(faces, FaceSet.join(references), neighbours):
-        raise ValueError(f"no identity has more than {neighbours} images under the same name in both sets.")
+    if len(compared[0]) <= neighbors:
+        raise ValueError(f"sets of {len(compared[0])} images are too small for {neighbors} neighbors.")
+    if same_people and not _people_of_both(faces, FaceSet.join(references), neighbors):
+        raise ValueError(f"no identity has more than {neighbors} images under the same name in both sets.")
 
 
-def _people_of_both(faces: FaceSet, references: FaceSet, neighbours: int) -> set[str]:
-    """Names with more images than neighbours in both sets."""
+def _people_of_both(faces: FaceSet, references: FaceSet, neighbors: int) -> set[str]:
+    """Names with more images than neighbors in both sets."""
     ours, theirs = Counter(faces.names), Counter(references.names)
-    return {name for name, count in ours.items() if min(count, theirs[name]) > neighbours}
+    return {name for name, count in ours.items() if min(count, theirs[name]) > neighbors}
 
 
 def _describe(dataset: Path, faces: FaceSet) -> dict[str, Any]:
@@ -336,10 +336,10 @@ class _Evaluation:
         cache: Path,
         settings: dict[str, Any],
         device: torch.device | str,
-        recognisers: Sequence[FaceEncoder],
+        recognizers: Sequence[FaceEncoder],
     ):
         self.faces, self.cache, self.settings, self.device = faces, cache, settings, device
-        self.weights = {recogniser.name: recogniser.fingerprint for recogniser in recognisers}
+        self.weights = {recognizer.name: recognizer.fingerprint for recognizer in recognizers}
         self.measures: list[Measure] = []
         self.notes: list[str] = []
         self.pictures: list[tuple[str, bytes]] = []
@@ -347,11 +347,11 @@ class _Evaluation:
     def add(self, values: dict[str, float], conditions: dict[str, Any], detail: str = "") -> None:
         self.measures += [Measure(name, value, conditions, detail) for name, value in values.items()]
 
-    def conditions(self, recogniser: str) -> dict[str, Any]:
-        return {"recogniser": recogniser, "weights": self.weights[recogniser]}
+    def conditions(self, recognizer: str) -> dict[str, Any]:
+        return {"recognizer": recognizer, "weights": self.weights[recognizer]}
 
-    def recogniser(self, name: str, embeddings: torch.Tensor) -> None:
-        """How well a recogniser tells the identities apart."""
+    def recognizer(self, name: str, embeddings: torch.Tensor) -> None:
+        """How well a recognizer tells the identities apart."""
         labels, max_pairs, seed = self.faces.labels, self.settings["max_pairs"], self.settings["seed"]
         genuine = pair_cosines(embeddings, genuine_pairs(labels.numpy(), max_pairs, seed))
         impostor = pair_cosines(embeddings, impostor_pairs(labels.numpy(), max_pairs, seed))
@@ -361,7 +361,7 @@ class _Evaluation:
         consistency_others, to_others = intra_class_consistency(embeddings, labels, threshold, leave_one_out=True)
         conditions = self.conditions(name) | {"threshold": threshold}
         # these two depend on the set's size
-        uniqueness = class_uniqueness(class_centres(embeddings, labels), threshold)
+        uniqueness = class_uniqueness(class_centers(embeddings, labels), threshold)
         self.add({"uniqueness": uniqueness}, conditions | {"identities": len(self.faces.identities)})
         consistency = intra_class_consistency(embeddings, labels, threshold)[0]
         self.add({"consistency": consistency}, conditions | {"images of each": _of_each(self.faces)})
@@ -480,7 +480,7 @@ class _Evaluation:
         self, faces: FaceSet, references: FaceSet, real: str, network: FaceEncoder | nn.Module
     ) -> None:
         """How much of one set lies among the other."""
-        k = self.settings["neighbours"]
+        k = self.settings["neighbors"]
         ours, theirs = self.features(faces, network), self.features(references, network)
         conditions = self.of_network(network) | {"k": k, "images": len(faces), "real": f"{real} {references.key}"}
         precision, recall = improved_precision_recall(theirs, ours, k, progress=True)
@@ -488,7 +488,7 @@ class _Evaluation:
 
     def class_precision_recall(self, references: FaceSet, real: str, network: FaceEncoder | nn.Module) -> None:
         """How much of a person's images lies among the real ones of that person."""
-        k = self.settings["neighbours"]
+        k = self.settings["neighbors"]
         people = self.faces.of_identities(_people_of_both(self.faces, references, k))
         faces = people.sample_identities(self.settings["max_images"], self.settings["seed"])
         references = references.of_identities(faces.identities)

@@ -162,24 +162,24 @@ class FaceSet:
         """Faces `(N, 3, 112, 112)` in [-1, 1]."""
         return face_pixels([self.source.read(self.photographs[position]) for position in positions])
 
-    def embed(self, recogniser: FaceEncoder, folder: Path) -> torch.Tensor:
+    def embed(self, recognizer: FaceEncoder, folder: Path) -> torch.Tensor:
         """Embeddings `(N, D)` of unit length, in their order; `folder` keeps them.
 
         Raises:
-            ValueError: the recogniser makes nothing of a face; the message names its file.
+            ValueError: the recognizer makes nothing of a face; the message names its file.
         """
 
         def compute(rows: range) -> torch.Tensor:
             try:
-                return recogniser.embed_pictures([self.read(row) for row in rows])
+                return recognizer.embed_pictures([self.read(row) for row in rows])
             except NoEmbeddingError as error:
                 file = self.photographs[rows[error.position]].file
                 raise ValueError(
-                    f"`{recogniser.name}` gives no embedding of {file}: zero or not finite. Take the file out."
+                    f"`{recognizer.name}` gives no embedding of {file}: zero or not finite. Take the file out."
                 ) from error
 
-        folder = folder / f"embeddings-{recogniser.fingerprint}-{self.key}"
-        return F.normalize(computed_once(folder, len(self), compute, f"embed by {recogniser.name}"))
+        folder = folder / f"embeddings-{recognizer.fingerprint}-{self.key}"
+        return F.normalize(computed_once(folder, len(self), compute, f"embed by {recognizer.name}"))
 
     def check(self, folder: Path) -> dict[str, str]:
         """Reads every picture, once: `folder` remembers it. Returns file -> what is wrong with it."""
@@ -215,8 +215,8 @@ def computed_once(
     batch_size: int = 64,
     batches_a_file: int = 16,
 ) -> torch.Tensor:
-    """Rows that are computed in batches and kept in files, some batches a file: the same call goes on where an earlier
-    one was stopped.
+    """Rows that are computed in batches and kept in files, some batches per file: the same call goes on where an
+    earlier one was stopped.
 
     Args:
         folder: of the files; its name has to tell what is computed of what.

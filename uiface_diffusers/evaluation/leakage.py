@@ -90,8 +90,8 @@ def measure_leakage(synthetic: IdentityBank, real: IdentityBank) -> LeakageRepor
     are as near as two pictures of one person.
 
     Args:
-        synthetic: an embedding an image; names are its identities.
-        real: an embedding an image of real people, as those of the training.
+        synthetic: one embedding per image; names are its identities.
+        real: one embedding per image of real people, as those of the training.
 
     Raises:
         ValueError: the banks are of two encoders, or `real` has a single identity.

@@ -42,7 +42,7 @@ def _squared_distances(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tenso
     return distances.masked_fill(distances < EQUAL * norms, 0)
 
 
-def neighbour_radii(features: torch.Tensor, k: int = 3, progress: bool = False) -> torch.Tensor:
+def neighbor_radii(features: torch.Tensor, k: int = 3, progress: bool = False) -> torch.Tensor:
     """Squared distance of each image to its k-th nearest other one.
 
     Args:
@@ -70,21 +70,21 @@ def neighbour_radii(features: torch.Tensor, k: int = 3, progress: bool = False) 
     return torch.cat(radii)
 
 
-def share_within(features: torch.Tensor, centres: torch.Tensor, radii: torch.Tensor, progress: bool = False) -> float:
-    """Share of images that lie in a ball (or on its surface) about any centre.
+def share_within(features: torch.Tensor, centers: torch.Tensor, radii: torch.Tensor, progress: bool = False) -> float:
+    """Share of images that lie in a ball (or on its surface) about any center.
 
     Args:
         features (`torch.Tensor` of shape `(N, D)`).
-        centres (`torch.Tensor` of shape `(M, D)`).
+        centers (`torch.Tensor` of shape `(M, D)`).
         radii (`torch.Tensor` of shape `(M,)`): squared.
     """
     within = 0
     for start in tqdm(range(0, len(features), ROWS), desc="within", unit="block", disable=not progress):
         rows = features[start : start + ROWS]
         found = torch.zeros(len(rows), dtype=torch.bool)
-        for first in range(0, len(centres), COLUMNS):
+        for first in range(0, len(centers), COLUMNS):
             columns = slice(first, first + COLUMNS)
-            found |= (_squared_distances(rows, centres[columns]) <= radii[columns]).any(dim=1)
+            found |= (_squared_distances(rows, centers[columns]) <= radii[columns]).any(dim=1)
         within += int(found.sum())
     return within / len(features)
 
@@ -98,13 +98,13 @@ def improved_precision_recall(
     Args:
         real (`torch.Tensor` of shape `(N, D)`): features of real images.
         synthetic (`torch.Tensor` of shape `(M, D)`): of synthetic ones, by the same network.
-        k (`int`, defaults to 3): neighbour that gives a ball its radius.
+        k (`int`, defaults to 3): neighbor that gives a ball its radius.
 
     Raises:
         ValueError: a set has k images or fewer.
     """
-    precision = share_within(synthetic, real, neighbour_radii(real, k, progress), progress)
-    recall = share_within(real, synthetic, neighbour_radii(synthetic, k, progress), progress)
+    precision = share_within(synthetic, real, neighbor_radii(real, k, progress), progress)
+    recall = share_within(real, synthetic, neighbor_radii(synthetic, k, progress), progress)
     return precision, recall
 
 

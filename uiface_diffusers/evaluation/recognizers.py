@@ -1,4 +1,4 @@
-"""Recognisers to measure: an insightface model pack, or a model of this package."""
+"""Recognizers to measure: an insightface model pack, or a model of this package."""
 
 import os
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class PackRecognizer:
 
 
 class ModelRecognizer:
-    """A recogniser of transformers' form: `model(**processor(images, return_tensors="pt")).embeddings`.
+    """A recognizer of transformers' form: `model(**processor(images, return_tensors="pt")).embeddings`.
 
     Args:
         model: a module with `device`, in eval mode.
@@ -69,10 +69,10 @@ def load_recognizer(
     providers: list[str] | None = None,
     device: str | None = None,
 ) -> Recognizer:
-    """Loads a recogniser by its name.
+    """Loads a recognizer by its name.
 
     Args:
-        model: the name of an insightface pack; or a folder, or a Hub repository `ORGANISATION/NAME`, of a recogniser
+        model: the name of an insightface pack; or a folder, or a Hub repository `ORGANISATION/NAME`, of a recognizer
             that this package or transformers knows: weights as safetensors, no code of the repository's.
         root (defaults to `"~/.insightface"`): the folder with `models/PACK`.
         providers (`list[str]`, *optional*): onnxruntime's execution providers, for a pack.
@@ -80,7 +80,7 @@ def load_recognizer(
 
     Raises:
         OSError: there is no such folder or repository, or a file of it is missing.
-        ValueError: there is no such pack, or it has no recogniser.
+        ValueError: there is no such pack, or it has no recognizer.
     """
     model = os.fspath(model)
     if not Path(model).is_dir() and "/" not in model:

@@ -34,7 +34,7 @@ def reconstruction_quality(
         pixels (`torch.Tensor` of shape `(N, 3, height, width)`): bytes, or floating point in [-1, 1].
         perceptual: LPIPS, as `load_lpips` gives it.
         recognizers: name -> module that embeds `(N, 3, height, width)` in [-1, 1], as `TorchRecognizer`.
-        batch_size: faces a call.
+        batch_size: faces per call.
 
     Returns:
         `reconstructions` `(N, 3, height, width)` in [-1, 1], and `figures`, each the mean over all faces: `l1` (of

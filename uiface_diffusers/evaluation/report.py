@@ -53,7 +53,7 @@ MEASURES = {
         "%",
         "The same with the mean of the identity's other images.",
     ),
-    "impostors_above": ("Impostor pairs above the threshold", "%", "What that threshold means to this recogniser."),
+    "impostors_above": ("Impostor pairs above the threshold", "%", "What that threshold means to this recognizer."),
     "context_cosine": (
         "Mean cosine to the context",
         "",
@@ -337,7 +337,7 @@ class Comparison:
 
 
 def compare_reports(reports: Sequence[dict[str, Any]]) -> Comparison:
-    """Figures of several data sets side by side. Only what was measured with the same conditions (recogniser, feature
+    """Figures of several data sets side by side. Only what was measured with the same conditions (recognizer, feature
     network, k, real set, ...) stands in one row; where a figure has different ones, a note says so.
 
     Args:

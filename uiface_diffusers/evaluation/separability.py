@@ -1,4 +1,4 @@
-"""How far apart are pairs of one identity (genuine) and pairs of two (impostors) in a recogniser's space?"""
+"""How far apart are pairs of one identity (genuine) and pairs of two (impostors) in a recognizer's space?"""
 
 from dataclasses import dataclass
 

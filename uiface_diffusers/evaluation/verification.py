@@ -137,10 +137,10 @@ def true_accept_interval(
     ]
     measured, number = true_accept_rate(genuine, impostor, far)[0], len(genuine)
     # Wilson 1927; 1.96 deviations of a normal distribution
-    centre = (measured + 1.96**2 / (2 * number)) / (1 + 1.96**2 / number)
+    center = (measured + 1.96**2 / (2 * number)) / (1 + 1.96**2 / number)
     half = 1.96 / (1 + 1.96**2 / number) * np.sqrt(measured * (1 - measured) / number + 1.96**2 / (4 * number**2))
     low, high = np.quantile(rates, [0.025, 0.975])
-    return float(max(0.0, min(low, centre - half))), float(min(1.0, max(high, centre + half)))
+    return float(max(0.0, min(low, center - half))), float(min(1.0, max(high, center + half)))
 
 
 def fold_accuracies(
@@ -218,7 +218,7 @@ def embed_benchmark(embed: Callable[[np.ndarray], np.ndarray], benchmark: Benchm
     pairs it is.
 
     Args:
-        embed: `(N, 112, 112, 3)` RGB bytes -> `(N, D)` features, not normalised.
+        embed: `(N, 112, 112, 3)` RGB bytes -> `(N, D)` features, not normalized.
 
     Returns:
         `np.ndarray` of shape `(2 * pairs, D)`.
@@ -240,10 +240,10 @@ def verify_benchmarks(
     benchmarks: str | os.PathLike,
     done: Callable[[dict[str, VerificationResult]], None] = lambda results: None,
 ) -> dict[str, VerificationResult]:
-    """Measures a recogniser on benchmarks.
+    """Measures a recognizer on benchmarks.
 
     Args:
-        embed: `(N, 112, 112, 3)` RGB bytes -> `(N, D)` features, not normalised, as `load_recognizer` gives.
+        embed: `(N, 112, 112, 3)` RGB bytes -> `(N, D)` features, not normalized, as `load_recognizer` gives.
         benchmarks: a folder of `.bin` files, or one of them.
         done: called with the results so far after each.
 
@@ -306,7 +306,7 @@ def verification_table(results: dict[str, VerificationResult]) -> str:
 
 
 def save_verification(results: dict[str, VerificationResult], name: str, output: str | os.PathLike) -> None:
-    """Writes `verification.json` and the curves, `roc.png`, of a recogniser `name` into a folder."""
+    """Writes `verification.json` and the curves, `roc.png`, of a recognizer `name` into a folder."""
     from matplotlib.figure import Figure  # of the extra `train`; without pyplot it needs no display
 
     output = Path(output)

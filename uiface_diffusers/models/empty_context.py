@@ -11,7 +11,7 @@ from torch import nn
 class EmptyContextOutput(BaseOutput):
     """
     Args:
-        context (`torch.Tensor` of shape `(batch_size, num_tokens, context_dim)`): the empty context, once a sample.
+        context (`torch.Tensor` of shape `(batch_size, num_tokens, context_dim)`): the empty context, once per sample.
     """
 
     context: torch.Tensor

@@ -58,7 +58,7 @@ class IResNetConfig(PretrainedConfig):
 class IResNetModelOutput(ModelOutput):
     """
     Args:
-        embeddings (`torch.FloatTensor` of shape `(batch_size, embedding_dim)`): not normalised; their direction tells
+        embeddings (`torch.FloatTensor` of shape `(batch_size, embedding_dim)`): not normalized; their direction tells
             the identity, their length something of the picture's quality.
     """
 
@@ -143,7 +143,7 @@ class IResNetModel(PreTrainedModel):
             return_dict (`bool`, *optional*): a plain tuple when `False`.
 
         Returns:
-            `IResNetModelOutput` with `embeddings` of shape `(batch_size, embedding_dim)`, not normalised.
+            `IResNetModelOutput` with `embeddings` of shape `(batch_size, embedding_dim)`, not normalized.
 
         Raises:
             ValueError: the faces are of another size.
@@ -170,7 +170,7 @@ class IResNetModel(PreTrainedModel):
             batch_size (`int`, defaults to 128): faces at once.
 
         Returns:
-            `np.ndarray` of shape `(N, embedding_dim)`: float32, not normalised.
+            `np.ndarray` of shape `(N, embedding_dim)`: float32, not normalized.
 
         Raises:
             ValueError: the faces are not of bytes, or of another size.

@@ -1,4 +1,4 @@
-"""Classification heads that train a face recogniser: the cosine to the face's own identity is made worse by a margin,
+"""Classification heads that train a face recognizer: the cosine to the face's own identity is made worse by a margin,
 so that faces of one identity have to come closer than is needed to tell them apart.
 
 A head is needed for training only. It computes in float32, also within autocast: near a cosine of one, half precision
@@ -22,7 +22,7 @@ def angle(cosine: torch.Tensor) -> torch.Tensor:
 
 
 class MarginHead(nn.Module):
-    """Cosines of embeddings to one learnt centre an identity, times a scale, with a margin at the own identity.
+    """Cosines of embeddings to one learned center an identity, times a scale, with a margin at the own identity.
 
     Args:
         embedding_dim (`int`): width of the embeddings.
@@ -40,7 +40,7 @@ class MarginHead(nn.Module):
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            embeddings (`torch.Tensor` of shape `(batch_size, embedding_dim)`): not normalised.
+            embeddings (`torch.Tensor` of shape `(batch_size, embedding_dim)`): not normalized.
             labels (`torch.Tensor` of shape `(batch_size,)`): identities as integers in [0, num_classes).
 
         Returns:
@@ -49,8 +49,8 @@ class MarginHead(nn.Module):
         with torch.autocast(embeddings.device.type, enabled=False):
             embeddings, labels = embeddings.float(), labels[:, None]
             # batch norm makes lengths of about sqrt(embedding_dim): one of zero keeps a gradient that float16 can hold
-            directions, centres = F.normalize(embeddings, eps=1e-2), F.normalize(self.weight.float())
-            cosine = F.linear(directions, centres)
+            directions, centers = F.normalize(embeddings, eps=1e-2), F.normalize(self.weight.float())
+            cosine = F.linear(directions, centers)
             lengths = embeddings.detach().norm(dim=1, keepdim=True)
             own = self.apply_margin(cosine.gather(1, labels), lengths)
             return self.scale * cosine.scatter(1, labels, own)

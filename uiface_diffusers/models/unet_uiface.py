@@ -180,7 +180,7 @@ class UIFaceUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         block_out_channels (`tuple[int]`, defaults to `(96, 192, 384, 768)`): width of each level.
         attention_levels (`tuple[bool]`, defaults to `(False, True, True, True)`): which levels have attention. The
             middle always has.
-        layers_per_block (`int`, defaults to 2): residual blocks a level on the way down; one more on the way up.
+        layers_per_block (`int`, defaults to 2): residual blocks per level on the way down; one more on the way up.
         attention_head_dim (`int`, defaults to 32): width of an attention head; divides every width with attention.
         cross_attention_dim (`int`, defaults to 256): width of the context.
         num_context_tokens (`int`, defaults to 32): keys that every attention block makes of one context token.
@@ -214,7 +214,7 @@ class UIFaceUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         if len(attention_levels) != len(widths):
             raise ValueError(
                 f"`attention_levels` has {len(attention_levels)} entries, `block_out_channels` has {len(widths)}: give"
-                " one entry a level to both."
+                " one entry per level to both."
             )
         with_attention = [width for width, has in zip(widths, attention_levels, strict=True) if has] + [widths[-1]]
         # the last block of a level on the way up attends at the next level's width
@@ -293,7 +293,7 @@ class UIFaceUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         Args:
             sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): noisy latents; height and width
                 are multiples of `2 ** (levels - 1)`.
-            timestep (`torch.Tensor`, `float` or `int`): one timestep for all rows, or one a row of shape `(batch,)`.
+            timestep (`torch.Tensor`, `float` or `int`): one timestep for all rows, or one per row of shape `(batch,)`.
             encoder_hidden_states (`torch.Tensor` of shape `(batch, tokens, cross_attention_dim)`): the context. `None`
                 only with attention processors that have the contexts' keys and values from `cross_attention_kwargs`.
             cross_attention_kwargs (`dict`, *optional*): passed to every attention processor.

@@ -86,7 +86,7 @@ def logit_std(query: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
 def cross_temperature(identity_std: torch.Tensor, empty_std: torch.Tensor, strength: float) -> torch.Tensor:
     """The cross-attention injection as a temperature of each query.
 
-    The reference renormalises a query's logits l over the tokens towards the empty branch's l_e:
+    The reference renormalizes a query's logits l over the tokens toward the empty branch's l_e:
     l' = (l - mean(l)) / std(l) s + m with s = a std(l_e) + (1 - a) std(l). The softmax ignores m and every shift, so
     l' is as good as tau l with tau = a std(l_e) / std(l) + 1 - a.
 

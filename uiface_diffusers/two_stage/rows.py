@@ -61,7 +61,7 @@ def plan_rows(
     keep_empty: bool = False,
     reuse_empty: bool = False,
 ) -> RowPlan:
-    """Which rows a step needs: one for a sample in stage one, two for a sample in stage two (one if nothing is taken
+    """Which rows per step needs: one for a sample in stage one, two for a sample in stage two (one if nothing is taken
     from its empty branch, or what is taken is reused).
 
     Args:

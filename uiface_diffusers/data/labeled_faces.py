@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 UNIFORM_RANGE = 16
 # more of them than this share, and something went wrong where the pictures were made
 MAX_UNIFORM_SHARE = 0.01
-UNIFORM = "of one colour"
+UNIFORM = "of one color"
 
 
 def decode_face(content: bytes, size: int) -> np.ndarray:
@@ -57,7 +57,7 @@ def _data_set(path: str | os.PathLike) -> Path:
     return path.parent if path.name in ("images", "shards") and (path.parent / GENERATION).exists() else path
 
 
-class LabelledFaces(Dataset):
+class LabeledFaces(Dataset):
     """Faces of one or several data sets, decoded when they are fetched, a batch at a time.
 
     Args:
@@ -161,9 +161,9 @@ class LabelledFaces(Dataset):
 
 
 class _Flaws(Dataset):
-    """`LabelledFaces.flaw` for a DataLoader."""
+    """`LabeledFaces.flaw` for a DataLoader."""
 
-    def __init__(self, faces: LabelledFaces):
+    def __init__(self, faces: LabeledFaces):
         self.faces = faces
 
     def __len__(self) -> int:
@@ -173,7 +173,7 @@ class _Flaws(Dataset):
         return self.faces.flaw(index)
 
 
-def check_faces(faces: LabelledFaces, max_faces: int | None = None, num_workers: int = 0) -> dict[str, int]:
+def check_faces(faces: LabeledFaces, max_faces: int | None = None, num_workers: int = 0) -> dict[str, int]:
     """Reads faces before a training does, so that it does not end after hours for one of them.
 
     Args:
@@ -182,10 +182,10 @@ def check_faces(faces: LabelledFaces, max_faces: int | None = None, num_workers:
         num_workers (`int`, defaults to 0): processes that read.
 
     Returns:
-        `faces`, `identities`, `single` (identities with one face), `checked` and `uniform` (faces of one colour).
+        `faces`, `identities`, `single` (identities with one face), `checked` and `uniform` (faces of one color).
 
     Raises:
-        ValueError: faces that cannot be trained on, or too many of one colour; kinds, numbers and an example of each.
+        ValueError: faces that cannot be trained on, or too many of one color; kinds, numbers and an example of each.
     """
     number = len(faces) if max_faces is None else min(max_faces, len(faces))
     indices = np.linspace(0, len(faces) - 1, number).round().astype(int).tolist()
