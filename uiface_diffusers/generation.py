@@ -90,9 +90,9 @@ def default_batch_size(pipeline: UIFacePipeline) -> int:
     16 on a CPU, whose cores are busy by then. A GPU takes about as long for a step of a few rows as for one of
     hundreds: 256 there for latents of 32x32, in proportion to the area for others, from 16 to 1024.
     """
-    if pipeline.unet.device.type == "cpu":
-        return 16
     side = pipeline.unet.config.sample_size
+    if pipeline.unet.device.type == "cpu" or side is None:  # the pipeline's call refuses the latter
+        return 16
     height, width = (side, side) if isinstance(side, int) else side
     return min(max(16, 256 * 32 * 32 // (height * width)), 1024)
 
