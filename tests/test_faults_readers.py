@@ -32,7 +32,7 @@ from uiface_diffusers.pictures import rgb_bytes
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 5\n"
 
 
-def picture(value: int, kind: str = "png", size: int = 8) -> bytes:
+def picture(value: int = 1, kind: str = "png", size: int = 8) -> bytes:
     buffer = io.BytesIO()
     PIL.Image.new("RGB", (size, size), (value, 0, 255 - value)).save(buffer, kind)
     return buffer.getvalue()

@@ -469,14 +469,15 @@ def test_compiled_training_gives_about_the_same_parameters(workspace, toy_root, 
     """Denoiser, recognizer and LPIPS as accelerate is told to compile; here without code generation."""
     options = ("--prediction_type", "v_prediction", "--max_train_steps", "2", "--encoder_root", str(toy_root))
     options += ("--identity_weight", "0.5", "--decoded_samples", "2", "--learning_rate", "1e-4")
-    for backend in ("no", "aot_eager"):
-        result = subprocess.run(
-            command(workspace, f"dynamo_{backend}", *options),
-            capture_output=True,
-            text=True,
-            env=environment() | {"ACCELERATE_DYNAMO_BACKEND": backend.upper()},
-        )
-        assert result.returncode == 0, result.stderr
+    result = train(workspace, "dynamo_no", *options)
+    assert result.returncode == 0, result.stderr
+    result = subprocess.run(
+        command(workspace, "dynamo_aot_eager", *options),
+        capture_output=True,
+        text=True,
+        env=environment() | {"ACCELERATE_DYNAMO_BACKEND": "AOT_EAGER"},
+    )
+    assert result.returncode == 0, result.stderr
     first, second = (parameters(workspace / f"dynamo_{backend}") for backend in ("no", "aot_eager"))
     assert first.keys() == second.keys()
     # Adam's first steps are as long as the learning rate, whatever the gradient

@@ -230,7 +230,7 @@ class FolderSource:
                 self._leave_out(path, "a link to a folder within an identity's")  # it may lead back here
             elif is_system_entry(entry.name):
                 self._leave_out(path, HIDDEN)
-            elif not entry.is_file() and not entry.is_symlink():
+            elif not entry.is_symlink() and not entry.is_file():  # a link may lead to itself
                 self._leave_out(path, "not a regular file")
             elif has_image_suffix(entry.name):
                 yield path
@@ -277,7 +277,7 @@ class FlatFolderSource(FolderSource):
         self.root, self.photographs, self.left_out, self._paths = root, [], {}, {}
         for entry in self._entries(root):
             path = Path(entry.path)
-            if entry.is_dir():
+            if _is_folder(entry):
                 self._leave_out_all(entry, HIDDEN if is_system_entry(entry.name) else "in a folder")
             elif is_system_entry(entry.name):
                 self._leave_out(path, HIDDEN)
