@@ -371,7 +371,7 @@ def toy_photographs(tmp_path_factory) -> Path:
 
 def write_study_inputs(root: Path, photographs: Path) -> None:
     """What studies and evaluation take, all tiny: `packs` (toy, judge), a pipeline `model`, the `cache` of
-    photographs, and that of `unseen` people, of whom `someone_else` is none."""
+    photographs, and that of `unseen` people, who do not include `someone_else`."""
     for name in ("toy", "judge"):
         write_toy_pack(root / "packs", name)
     UIFacePipeline(**tiny_components()).save_pretrained(root / "model")

@@ -109,7 +109,7 @@ def test_temperature_of_a_single_token_is_one():
 @pytest.mark.parametrize(
     ("stage_two", "options", "empty", "identity", "source", "recorded"),
     [
-        # nobody has reached stage two: one row a sample
+        # nobody has reached stage two: one row per sample
         ([0, 0, 0], {"record": True}, [0, 1, 2], [], None, [0, 1, 2]),
         # a flagged sample with self-injection has two rows
         ([0, 1, 0], {"self_injection": True, "record": True}, [0, 1, 2], [1], [0, 1, 2, 1], [0, 2]),

@@ -147,7 +147,7 @@ def generate_dataset(
 
     Args:
         pipeline: samples; its own progress bar is switched off.
-        identities: whom; their names become folders.
+        identities: of the faces; their names become folders.
         output: the data set's folder.
         images_per_identity (`int`, defaults to 50).
         seed (`int`, defaults to 0).

@@ -81,7 +81,7 @@ class UIFacePipelineOutput(BaseOutput):
     boundary_timesteps: torch.Tensor
 
 
-# of a single call: whom, from which noise, and what becomes of the result
+# of a single call: identities, noise, and what becomes of the result
 CALL_ARGUMENTS = {
     "identity_embeds",
     "num_images_per_prompt",

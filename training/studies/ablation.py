@@ -9,7 +9,7 @@ Every arm is generated (image n of an identity starts from the same noise in all
 evaluate` does, in `--groups` of other identities each: the spread of a figure is that over the groups, and the same
 identities stand against each other in two arms. A small recognizer is trained on all groups together from scratch with
 each of `--seeds`, and verified on `--benchmarks`. `real` is an arm, too: as many real people with as many faces each,
-none of whom looks like one of the benchmarks. Recall and precision are against real faces of other people again. Both
+who do not look like one of the benchmarks. Recall and precision are against real faces of other people again. Both
 are written first: what is missing there is named before the long work.
 
 One arm after the other; each goes on where it was stopped, and what is finished is not done again: run the same
