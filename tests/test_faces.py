@@ -315,8 +315,9 @@ def test_prepare_goes_on_after_sigkill(toy_root, tmp_path):
     with pytest.raises(ValueError, match="not finished"):
         FaceCache(tmp_path / "killed")
     written = first.stat().st_mtime_ns
-    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    for folder in ("killed", "whole"):
+        result = subprocess.run([*command, str(tmp_path / folder)], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
     assert first.stat().st_mtime_ns == written  # nothing twice
     killed, whole = FaceCache(tmp_path / "killed"), FaceCache(tmp_path / "whole")
     assert len(killed) == len(whole) == 1080 and killed.embeddings().names == whole.embeddings().names

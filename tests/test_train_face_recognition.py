@@ -319,7 +319,7 @@ def test_what_was_learned_is_said(workspace, caplog):
     """Loss and accuracy of the last epoch's 12 steps, whatever is logged and saved in between; and a recipe by which
     nothing is learned is no silent result."""
     options = ("--logging_steps", "1", "--report_to", "tensorboard", "--learning_rate", "0.02", "--margin", "0")
-    folder = train(workspace, "learned", *options)
+    folder = train(workspace, "learned_is_said", *options)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "logs" / "train_face_recognition"))

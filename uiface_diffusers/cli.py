@@ -49,7 +49,6 @@ def _face_encoder(args: argparse.Namespace, **options):
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    import torch
 
     from .data import prepare_faces
     from .data.sources import describe_left_out
@@ -67,7 +66,7 @@ def _prepare(args: argparse.Namespace) -> None:
     report = prepare_faces(
         args.source,
         args.output,
-        _face_encoder(args, threads=1),
+        _face_encoder(args, threads=1 if args.threads > 1 else None),
         image_size=args.image_size,
         face=args.face,
         aligned=args.aligned,
@@ -76,7 +75,7 @@ def _prepare(args: argparse.Namespace) -> None:
         outlier_threshold=args.outlier_threshold,
         drop_outliers=args.drop_outliers,
         min_in_frame=args.min_in_frame,
-        threads=args.threads or torch.get_num_threads(),
+        threads=args.threads,
     )
     print(f"{report['faces']} faces of {report['identities']} identities from {report['photographs']} photographs")
     for reason, count in report["reasons"].items():
@@ -696,7 +695,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="skip faces of whose aligned picture less than this share lies within the photograph",
     )
     prepare.add_argument(
-        "--threads", type=whole(), help="photographs at the same time (default: torch's, the number of cores)"
+        "--threads", type=whole(), default=1, help="photographs at the same time (default: %(default)s)"
     )
     prepare.set_defaults(run=_prepare)
 

@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -292,9 +292,10 @@ def _write_shard(
         row = {"image": {"bytes": png.getvalue(), "path": None}, **photograph._asdict(), **face.columns}
         return {**row, "photograph_sha256": hashlib.sha256(pixels.tobytes()).hexdigest()}, face.for_encoder
 
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) if threads > 1 else nullcontext() as pool:
+        found = (prepare(photograph) for photograph in photographs) if pool is None else pool.map(prepare, photographs)
         # closed, so that an interrupt does not wait for all of them
-        with closing(pool.map(prepare, photographs)) as prepared:
+        with closing(found) as prepared:
             for photograph, result in zip(photographs, prepared, strict=True):
                 progress.update()
                 if isinstance(result, str):
@@ -304,7 +305,7 @@ def _write_shard(
                     for_encoder.append(result[1])
         batches = [for_encoder[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
         # a GPU's memory has to hold one batch only
-        embed = pool.map if encoder.runs_on_cpu else map
+        embed = pool.map if pool is not None and encoder.runs_on_cpu else map
         features = list(embed(encoder.features, batches))
     embedded = []
     if rows:
