@@ -49,7 +49,6 @@ def _face_encoder(args: argparse.Namespace, **options):
 
 
 def _prepare(args: argparse.Namespace) -> None:
-
     from .data import prepare_faces
     from .data.sources import describe_left_out
     from .faces import SIDE_VIEW
