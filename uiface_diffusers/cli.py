@@ -9,6 +9,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+from .cli_protocols import (
+    add_identify,
+    add_poses,
+    add_protocol_arguments,
+    check_protocols,
+    measure_protocols,
+    verify_by_templates,
+)
 from .files import paragraph
 from .options import (
     any_of,
@@ -472,8 +480,11 @@ def _verify(args: argparse.Namespace) -> None:
     from .data.pairs import check_pairs
     from .evaluation import load_recognizer, save_verification, verification_table, verify_benchmarks
 
+    if args.templates is not None:
+        return verify_by_templates(args)
     if (args.benchmarks is None) == (args.pairs is None) or (args.pairs is None) != (args.images is None):
         raise ValueError("give either --benchmarks, or --pairs with --images.")
+    check_protocols(args)
     if args.output is not None:
         import matplotlib  # noqa: F401  what is not installed is named before the work
 
@@ -494,7 +505,8 @@ def _verify(args: argparse.Namespace) -> None:
             encoder = None if args.aligned else _face_encoder(args, device=args.device)
             make_benchmark(args.pairs, args.images, benchmarks, encoder)
         results = verify_benchmarks(recognizer, benchmarks, done=save)
-    print(verification_table(results))
+        print(verification_table(results))
+        measure_protocols(args, recognizer, benchmarks, results)
     if args.output is not None:
         print(f"figures and curves saved to {args.output}")
 
@@ -528,6 +540,7 @@ def _add_verification(commands) -> None:
     verify.add_argument("--output", type=path, help="folder for verification.json and roc.png")
     verify.add_argument("--device", type=device, help="of a model that is no pack (default: a GPU if there is one)")
     _add_encoder_arguments(verify, role="insightface model pack whose detector aligns --images")
+    add_protocol_arguments(verify)
     verify.set_defaults(run=_verify)
 
 
@@ -719,6 +732,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_identities(commands)
     _add_audit(commands)
     _add_verification(commands)
+    add_identify(commands, _add_encoder_arguments)
+    add_poses(commands)
 
     convert = commands.add_parser(
         "convert-original",
