@@ -56,9 +56,9 @@ def test_corruptions_are_what_they_say():
         covered = corrupt(np.zeros_like(faces), "occlusion", strength)
         assert np.isin(covered, (0, 128)).all()
         assert (covered == 128).mean() == pytest.approx(share, abs=0.01)
-    for stops in range(1, 6):  # in linear light, on average
+    for strength, stops in enumerate(CORRUPTIONS["darkness"].parameters, start=1):  # in linear light, on average
         gray = np.full((1, 112, 112, 3), 200, np.uint8)
-        light = (corrupt(gray, "darkness", stops) / 255) ** 2.2
+        light = (corrupt(gray, "darkness", strength) / 255) ** 2.2
         assert light.mean() == pytest.approx((200 / 255) ** 2.2 / 2**stops, rel=0.03)
         # shot noise: the variance of photons is their number
         assert light.var() * 1000 == pytest.approx(light.mean(), rel=0.15)

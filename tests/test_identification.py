@@ -7,6 +7,7 @@ import pytest
 from conftest import draw_person
 
 from uiface_diffusers import cli
+from uiface_diffusers.data import prepare_faces
 from uiface_diffusers.data.file_list import open_source_or_list
 from uiface_diffusers.evaluation import load_recognizer, measure_identification
 from uiface_diffusers.evaluation.embedding import embed_faces, embed_source
@@ -204,6 +205,17 @@ def test_from_photographs_to_figures(people, toy_root, capsys):
     faces = list(np.random.default_rng(0).integers(0, 256, (70, 112, 112, 3), np.uint8))
     both = recognizer(np.stack(faces)) + recognizer(np.stack(faces)[:, :, ::-1])
     assert np.allclose(embed_faces(recognizer, faces, 99, "noise"), both, atol=1e-4)
+
+    # a cache's faces are aligned already: nothing is detected in them
+    prepare_faces(people / "gallery", people / "cache", encoder)
+    cached = embed_source(recognizer, open_source_or_list(people / "cache"), None, "cache")
+    expected = measure_identification(
+        cached.features, cached.identities, *(getattr(embedded[1], name) for name in ("features", "identities"))
+    )
+    cli.main([*arguments[:3], str(people / "cache"), *arguments[4:], "--output", str(people / "figures")])
+    report = json.loads((people / "figures" / "identification.json").read_text())
+    assert report["rank_rates"]["1"]["rate"] == expected.rank_rate(1).rate and report["gallery_skipped"] == {}
+    assert "center was taken: p9" in capsys.readouterr().out
 
     # lists of files, of faces that are aligned
     (people / "gallery.csv").write_text("".join(f"gallery/p{n}/1.png,p{n}\n" for n in range(4)))

@@ -81,6 +81,8 @@ def verify_by_templates(args: argparse.Namespace) -> None:
     given = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) not in (None, False)]
     if given:
         raise ValueError(f"--templates is a protocol of its own: leave out {', '.join(given)}.")
+    if args.output is not None:
+        args.output.mkdir(parents=True, exist_ok=True)
     folder = TemplateFolder(args.templates)
     encoder = _face_encoder(args, args.aligned or folder.landmarks is not None)
     recognizer = load_recognizer(args.model, args.encoder_root, args.providers, args.device)
@@ -187,7 +189,6 @@ def add_identify(commands: Any, add_encoder_arguments: Callable[..., None]) -> N
 
 
 def _identify(args: argparse.Namespace) -> None:
-    from .data.face_cache import FaceCacheSource
     from .data.file_list import open_source_or_list
     from .evaluation import load_recognizer
     from .evaluation.embedding import embed_source
@@ -198,32 +199,39 @@ def _identify(args: argparse.Namespace) -> None:
         import matplotlib  # noqa: F401  what is not installed is named before the work
 
         args.output.mkdir(parents=True, exist_ok=True)
-    sources = {"gallery": open_source_or_list(args.gallery), "probes": open_source_or_list(args.probes)}
+    folders = {"gallery": args.gallery, "probes": args.probes}
+    sources = {name: open_source_or_list(folder) for name, folder in folders.items()}
     people = [[same_name(photograph.identity) for photograph in source.photographs] for source in sources.values()]
     check_mated(*people)
-    # the faces of a cache are aligned
-    aligned = [args.aligned or isinstance(source, FaceCacheSource) for source in sources.values()]
-    encoder = _face_encoder(args, all(aligned))
+    aligned = {name: args.aligned or _holds_aligned_faces(folder) for name, folder in folders.items()}
+    encoder = _face_encoder(args, all(aligned.values()))
     recognizer = load_recognizer(args.model, args.encoder_root, args.providers, args.device)
     gallery, probes = (
-        embed_source(recognizer, source, None if is_aligned else encoder, name)
-        for (name, source), is_aligned in zip(sources.items(), aligned, strict=True)
+        embed_source(recognizer, source, None if aligned[name] else encoder, name) for name, source in sources.items()
     )
     result = measure_identification(
         gallery.features, gallery.identities, probes.features, probes.identities, args.rank
     )
     print("\n".join(result.lines()))
+    notes: dict[str, object] = {}
     for name, embedded in (("gallery", gallery), ("probes", probes)):
         for line in embedded.lines():
             print(f"  {name}: {line}")
-    enrolled = dict(zip(gallery.digests, gallery.files, strict=True))
+        notes |= {f"{name}_skipped": embedded.skipped, f"{name}_without_face": embedded.without_face}
+    enrolled = set(gallery.digests)
     twice = [file for file, digest in zip(probes.files, probes.digests, strict=True) if digest in enrolled]
     if twice:
         print(f"  {len(twice)} probes are photographs of the gallery, such as {twice[0]}: rates are too good")
     if args.output is not None:
-        notes = {f"{name}_skipped": each.skipped for name, each in (("gallery", gallery), ("probes", probes))}
         save_identification(result, recognizer.name, args.output, probes_in_gallery=twice, **notes)
         print(f"figures and curve saved to {args.output}")
+
+
+def _holds_aligned_faces(folder: Path) -> bool:
+    """Whether it is a cache of `uiface prepare` or a set of `uiface generate`."""
+    from .data.image_folder import GENERATION
+
+    return (folder / "prepare.json").is_file() or (folder / GENERATION).is_file()
 
 
 def add_poses(commands: Any) -> None:

@@ -57,8 +57,9 @@ def occlusion(face: np.ndarray, share: float, generator: np.random.Generator) ->
 def darkness(face: np.ndarray, stops: float, generator: np.random.Generator) -> np.ndarray:
     """Half the light for each stop, with the shot noise of a sensor that counts 1000 photons of a white pixel at full
     light."""
-    photons = generator.poisson((face / 255) ** GAMMA * PHOTONS * 0.5**stops)
-    return np.round(np.minimum(photons / PHOTONS, 1) ** (1 / GAMMA) * 255).astype(np.uint8)
+    light = (np.arange(256) / 255) ** GAMMA * PHOTONS * 0.5**stops
+    counted = np.round((np.arange(PHOTONS + 1) / PHOTONS) ** (1 / GAMMA) * 255).astype(np.uint8)
+    return counted[np.minimum(generator.poisson(light[face]), PHOTONS)]
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ CORRUPTIONS = {
     "low_resolution": Corruption(low_resolution, (56, 40, 28, 20, 14)),
     "jpeg": Corruption(jpeg, (25, 18, 15, 10, 7)),
     "occlusion": Corruption(occlusion, (0.05, 0.1, 0.2, 0.3, 0.4)),
-    "darkness": Corruption(darkness, (1, 2, 3, 4, 5)),
+    "darkness": Corruption(darkness, (2, 4, 6, 7, 8)),
 }
 
 

@@ -2,6 +2,7 @@
 et al. 2018), in the form and with the pooling of `eval_ijbc.py` of insightface's arcface_torch."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +23,11 @@ FALSE_ACCEPT_RATES = (1e-3, 1e-4, 1e-5, 1e-6)
 # pairs that are read and compared at a time, and images that are pooled
 PAIR_ROWS, IMAGE_ROWS = 16384, 8192
 
+# of lines; blanks in a file's name belong to it
+MEDIUM = re.compile(r"(.*\S)\s+(-?\d{1,18})\s+(-?\d{1,18})")
+PAIR = re.compile(r"-?\d{1,18}\s+-?\d{1,18}\s+[01]")
+LANDMARKS = re.compile(r"(.*\S)((?:\s+-?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?){11})")
+
 
 class MediaList(NamedTuple):
     """Which image is of which template and medium: N files, and numbers `(N,)` each. A medium is a photograph or a
@@ -39,14 +45,18 @@ class DetectedLandmarks(NamedTuple):
     score: float
 
 
-def _rows(path: Path, form: str, count: int) -> Iterator[list[str]]:
-    """The words of each line; what has blanks in it comes first."""
+def _rows(path: Path, form: str, pattern: re.Pattern[str]) -> Iterator[tuple[str, ...]]:
+    """What a pattern finds in each line.
+
+    Raises:
+        ValueError: a line is of another form than `form` says.
+    """
     for number, line in enumerate(iterate_lines(path), start=1):
         if line.strip():
-            words = line.rsplit(None, count - 1)
-            if len(words) != count:
+            found = pattern.fullmatch(line.strip())
+            if found is None:
                 raise ValueError(f"{path}, line {number}, is {line!r}, not {form}.")
-            yield words
+            yield found.groups()
 
 
 def read_media_list(path: str | os.PathLike) -> MediaList:
@@ -55,15 +65,12 @@ def read_media_list(path: str | os.PathLike) -> MediaList:
     Raises:
         ValueError: a line is of another form, or there are none.
     """
-    path, form = local_path(path), "FILE TEMPLATE MEDIUM"
-    rows = list(_rows(path, form, 3))
+    path = local_path(path)
+    rows = list(_rows(path, "FILE TEMPLATE MEDIUM with whole numbers", MEDIUM))
     if not rows:
         raise ValueError(f"{path} lists no images.")
-    try:
-        numbers = np.array([row[1:] for row in rows]).astype(np.int64)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a list of {form} with whole numbers: {error}.") from error
-    return MediaList([row[0].strip() for row in rows], numbers[:, 0], numbers[:, 1])
+    numbers = np.array([[int(word) for word in row[1:]] for row in rows])
+    return MediaList([row[0] for row in rows], numbers[:, 0], numbers[:, 1])
 
 
 def read_template_pairs(path: str | os.PathLike, rows: int = PAIR_ROWS) -> Iterator[np.ndarray]:
@@ -74,18 +81,17 @@ def read_template_pairs(path: str | os.PathLike, rows: int = PAIR_ROWS) -> Itera
         ValueError: a line is of another form.
     """
     path = local_path(path)
-    lines, start = iterate_lines(path), 1
+    lines = ((number, line) for number, line in enumerate(iterate_lines(path), start=1) if line.strip())
     while part := list(islice(lines, rows)):
         try:
-            pairs = np.loadtxt(part, np.int64, comments=None, ndmin=2)
-            if pairs.size and (pairs.shape[1] != 3 or not np.isin(pairs[:, 2], (0, 1)).all()):
-                raise ValueError("a label is neither 0 nor 1, or a line has not three numbers")
-        except ValueError as error:
-            raise ValueError(
-                f"{path} is not a list of TEMPLATE TEMPLATE 0/1 in the lines from {start} on: {error}."
-            ) from error
-        yield pairs.reshape(-1, 3)
-        start += len(part)
+            pairs = np.loadtxt([line for _, line in part], np.int64, comments=None, ndmin=2)
+            is_fine = pairs.shape[1] == 3 and bool(np.isin(pairs[:, 2], (0, 1)).all())
+        except ValueError:
+            is_fine = False
+        if not is_fine:
+            number, line = next(each for each in part if PAIR.fullmatch(each[1].strip()) is None)
+            raise ValueError(f"{path}, line {number}, is {line!r}, not TEMPLATE TEMPLATE 0/1.")
+        yield pairs
 
 
 def read_landmarks(path: str | os.PathLike) -> dict[str, DetectedLandmarks]:
@@ -94,14 +100,11 @@ def read_landmarks(path: str | os.PathLike) -> dict[str, DetectedLandmarks]:
     Raises:
         ValueError: a line is of another form.
     """
-    path, form = local_path(path), "FILE X1 Y1 ... X5 Y5 SCORE"
+    path = local_path(path)
     found = {}
-    for row in _rows(path, form, 12):
-        try:
-            numbers = np.array(row[1:], np.float32)
-        except ValueError as error:
-            raise ValueError(f"{path} has the line {' '.join(row)!r}, not {form}.") from error
-        found[row[0].strip()] = DetectedLandmarks(numbers[:10].reshape(5, 2), float(numbers[10]))
+    for file, words in _rows(path, "FILE X1 Y1 ... X5 Y5 SCORE", LANDMARKS):
+        numbers = np.array([float(word) for word in words.split()], np.float32)
+        found[file] = DetectedLandmarks(numbers[:10].reshape(5, 2), float(numbers[10]))
     return found
 
 
