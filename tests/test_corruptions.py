@@ -92,7 +92,7 @@ def test_what_cannot_be_corrupted_is_named():
 @pytest.fixture
 def benchmark_file(tmp_path):
     """20 pairs: of one person if the faces differ by little noise."""
-    people, other = smooth_faces(20), smooth_faces(20, seed=1)
+    people, other = smooth_faces(20, side=56), smooth_faces(20, side=56, seed=1)
     noise = np.random.default_rng(2).integers(-20, 21, people.shape)
     same = [place % 2 == 0 for place in range(20)]
     images = []
