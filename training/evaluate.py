@@ -66,6 +66,7 @@ from uiface_diffusers.generation import bank_hash
 from uiface_diffusers.hub import IDENTITIES
 from uiface_diffusers.identities import largest_cosines
 from uiface_diffusers.options import expand_home, real, whole
+from uiface_diffusers.pictures import scale_to_unit_range, to_bytes
 from uiface_diffusers.seeds import NOISE_VERSION, image_generator
 from uiface_diffusers.training_utils import run_script
 
@@ -195,9 +196,9 @@ def reconstructions_of(pipe: UIFacePipeline, pictures: list[np.ndarray]) -> list
     """Faces of the pipeline's size through its first stage, as RGB bytes."""
     found = []
     for start in range(0, len(pictures), 32):
-        pixels = pixels_of(pictures[start : start + 32]).to(pipe.vae.device, pipe.vae.dtype) / 127.5 - 1
-        result = reconstruct(pipe.vae, pixels).float().cpu()
-        found += list(((result + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+        pixels = pixels_of(pictures[start : start + 32]).to(pipe.vae.device, pipe.vae.dtype)
+        result = reconstruct(pipe.vae, scale_to_unit_range(pixels)).float().cpu()
+        found += list(to_bytes(result).permute(0, 2, 3, 1).numpy())
     return found
 
 

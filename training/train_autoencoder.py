@@ -32,11 +32,10 @@ from tqdm import tqdm
 
 from uiface_diffusers.data.face_cache import load_pictures
 from uiface_diffusers.evaluation import load_lpips, reconstruction_quality
-from uiface_diffusers.evaluation.reconstruction import to_unit_range
 from uiface_diffusers.faces import FaceEncoder, TorchRecognizer
 from uiface_diffusers.latents import FirstStage
 from uiface_diffusers.options import json_object, real, whole
-from uiface_diffusers.pictures import rgb_bytes
+from uiface_diffusers.pictures import rgb_bytes, to_bytes, to_unit_range
 from uiface_diffusers.seeds import mix_seed
 from uiface_diffusers.training_utils import (
     SWITCH,
@@ -295,8 +294,7 @@ def picture_grid(pixels: torch.Tensor, reconstructions: torch.Tensor, columns: i
     for start in range(0, len(pixels) - columns + 1, columns):
         for row in (to_unit_range(pixels), reconstructions):
             rows.append(torch.cat(list(row[start : start + columns]), dim=2))
-    grid = (torch.cat(rows, dim=1) + 1) * 127.5
-    return PIL.Image.fromarray(grid.round().byte().permute(1, 2, 0).numpy())
+    return PIL.Image.fromarray(to_bytes(torch.cat(rows, dim=1)).permute(1, 2, 0).numpy())
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -39,15 +39,16 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from uiface_diffusers import IResNetConfig, IResNetImageProcessor, IResNetModel
+from uiface_diffusers.data.benchmarks import read_benchmarks
 from uiface_diffusers.data.labeled_faces import LabeledFaces, check_faces
 from uiface_diffusers.evaluation import verify_benchmarks
-from uiface_diffusers.evaluation.reconstruction import to_unit_range
-from uiface_diffusers.evaluation.verification import read_benchmarks
+from uiface_diffusers.evaluation.recognizers import ModelRecognizer
 from uiface_diffusers.faces import ALIGNED_SIZE
 from uiface_diffusers.files import write_json
 from uiface_diffusers.hub import load_card
 from uiface_diffusers.models.margin_heads import MARGIN_HEADS, MarginHead
 from uiface_diffusers.options import json_object, real, whole
+from uiface_diffusers.pictures import to_unit_range
 from uiface_diffusers.seeds import mix_seed
 from uiface_diffusers.training_utils import (
     LR_SCHEDULERS,
@@ -283,16 +284,20 @@ class LastEpochLog(TrainingLog):
 
 def verification_accuracies(recognizer: IResNetModel, benchmarks: Path) -> dict[str, float]:
     """Accuracy on each of a folder's InsightFace `.bin` files, and their mean."""
-    results = verify_benchmarks(recognizer.embed_faces, benchmarks)
+    results = verify_benchmarks(ModelRecognizer(recognizer, image_processor(recognizer), "recognizer"), benchmarks)
     accuracies = {name: float(result.accuracy) for name, result in results.items()}
     return {**accuracies, "mean": sum(accuracies.values()) / len(accuracies)}
 
 
+def image_processor(recognizer: IResNetModel) -> IResNetImageProcessor:
+    size = recognizer.config.image_size
+    return IResNetImageProcessor({"height": size, "width": size})
+
+
 def save_recognizer(recognizer: IResNetModel, folder: Path) -> None:
     """The model and its image processor, for transformers' Auto classes."""
-    size = recognizer.config.image_size
     recognizer.save_pretrained(folder)
-    IResNetImageProcessor({"height": size, "width": size}).save_pretrained(folder)
+    image_processor(recognizer).save_pretrained(folder)
 
 
 def model_card(repo_id: str, config: IResNetConfig, license_name: str | None, recipe: str) -> ModelCard:

@@ -36,9 +36,9 @@ import torch
 from diffusers.utils import make_image_grid
 
 from uiface_diffusers import IdentityBank, UIFacePipeline, default_checkpoint, generate_dataset
+from uiface_diffusers.data.benchmarks import read_benchmarks
 from uiface_diffusers.evaluation import evaluate_dataset, load_lpips, load_recognizer, verify_benchmarks
 from uiface_diffusers.evaluation.people import People
-from uiface_diffusers.evaluation.verification import read_benchmarks
 from uiface_diffusers.faces import ALIGNED_SIZE, FaceEncoder, load_photograph
 from uiface_diffusers.files import check_settings, complete_file, write_json
 from uiface_diffusers.fingerprint import pipeline_fingerprint

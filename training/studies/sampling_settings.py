@@ -47,6 +47,7 @@ from uiface_diffusers.faces import FaceEncoder, resize_aligned
 from uiface_diffusers.files import check_settings, write_json
 from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.options import expand_home, whole
+from uiface_diffusers.pictures import to_unit_range
 from uiface_diffusers.seeds import NOISE_VERSION, image_generator
 from uiface_diffusers.training_utils import run_script
 
@@ -87,7 +88,7 @@ class Conditions:
 def to_pixels(images: Sequence[PIL.Image.Image]) -> torch.Tensor:
     """`(N, 3, 112, 112)` in [-1, 1]."""
     aligned = np.stack([resize_aligned(np.asarray(image)) for image in images])
-    return torch.from_numpy(aligned).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return to_unit_range(torch.from_numpy(aligned).permute(0, 3, 1, 2))
 
 
 def make_pipeline(args: argparse.Namespace, setting: dict) -> UIFacePipeline:

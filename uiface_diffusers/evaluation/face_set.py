@@ -24,6 +24,7 @@ from ..data.sources import (
 )
 from ..faces import FaceEncoder, NoEmbeddingError, UnusableFaceError, resize_aligned
 from ..files import complete_file, local_path, read_json, read_safetensors, write_json
+from ..pictures import to_unit_range
 
 
 def open_faces(path: str | os.PathLike) -> PhotographSource:
@@ -46,7 +47,7 @@ def face_pixels(faces: Sequence[np.ndarray]) -> torch.Tensor:
     """Square faces of any size, RGB bytes, as `(N, 3, 112, 112)` in [-1, 1], resized as `FaceEncoder.embed_pictures`
     does."""
     resized = np.stack([resize_aligned(face) for face in faces])
-    return torch.from_numpy(resized).permute(0, 3, 1, 2) / 127.5 - 1
+    return to_unit_range(torch.from_numpy(resized).permute(0, 3, 1, 2))
 
 
 class JoinedSource:

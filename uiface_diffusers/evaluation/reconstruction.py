@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..latents import FirstStage
+from ..pictures import to_unit_range
 
 
 @torch.no_grad()
@@ -54,8 +55,3 @@ def reconstruction_quality(
         reconstructions.append(result.cpu())
     figures = {name: value / len(pixels) for name, value in sums.items()}
     return SimpleNamespace(reconstructions=torch.cat(reconstructions), figures=figures)
-
-
-def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
-    """Bytes to floating point in [-1, 1]; what is floating point already stays."""
-    return pixels.float() / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels
