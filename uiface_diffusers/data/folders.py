@@ -16,7 +16,7 @@ PARTS = {"train", "training", "val", "valid", "validation", "test", "testing", "
 BACK = "a link to a folder that holds this one"
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a folder or a link to one; a link to itself is none."""
     try:
         return entry.is_dir()
@@ -65,20 +65,20 @@ class FolderSource(PhotographSource):
             )
 
     @staticmethod
-    def _entries(folder: os.PathLike) -> list[os.DirEntry]:
-        with os.scandir(folder) as entries:
+    def _entries(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
+        with os.scandir(os.fspath(folder)) as entries:
             return sorted(entries, key=lambda entry: entry.name)
 
     def _leave_out(self, path: Path, reason: str) -> None:
         self.left_out[printable(path.relative_to(self.root).as_posix())] = reason
 
-    def _leave_out_all(self, folder: os.DirEntry, reason: str) -> None:
+    def _leave_out_all(self, folder: os.DirEntry[str], reason: str) -> None:
         """Every file in a folder, so that the counts are of files; the folder itself if it is empty."""
-        found = [Path(parent, file) for parent, _, files in os.walk(folder) for file in files]
+        found = [Path(parent, file) for parent, _, files in os.walk(folder.path) for file in files]
         for path in sorted(found) or [Path(folder.path)]:
             self._leave_out(path, reason)
 
-    def _pictures(self, folder: os.DirEntry) -> Iterator[Path]:
+    def _pictures(self, folder: os.DirEntry[str]) -> Iterator[Path]:
         if is_system_entry(folder.name):
             self._leave_out_all(folder, HIDDEN)
             return

@@ -139,6 +139,12 @@ def write_metadata(output: Path, rows: Sequence[ImageRow], file_names: Sequence[
         pq.write_table(pa.Table.from_pylist(table, SCHEMA), beside)
 
 
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
 def pack_shard(
     shard: Path, images: Path, names: Sequence[str], classes: Sequence[int], rows: Sequence[ImageRow]
 ) -> None:
@@ -152,8 +158,6 @@ def pack_shard(
                 members = {suffix: (images / name).read_bytes(), "cls": str(number).encode()}
                 members["json"] = json.dumps(asdict(row)).encode()
                 for end, data in members.items():
-                    member = tarfile.TarInfo(f"{key}.{end}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+                    add_member(tar, f"{key}.{end}", data)
     for name in names:
         (images / name).unlink(missing_ok=True)

@@ -34,7 +34,8 @@ def cache_latents(
     """
     key = model_fingerprint(vae)
     # twice as fast as contiguous convolutions, on the CPU too; a copy, so that the caller's stays as it is
-    vae = copy.deepcopy(vae).to(device, memory_format=torch.channels_last)
+    vae = copy.deepcopy(vae)
+    vae.to(device, memory_format=torch.channels_last)  # type: ignore[arg-type]  # diffusers' decorator has other types
     files = [shard.with_name(shard.name.replace("faces", f"latents-{key}")) for shard in faces.shards]
     files = [file.with_suffix(".safetensors") for file in files]
     missing = [file for file, shard in zip(files, faces.shards, strict=True) if not _is_of(file, shard)]

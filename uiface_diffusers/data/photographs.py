@@ -120,7 +120,7 @@ def unreadable_reason(source: PhotographSource, photograph: Photograph, error: O
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, PIL.Image.DecompressionBombError):
-            return f"over Pillow's limit of {2 * PIL.Image.MAX_IMAGE_PIXELS} pixels"
+            return f"over Pillow's limit of {2 * (PIL.Image.MAX_IMAGE_PIXELS or 0)} pixels"
         cause = cause.__cause__ or cause.__context__
     try:
         is_pointer = source.content(photograph).startswith(LFS_POINTER)

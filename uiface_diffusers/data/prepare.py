@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -119,7 +120,7 @@ class _Preparation:
         if 1 - outside < (self.min_in_frame or 0):
             raise UnusableFaceError(f"out of frame: {1 - outside:.3f} of the template is within the photograph")
         yaw, pitch = head_pose(found.landmarks)
-        columns = {"detection_score": found.score, "faces_found": len(faces)}
+        columns: dict[str, Any] = {"detection_score": found.score, "faces_found": len(faces)}
         columns |= {"landmarks": template_landmarks(found.landmarks).ravel()}
         columns |= {"yaw": yaw, "pitch": pitch, "out_of_frame": outside}
         image, at_112 = (align_face(photograph, found.landmarks, size) for size in (self.image_size, ALIGNED_SIZE))
@@ -295,8 +296,8 @@ def _write_shard(
         return {**row, "photograph_sha256": hashlib.sha256(pixels.tobytes()).hexdigest()}, face.for_encoder
 
     with ThreadPoolExecutor(threads) as pool:
-        # closed, so that an interrupt does not wait for all of them
-        with closing(pool.map(prepare, photographs)) as prepared:
+        # a generator is closed, so that an interrupt does not wait for all of them
+        with closing(each for each in pool.map(prepare, photographs)) as prepared:
             for photograph, result in zip(photographs, prepared, strict=True):
                 progress.update()
                 if isinstance(result, str):
@@ -330,7 +331,7 @@ def find_outliers(shards: list[Path], threshold: float) -> dict[str, float]:
     cosine; identities of three or more faces."""
     tables = [read_shard(shard, ["file", "identity", "embedding"]) for shard in shards]
     table = pa.concat_tables(tables).to_pandas()
-    outliers = {}
+    outliers: dict[str, float] = {}
     for _, faces in table.groupby("identity", sort=True):
         if len(faces) < LEAST_FOR_MEDIAN:
             continue
@@ -344,7 +345,7 @@ def find_outliers(shards: list[Path], threshold: float) -> dict[str, float]:
 def _find_outliers_once(file: Path, shards: list[Path], threshold: float, drop: bool) -> dict[str, float]:
     """The outliers, noted in `file` before any is dropped: afterward medians would be others."""
     if file.exists():
-        dropped, earlier, outliers = read_entries(file, dropped=bool, threshold=int | float, outliers=dict)
+        dropped, earlier, outliers = read_entries(file, dropped=bool, threshold=Real, outliers=dict)
         if dropped and (not drop or earlier != threshold):
             raise ValueError(
                 f"{file.parent} was left without its outliers below {earlier}: choose another folder to keep them, or"

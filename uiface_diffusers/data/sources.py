@@ -86,7 +86,7 @@ def _open_generated(path: Path) -> PhotographSource:
             " there is."
         )
     if (path / "shards").is_dir():
-        source = WebDatasetSource(_shards(path / "shards"))
+        source: PhotographSource = WebDatasetSource(_shards(path / "shards"))
         # the class file has a number; the key `IDENTITY/NNNN` has the name
         keys = [PurePosixPath(photograph.file.partition(":")[2]) for photograph in source.photographs]
         source.photographs = [
@@ -183,7 +183,7 @@ def _open_form(path: Path, nested: bool) -> PhotographSource:
             _check_no_folders_beside(path, [records])
         beside = records.with_suffix(".idx").exists() or find_list(records) is not None
         # index and list lie beside the file itself, if they do not beside a link to it
-        source = RecordIOSource(records if beside or not records.is_symlink() else records.resolve())
+        source: PhotographSource = RecordIOSource(records if beside or not records.is_symlink() else records.resolve())
         if path.is_dir():
             used = (records, records.with_suffix(".idx"), find_list(records))
             _leave_out_beside(source, path, used, records.name)

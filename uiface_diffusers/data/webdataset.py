@@ -24,7 +24,8 @@ class WebDatasetSource(PhotographSource):
     """
 
     def __init__(self, shards: list[Path]):
-        self.shards, self.members, self.photographs, self.left_out = shards, {}, [], {}
+        self.shards, self.photographs, self.left_out = shards, [], {}
+        self.members: dict[str, tuple[Path, int, int]] = {}
         folders: list[str] = []
         for shard in tqdm(shards, desc="index", unit="shard"):
             try:
@@ -131,7 +132,8 @@ def _keys(name: str) -> list[str]:
 
 
 def _class_text(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> str:
+    content = tar.extractfile(member)
     try:
-        return tar.extractfile(member).read().decode("utf-8-sig").strip()
+        return "" if content is None else content.read().decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{printable(member.name)} of {shard} is not a class file in UTF-8: {error}") from error

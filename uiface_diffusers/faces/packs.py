@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -89,16 +90,18 @@ def pack_folder(name: str, root: str | os.PathLike) -> Path:
     return folder
 
 
-def load_pack(folder: Path, providers: list | None, threads: int | None = None) -> dict:
+def load_pack(folder: Path, providers: list | None, threads: int | None = None) -> dict[str, Any]:
     """The first detection model and the first recognition model of a folder, by their tasks. Other files need not be
     sound.
 
     Raises:
         ValueError: one of the two is not there, or cannot be read.
     """
-    pack, wanted, models, unread = f"`{folder.name}` in {folder.parent}", ("detection", "recognition"), {}, []
+    pack, wanted = f"`{folder.name}` in {folder.parent}", ("detection", "recognition")
+    models: dict[str, Any] = {}
+    unread: list[str] = []
     onnxruntime.set_default_logger_severity(3)
-    options = {"providers": providers}
+    options: dict[str, Any] = {"providers": providers}
     if threads is not None:
         options["sess_options"] = onnxruntime.SessionOptions()
         options["sess_options"].intra_op_num_threads = threads

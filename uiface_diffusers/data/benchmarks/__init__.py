@@ -54,7 +54,7 @@ def read_benchmarks(path: str | os.PathLike) -> list[Benchmark]:
         raise ValueError(f"{path} has two benchmarks of one name, {names}: rename one.")
     read = [read_benchmark(file) for file in files]
     for benchmark in read:
-        check_pairs(f"benchmark `{benchmark.name}`", benchmark.same)
+        check_pairs(f"benchmark `{benchmark.name}`", benchmark.same.tolist())
         for position in {image: position for position, image in enumerate(benchmark.images)}.values():
             benchmark.face(position)
     return read

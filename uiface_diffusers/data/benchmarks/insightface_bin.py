@@ -24,7 +24,7 @@ NUMPY_TYPES = ("b1", "u1", "i4", "i8")
 class _NumpyType:
     """Stands in for `numpy.dtype`; the state, which says the byte order, is not needed for labels of 0 and 1."""
 
-    def __init__(self, code: bytes | str, *_):
+    def __init__(self, code: bytes | str, *_: object):
         self.code = code.decode("latin1") if isinstance(code, bytes) else code
         if self.code not in NUMPY_TYPES:
             raise ValueError(f"it holds numpy data of type {self.code!r}, not of {', '.join(NUMPY_TYPES)}")
@@ -38,7 +38,7 @@ class _NumpyArray:
 
     values: np.ndarray | None = None
 
-    def __init__(self, *_):
+    def __init__(self, *_: object):
         pass
 
     def __setstate__(self, state: tuple) -> None:
@@ -46,7 +46,7 @@ class _NumpyArray:
         self.values = np.frombuffer(data, dtype.code)
 
 
-def _array_from_buffer(data: bytes, dtype: _NumpyType, *_) -> _NumpyArray:
+def _array_from_buffer(data: bytes, dtype: _NumpyType, *_: object) -> _NumpyArray:
     array = _NumpyArray()
     array.values = np.frombuffer(data, dtype.code)
     return array

@@ -63,8 +63,9 @@ class _Photographs:
 
 def _find_photographs(root: Path, wanted: list[str]) -> dict[str, Path]:
     photographs = _Photographs(root)
-    files = {photograph: photographs.find(photograph) for photograph in wanted}
-    missing = [photograph for photograph, file in files.items() if file is None]
+    found = {photograph: photographs.find(photograph) for photograph in wanted}
+    files = {photograph: file for photograph, file in found.items() if file is not None}
+    missing = [photograph for photograph in found if photograph not in files]
     if missing:
         example = missing[0] if has_image_suffix(missing[0]) else f"{missing[0]}.jpg"
         raise ValueError(
