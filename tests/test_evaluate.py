@@ -227,7 +227,7 @@ def test_nothing_is_computed_twice(evaluated, workspace, encoder, perceptual, mo
         raise AssertionError("computed again")
 
     judge = FaceEncoder("judge", str(workspace / "packs"), det_size=160)
-    monkeypatch.setattr(FaceEncoder, "embed_aligned", refuse)
+    monkeypatch.setattr(FaceEncoder, "__call__", refuse)
     monkeypatch.setattr(type(perceptual), "forward", refuse)
     monkeypatch.setattr(LpipsFeatures, "forward", refuse)
     given = {
@@ -320,7 +320,7 @@ def test_what_cannot_be_evaluated_is_named_first(workspace, encoder, perceptual,
         raise AssertionError("long work")
 
     judge = FaceEncoder("judge", str(workspace / "packs"), det_size=160)
-    monkeypatch.setattr(FaceEncoder, "embed_pictures", refuse)
+    monkeypatch.setattr(FaceEncoder, "__call__", refuse)
     monkeypatch.setattr(type(perceptual), "forward", refuse)
     write_set(tmp_path / "one", people=["anna"])
     write_set(tmp_path / "single", images=1)
@@ -367,7 +367,7 @@ def test_what_cannot_be_evaluated_is_named_first(workspace, encoder, perceptual,
     with pytest.raises(AssertionError, match="long work"):  # its own, within a larger one
         own = IdentityBank(torch.eye(6, 16), "toy", [*PEOPLE, "x", "y"])
         evaluate_dataset(tmp_path / "generated", tmp_path / "output", encoder, identities=own, perceptual=perceptual)
-    monkeypatch.setattr(FaceEncoder, "embed_pictures", lambda self, pictures: torch.ones(len(pictures), 16))
+    monkeypatch.setattr(FaceEncoder, "__call__", lambda self, faces: np.ones((len(faces), 16), np.float32))
     with pytest.raises(ValueError, match="a bank of 8 dimensions is not of `toy`, which gives 16"):
         evaluate_dataset(workspace / "set", tmp_path / "output", encoder, against=IdentityBank(torch.eye(8)))
 

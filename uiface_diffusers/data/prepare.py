@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -345,7 +344,7 @@ def find_outliers(shards: list[Path], threshold: float) -> dict[str, float]:
 def _find_outliers_once(file: Path, shards: list[Path], threshold: float, drop: bool) -> dict[str, float]:
     """The outliers, noted in `file` before any is dropped: afterward medians would be others."""
     if file.exists():
-        dropped, earlier, outliers = read_entries(file, dropped=bool, threshold=Real, outliers=dict)
+        dropped, earlier, outliers = read_entries(file, dropped=bool, threshold=int | float, outliers=dict)
         if dropped and (not drop or earlier != threshold):
             raise ValueError(
                 f"{file.parent} was left without its outliers below {earlier}: choose another folder to keep them, or"

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..files import local_path, printable, same_name, why_unreadable
+from ..files import COMPRESSED, local_path, printable, same_name, why_unreadable
 from .face_cache import FaceCacheSource
 from .folders import FlatFolderSource, FolderSource
 from .image_folder import GENERATION, JOURNAL, METADATA
@@ -47,7 +47,7 @@ __all__ = [
 
 # beside the images of a generated set
 GENERATED = (GENERATION, METADATA, JOURNAL, "identities.safetensors", "preview.png", "README.md")
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+COMPRESSED_TARS = (".tgz", *(f".tar{suffix}" for suffix in COMPRESSED))
 
 
 class RecordIOSource(PhotographSource):
@@ -119,7 +119,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _is_compressed(path: Path) -> bool:
-    return path.name.lower().endswith(COMPRESSED) and path.is_file()
+    return path.name.lower().endswith(COMPRESSED_TARS) and path.is_file()
 
 
 def find_records(path: Path) -> Path | None:

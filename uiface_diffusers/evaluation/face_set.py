@@ -22,7 +22,7 @@ from ..data.sources import (
     source_fingerprint,
     unreadable_reason,
 )
-from ..faces import FaceEncoder, NoEmbeddingError, UnusableFaceError, resize_aligned
+from ..faces import NoEmbeddingError, Recognizer, UnusableFaceError, resize_aligned, unit_embeddings
 from ..files import complete_file, local_path, read_json, read_safetensors, write_json
 from ..pictures import to_unit_range
 
@@ -163,7 +163,7 @@ class FaceSet:
         """Faces `(N, 3, 112, 112)` in [-1, 1]."""
         return face_pixels([self.source.read(self.photographs[position]) for position in positions])
 
-    def embed(self, recognizer: FaceEncoder, folder: Path) -> torch.Tensor:
+    def embed(self, recognizer: Recognizer, folder: Path) -> torch.Tensor:
         """Embeddings `(N, D)` of unit length, in their order; `folder` keeps them.
 
         Raises:
@@ -172,7 +172,7 @@ class FaceSet:
 
         def compute(rows: range) -> torch.Tensor:
             try:
-                return recognizer.embed_pictures([self.read(row) for row in rows])
+                return torch.from_numpy(unit_embeddings(recognizer, [np.asarray(self.read(row)) for row in rows]))
             except NoEmbeddingError as error:
                 file = self.photographs[rows[error.position]].file
                 raise ValueError(

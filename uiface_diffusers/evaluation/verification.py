@@ -3,7 +3,7 @@ it, whose figures the field compares."""
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..data.benchmarks import Benchmark, read_benchmarks
 from ..data.pairs import NUM_FOLDS
-from ..faces import Recognizer, has_direction
+from ..faces import Recognizer, has_direction, resize_aligned
 from ..files import complete_file, write_json
 
 # squared distances of unit vectors
@@ -226,7 +226,7 @@ def embed_benchmark(recognizer: Recognizer, benchmark: Benchmark) -> np.ndarray:
     with tqdm(total=len(first_places), desc=benchmark.name, unit="face") as progress:
         for start in range(0, len(first_places), BATCH_SIZE):
             places = first_places[start : start + BATCH_SIZE]
-            faces = np.stack([benchmark.face(place, recognizer.image_size) for place in places])
+            faces = np.stack([resize_aligned(benchmark.face(place), recognizer.image_size) for place in places])
             features.append(recognizer(faces) + recognizer(np.ascontiguousarray(faces[:, :, ::-1])))
             progress.update(len(faces))
     return np.concatenate(features)[number_of]
@@ -234,14 +234,14 @@ def embed_benchmark(recognizer: Recognizer, benchmark: Benchmark) -> np.ndarray:
 
 def verify_benchmarks(
     recognizer: Recognizer,
-    benchmarks: str | os.PathLike,
+    benchmarks: str | os.PathLike | Sequence[Benchmark],
     done: Callable[[dict[str, VerificationResult]], None] = lambda results: None,
 ) -> dict[str, VerificationResult]:
     """Measures a recognizer on benchmarks.
 
     Args:
         recognizer: as `load_recognizer` gives it.
-        benchmarks: a folder of benchmarks, or one of them, see `read_benchmarks`.
+        benchmarks: a folder of benchmarks, or one of them, see `read_benchmarks`; or what that gave.
         done: called with the results so far after each.
 
     Returns:
@@ -251,7 +251,7 @@ def verify_benchmarks(
         ValueError: there are none, or one is damaged. All are read before the first is measured.
     """
     results = {}
-    for benchmark in read_benchmarks(benchmarks):
+    for benchmark in read_benchmarks(benchmarks) if isinstance(benchmarks, str | os.PathLike) else benchmarks:
         results[benchmark.name] = measure_verification(embed_benchmark(recognizer, benchmark), benchmark.same)
         done(results)
     return results

@@ -13,12 +13,12 @@ from ..pairs import check_pairs
 from ..photographs import is_system_entry
 from .benchmark import Benchmark
 from .insightface_bin import STAND_INS, read_bin
-from .making import make_benchmark
+from .making import central_face, make_benchmark
 
 # suffix of a file -> what reads it
 KINDS: dict[str, Callable[[Path], Benchmark]] = {".bin": read_bin}
 
-__all__ = ["KINDS", "STAND_INS", "Benchmark", "make_benchmark", "read_benchmark", "read_benchmarks"]
+__all__ = ["KINDS", "STAND_INS", "Benchmark", "central_face", "make_benchmark", "read_benchmark", "read_benchmarks"]
 
 
 def read_benchmark(path: str | os.PathLike) -> Benchmark:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...faces import ALIGNED_SIZE, resize_aligned
+from ...faces import resize_aligned
 from ...pictures import load_photograph
 
 
@@ -25,13 +25,13 @@ class Benchmark:
     def __len__(self) -> int:
         return len(self.same)
 
-    def face(self, position: int, size: int = ALIGNED_SIZE) -> np.ndarray:
-        """An image as `(size, size, 3)` RGB bytes; one of another size is resized.
+    def face(self, position: int) -> np.ndarray:
+        """An image as `(112, 112, 3)` RGB bytes; one of another size is resized.
 
         Raises:
             ValueError: it cannot be read, or is not square.
         """
         try:
-            return resize_aligned(load_photograph(io.BytesIO(self.images[position])), size)
+            return resize_aligned(load_photograph(io.BytesIO(self.images[position])))
         except (OSError, ValueError) as error:
             raise ValueError(f"image {position} of benchmark `{self.name}` is no aligned face: {error}") from error

@@ -119,7 +119,7 @@ def make_benchmark(
             if encoder is None:
                 face = resize_aligned(photograph)
             else:
-                face, found = _central_face(photograph, encoder)
+                face, found = central_face(photograph, encoder)
                 several += found > 1
                 without += [name] if not found else []
         except OSError as error:
@@ -131,7 +131,7 @@ def make_benchmark(
     return {"pairs": len(listed), "photographs": len(files), "several_faces": several, "without_face": without}
 
 
-def _central_face(photograph: np.ndarray, encoder: FaceEncoder) -> tuple[np.ndarray, int]:
+def central_face(photograph: np.ndarray, encoder: FaceEncoder) -> tuple[np.ndarray, int]:
     """The aligned face, and how many were found; the center's square without any."""
     try:
         faces = encoder.detect(photograph)
