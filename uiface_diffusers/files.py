@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import UnionType
 from typing import Any
 from uuid import uuid4
 
@@ -158,7 +159,7 @@ def iterate_lines(path: str | os.PathLike) -> Iterator[str]:
     """The lines of `read_lines`, one by one: for files with millions of lines.
 
     Raises:
-        ValueError: as of `read_lines`.
+        ValueError: see `read_lines`.
     """
     path = local_path(path)
     with open(path, "rb") as file:
@@ -230,7 +231,7 @@ def read_safetensors(path: str | os.PathLike, wanted: Collection[str] = ()) -> d
         wanted: names that have to be among them.
 
     Raises:
-        ValueError: as of `open_safetensors`, or a tensor is not in it.
+        ValueError: see `open_safetensors`; or a tensor is not in it.
     """
     with open_safetensors(path) as file:
         missing = sorted(set(wanted) - set(file.keys()))
@@ -250,7 +251,7 @@ def check_safetensors(folder: Path) -> None:
             pass
 
 
-def read_entries(path: Path, **kinds: type) -> list[Any]:
+def read_entries(path: Path, **kinds: type | UnionType) -> list[Any]:
     """The values of some entries of a JSON object, by their names and types.
 
     Raises:
@@ -292,9 +293,9 @@ def check_settings(path: Path, settings: dict[str, Any], if_known: Collection[st
     Args:
         path: the file; its folder is made.
         settings: of JSON's types; tuples count as lists.
-        if_known: settings that are compared only where both have a value. A file without one, as earlier versions
-            wrote it, is warned of.
-        notes: go into the file but are not compared, as versions.
+        if_known: settings that are compared only where both have a value. A file without one, from an earlier
+            version, is warned of.
+        notes: go into the file but are not compared, such as versions.
 
     Raises:
         ValueError: the file has other settings, or is damaged.
