@@ -2,7 +2,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -11,7 +10,9 @@ import PIL.Image
 import pytest
 import torch
 from conftest import draw_person, tiny_autoencoder, write_toy_pack
+from killed import run_until_complete
 
+from uiface_diffusers import cli
 from uiface_diffusers.data import FaceCache, LatentSet, cache_latents, prepare_faces
 from uiface_diffusers.faces import FaceEncoder, NoEmbeddingError, NoFaceError, align_face, load_photograph
 
@@ -303,21 +304,16 @@ def test_prepare_goes_on_after_sigkill(toy_root, tmp_path):
         for index in range(1, 270):
             os.link(source / f"p{person}" / "0000.png", source / f"p{person}" / f"{index:04d}.png")
     arguments = ["--encoder", "toy", "--encoder-root", str(toy_root), "--det-size", "160", "--image-size", "32"]
-    command = [sys.executable, "-m", "uiface_diffusers.cli", "prepare", str(source), *arguments, "--output"]
+    command = ["prepare", str(source), *arguments, "--output"]
     first = tmp_path / "killed" / "faces-00000.parquet"
-    for reached in (tmp_path / "killed" / "prepare.json", first):
-        process = subprocess.Popen([*command, str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
-        while not reached.exists() and process.poll() is None:
-            pass
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+    for complete in ("prepare.json", first.name):
+        run_until_complete([*command, str(tmp_path / "killed")], complete)
     assert not (tmp_path / "killed" / "report.json").exists()
     with pytest.raises(ValueError, match="not finished"):
         FaceCache(tmp_path / "killed")
     written = first.stat().st_mtime_ns
     for folder in ("killed", "whole"):
-        result = subprocess.run([*command, str(tmp_path / folder)], capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
+        cli.main([*command, str(tmp_path / folder)])
     assert first.stat().st_mtime_ns == written  # nothing twice
     killed, whole = FaceCache(tmp_path / "killed"), FaceCache(tmp_path / "whole")
     assert len(killed) == len(whole) == 1080 and killed.embeddings().names == whole.embeddings().names

@@ -7,14 +7,14 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import BETAS
+from conftest import BETAS, max_difference, stock_pipeline
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 from diffusers.models.attention_processor import Attention
-from test_pipeline import MaterializingProcessor, max_difference, stock_unet
+from slow_references import MaterializingProcessor
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
-from uiface_diffusers import EmptyContext, IdentityBank, IdentityProjector, UIFacePipeline, generate_dataset
+from uiface_diffusers import IdentityBank, UIFacePipeline, generate_dataset
 from uiface_diffusers.attention_processor import cross_attention_names
 from uiface_diffusers.pipeline_uiface import MODEL_DEFAULTS
 
@@ -35,14 +35,6 @@ def sample(pipe, latents=LATENTS, **options):
 
 def count_calls(module, calls: list) -> None:
     module.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
-
-
-def stock_pipeline(tiny_pipeline) -> UIFacePipeline:
-    dim = tiny_pipeline.unet.config.cross_attention_dim
-    contexts = {"identity_projector": IdentityProjector(16, dim, 5).eval(), "empty_context": EmptyContext(dim, 5)}
-    pipe = UIFacePipeline(**tiny_pipeline.components | {"unet": stock_unet(dim), **contexts})
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 # --- exact -----------------------------------------------------------------------------------------------------------
