@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import webdataset
-from conftest import TINY_UNET, tiny_components
+from conftest import TINY_UNET, complaint, tiny_components
 from killed import run_until_complete
 
 from uiface_diffusers import (
@@ -428,13 +428,4 @@ def test_the_embedded_checkpoint_is_what_it_says():
 
 
 def test_generate_names_the_problem(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "uiface_diffusers.cli",
-        "generate",
-        "--identities",
-        str(tmp_path / "no.safetensors"),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 1 and "no.safetensors is missing" in result.stderr
+    assert "no.safetensors is missing" in complaint("generate", "--identities", tmp_path / "no.safetensors")
