@@ -17,9 +17,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import webdataset
-from conftest import draw_person, write_toy_pack
-from test_set_metrics import slow_share
-from test_sources import RecordWriter, image_record
+from conftest import write_toy_pack
+from records import RecordWriter, image_record
+from slow_references import slow_share
+from toy_sets import IMAGES, PEOPLE, face, figures, write_set
 
 from uiface_diffusers import IdentityBank, cli
 from uiface_diffusers.data import prepare_faces
@@ -30,27 +31,6 @@ from uiface_diffusers.evaluation.face_set import FaceSet, computed_once
 from uiface_diffusers.evaluation.features import LpipsFeatures
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.generation import bank_hash
-
-# the names of folders come into the page
-PEOPLE = ("<img src=x onerror=alert(1)>", "b&b", "carla", "dora")
-IMAGES = 5
-
-
-def face(person: int, index: int, seed: int = 0) -> PIL.Image.Image:
-    """A disc with the person's color, at a place and with noise of its own."""
-    generator = np.random.default_rng([seed, person, index])
-    color = tuple(int(value) for value in np.random.default_rng(person).integers(0, 255, 3))
-    x, y = (int(value) for value in generator.integers(46, 66, 2))
-    picture = np.asarray(draw_person(color, ((x, y, 40),), size=(112, 112))).astype(int)
-    return PIL.Image.fromarray((picture + generator.integers(-30, 30, picture.shape)).clip(0, 255).astype(np.uint8))
-
-
-def write_set(root: Path, people=PEOPLE, images: int = IMAGES, seed: int = 0) -> Path:
-    for person, name in enumerate(people):
-        (root / name).mkdir(parents=True)
-        for index in range(images):
-            face(person, index, seed).save(root / name / f"{index:04d}.png")
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +79,6 @@ def evaluated(workspace, arguments) -> Path:
     }
     cli.main([*arguments, *itertools.chain.from_iterable((k, str(v)) for k, v in options.items()), "--same-people"])
     return workspace / "evaluated"
-
-
-def figures(report: dict, recognizer: str | None = None) -> dict[str, float]:
-    return {
-        each["name"]: each["value"]
-        for each in report["figures"]
-        if each["conditions"].get("recognizer") in (None, recognizer)
-    }
 
 
 def test_every_figure_by_hand(evaluated, workspace, encoder, perceptual):

@@ -2,13 +2,11 @@
 
 import argparse
 import ast
-import io
 import json
 import os
 import re
 import sys
 import tomllib
-from contextlib import redirect_stderr
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import pytest
 import torch
 import yaml
 from accelerate import cpu_offload
-from conftest import REPOSITORY, draw_person, tiny_components, write_toy_pack
+from conftest import REPOSITORY, complaint, draw_person, tiny_components, write_toy_pack
 
 from uiface_diffusers import IdentityBank, UIFacePipeline, cli
 from uiface_diffusers.data import LatentSet
@@ -30,17 +28,6 @@ from uiface_diffusers.options import expand_home, json_object
 from uiface_diffusers.training_utils import add_optimizer_arguments, parse_recipe, run_script, schedule_settings
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1000\n"
-
-
-def complaint(*argv: object) -> str:
-    """What `uiface` writes to stderr before it ends with an error."""
-    written = io.StringIO()
-    with redirect_stderr(written), pytest.raises(SystemExit) as ended:
-        cli.main([str(word) for word in argv])
-    assert ended.value.code not in (0, None)
-    message = written.getvalue() + (ended.value.code if isinstance(ended.value.code, str) else "")
-    assert "Traceback" not in message
-    return message
 
 
 @pytest.mark.parametrize(

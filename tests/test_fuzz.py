@@ -12,9 +12,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import REPOSITORY, tiny_components, write_toy_pack
-from test_faults_cli import complaint
-from test_faults_readers import picture, write, write_records, write_tar
+from conftest import REPOSITORY, complaint, tiny_components, write_toy_pack
+from written_files import picture, write, write_records, write_tar
 
 from uiface_diffusers import IdentityBank, UIFacePipeline, cli, generate_dataset
 from uiface_diffusers.data import FaceCache, prepare_faces

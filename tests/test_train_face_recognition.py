@@ -19,8 +19,9 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from conftest import REPOSITORY
 from hub_server import HubServer
+from records import RecordWriter, image_record
 from safetensors.torch import load_file
-from test_sources import RecordWriter, image_record
+from toy_faces import IDENTITIES, SIZE, toy_face, write_benchmark, write_faces
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
@@ -35,27 +36,6 @@ from uiface_diffusers.faces import FaceEncoder
 SCRIPT = REPOSITORY / "training" / "train_face_recognition.py"
 sys.path.insert(0, str(SCRIPT.parent))
 import train_face_recognition as script  # noqa: E402
-
-IDENTITIES, IMAGES, SIZE = 8, 12, 32
-
-
-def toy_face(identity: int, index: int, size: int = SIZE) -> PIL.Image.Image:
-    """A coarse pattern of the identity's colors, shifted, dimmed, with noise."""
-    pattern = np.random.default_rng(identity).integers(40, 216, (5, 5, 3), dtype=np.uint8)
-    generator = np.random.default_rng((identity, index))
-    face = PIL.Image.fromarray(pattern).resize((size + 8, size + 8), PIL.Image.Resampling.BICUBIC)
-    x, y = (int(value) for value in generator.integers(0, 8, 2))
-    face = np.asarray(face.crop((x, y, x + size, y + size)), np.float32) * generator.uniform(0.6, 1.1)
-    return PIL.Image.fromarray((face + generator.normal(0, 10, face.shape)).clip(0, 255).astype(np.uint8))
-
-
-def write_faces(root: Path, identities: int = IDENTITIES, images: int = IMAGES, size: int = SIZE) -> Path:
-    for identity in range(identities):
-        folder = root / f"person_{identity}"
-        folder.mkdir(parents=True)
-        for index in range(images):
-            toy_face(identity, index, size).save(folder / f"{index:04d}.png")
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -153,11 +133,11 @@ def test_learns_to_tell_people_apart(workspace):
 
 
 def test_sigkill_and_resume_gives_the_same_parameters(uninterrupted, workspace):
-    """With two workers, killed at a random step; an uninterrupted run without workers has the same weights."""
+    """With two workers, killed between two checkpoints; an uninterrupted run without workers has the same weights."""
     options = ("--dataloader_num_workers", "2")
     command = [sys.executable, str(SCRIPT), *options_of(workspace, "killed", *options)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "TQDM_MININTERVAL": "0"})
-    kill_at = int(np.random.default_rng().integers(8, 30))
+    kill_at = 17
     seen = b""
     while f"| {kill_at}/36".encode() not in seen and process.poll() is None:
         seen += process.stderr.read1()
@@ -263,17 +243,6 @@ def test_a_schedule_that_is_bent_by_more_steps_is_warned_of(workspace, caplog):
         "latest",
     )
     assert "max_train_steps" not in caplog.text
-
-
-def write_benchmark(path: Path, pairs: int = 20) -> None:
-    """Pairs of one person and of two in turn, as InsightFace's `.bin`."""
-    images = []
-    for i in range(pairs):
-        for identity, index in ((i % 5, i), ((i % 5 + i % 2), i + 100)):
-            buffer = io.BytesIO()
-            toy_face(identity, index, 112).save(buffer, "png")
-            images.append(buffer.getvalue())
-    path.write_bytes(pickle.dumps((images, [i % 2 == 0 for i in range(pairs)])))
 
 
 def test_benchmarks_and_log(workspace, tmp_path):

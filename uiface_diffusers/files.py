@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import UnionType
 from typing import Any
 from uuid import uuid4
 
@@ -233,7 +234,7 @@ def read_safetensors(path: str | os.PathLike, wanted: Collection[str] = ()) -> d
         wanted: names that have to be among them.
 
     Raises:
-        ValueError: as of `open_safetensors`, or a tensor is not in it.
+        ValueError: see `open_safetensors`; or a tensor is not in it.
     """
     with open_safetensors(path) as file:
         missing = sorted(set(wanted) - set(file.keys()))
@@ -253,7 +254,7 @@ def check_safetensors(folder: Path) -> None:
             pass
 
 
-def read_entries(path: Path, **kinds: type) -> list[Any]:
+def read_entries(path: Path, **kinds: type | UnionType) -> list[Any]:
     """The values of some entries of a JSON object, by their names and types.
 
     Raises:
@@ -295,9 +296,9 @@ def check_settings(path: Path, settings: dict[str, Any], if_known: Collection[st
     Args:
         path: the file; its folder is made.
         settings: of JSON's types; tuples count as lists.
-        if_known: settings that are compared only where both have a value. A file without one, as earlier versions
-            wrote it, is warned of.
-        notes: go into the file but are not compared, as versions.
+        if_known: settings that are compared only where both have a value. A file without one, from an earlier
+            version, is warned of.
+        notes: go into the file but are not compared, such as versions.
 
     Raises:
         ValueError: the file has other settings, or is damaged.
