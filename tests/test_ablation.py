@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import REPOSITORY, draw_person, write_study_inputs
-from test_train_face_recognition import write_benchmark
+from toy_faces import write_benchmark
 
 from uiface_diffusers import IdentityBank, UIFacePipeline
 from uiface_diffusers.data import FaceCache, prepare_faces

@@ -3,7 +3,7 @@ it, whose figures the field compares."""
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -237,14 +237,14 @@ def embed_benchmark(embed: Callable[[np.ndarray], np.ndarray], benchmark: Benchm
 
 def verify_benchmarks(
     embed: Callable[[np.ndarray], np.ndarray],
-    benchmarks: str | os.PathLike,
+    benchmarks: str | os.PathLike | Sequence[Benchmark],
     done: Callable[[dict[str, VerificationResult]], None] = lambda results: None,
 ) -> dict[str, VerificationResult]:
     """Measures a recognizer on benchmarks.
 
     Args:
         embed: `(N, 112, 112, 3)` RGB bytes -> `(N, D)` features, not normalized, as `load_recognizer` gives.
-        benchmarks: a folder of `.bin` files, or one of them.
+        benchmarks: a folder of `.bin` files, or one of them; or what `read_benchmarks` gave.
         done: called with the results so far after each.
 
     Returns:
@@ -254,7 +254,7 @@ def verify_benchmarks(
         ValueError: there are none, or one is damaged. All are read before the first is measured.
     """
     results = {}
-    for benchmark in read_benchmarks(benchmarks):
+    for benchmark in read_benchmarks(benchmarks) if isinstance(benchmarks, str | os.PathLike) else benchmarks:
         results[benchmark.name] = measure_verification(embed_benchmark(embed, benchmark), benchmark.same)
         done(results)
     return results
