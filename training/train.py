@@ -257,7 +257,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
     fixed |= {"prediction_type": args.prediction_type, "unet": args.unet}
     log = DenoisingLog(noise_scheduler.config.num_train_timesteps, device)
     samples = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    product = Pipeline(pipeline, dataset.embeddings[first_faces[:2]], face_encoder)
     run = Run(
         "train",
         args,
@@ -265,7 +264,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
         checkpoint,
         dataset,
         sampler,
-        product=product,
+        product=Pipeline(pipeline, dataset.embeddings[first_faces[:2]], face_encoder),
         log=log,
         lr_scheduler=lr_scheduler,
         fixed=fixed,

@@ -40,9 +40,12 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def hyphenated(words: Sequence[str]) -> list[str]:
-    """The words of a command line with options as they are documented: `--train_data=x` becomes `--train-data=x`."""
-    return [re.sub(r"^--[A-Za-z][\w-]*(?==|$)", lambda option: option[0].replace("_", "-"), word) for word in words]
+def with_hyphens(argv: Sequence[str]) -> list[str]:
+    """The words of a command line with `--encoder_root` as `--encoder-root`: both are accepted, values stay as they
+    are."""
+    end = list(argv).index("--") if "--" in argv else len(argv)
+    names = [re.sub(r"^--[^=]+", lambda found: found[0].replace("_", "-"), word) for word in argv[:end]]
+    return [*names, *argv[end:]]
 
 
 def parse_recipe(
@@ -56,7 +59,7 @@ def parse_recipe(
         argv: the command line; `sys.argv` if not given.
         required: options, as `--train-data`, that have to be given in one of the two places.
     """
-    argv = hyphenated(expand_home(argv))
+    argv = with_hyphens(expand_home(argv))
     known, _ = parser.parse_known_args(argv)
     if known.config is not None:
         try:
@@ -74,7 +77,7 @@ def parse_recipe(
             parser.error(f"{known.config} has {twice[0]} twice, with hyphens and with underscores: delete one")
         # as if they stood in front on the command line, so that they are checked alike
         recipe = [word for name, value in config.items() for word in _option_words(name, value)]
-        argv = expand_home(hyphenated(recipe)) + argv
+        argv = expand_home(with_hyphens(recipe)) + argv
     args = parser.parse_args(argv)
     for option in required:
         if not getattr(args, option.removeprefix("--").replace("-", "_")):
