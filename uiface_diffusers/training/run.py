@@ -192,7 +192,7 @@ class Run:
         self.per_step, self.skips_overflow = per_step or {}, skips_overflow
         # what the data's order depends on, besides the step, and what a checkpoint's optimizer would overrule
         self.fixed = {"seed": args.seed, "train_batch_size": args.train_batch_size, "faces": sampler.length}
-        self.fixed |= {"num_processes": accelerator.num_processes, **schedule_settings(args), **fixed}
+        self.fixed |= {"num_processes": accelerator.num_processes, **fixed, **schedule_settings(args)}
         self.step, self.stopped = 0, False
         self._hours_before, self._started = 0.0, time.monotonic()
         if args.report_to != "none":
