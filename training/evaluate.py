@@ -68,7 +68,7 @@ from uiface_diffusers.identities import largest_cosines
 from uiface_diffusers.options import expand_home, real, whole
 from uiface_diffusers.pictures import scale_to_unit_range, to_bytes
 from uiface_diffusers.seeds import NOISE_VERSION, image_generator
-from uiface_diffusers.training_utils import run_script
+from uiface_diffusers.training.options import run_script
 
 LOOKS = "alexnet"  # the feature network of the curve's KID
 

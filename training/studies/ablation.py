@@ -45,7 +45,7 @@ from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.generation import bank_hash
 from uiface_diffusers.options import expand_home, real, whole
 from uiface_diffusers.seeds import NOISE_VERSION
-from uiface_diffusers.training_utils import run_script
+from uiface_diffusers.training.options import run_script
 
 TRAINING = Path(__file__).parents[1]
 # arm -> arguments of `generate_dataset`; `fixed` has the median boundary of `adaptive`, so that only the choice for

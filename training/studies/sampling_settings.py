@@ -49,7 +49,7 @@ from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.options import expand_home, whole
 from uiface_diffusers.pictures import to_unit_range
 from uiface_diffusers.seeds import NOISE_VERSION, image_generator
-from uiface_diffusers.training_utils import run_script
+from uiface_diffusers.training.options import run_script
 
 FIGURES = ("rows", "seconds", "boundary", "capped", "judge", "others", "EER", "LPIPS", "precision", "recall")
 

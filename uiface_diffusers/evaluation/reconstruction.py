@@ -1,7 +1,7 @@
 """How much of a face survives the first stage."""
 
 from collections.abc import Mapping
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,14 @@ from torch import nn
 
 from ..latents import FirstStage
 from ..pictures import to_unit_range
+
+
+class ReconstructionQuality(NamedTuple):
+    """Reconstructions `(N, 3, height, width)` in [-1, 1], and figures, each the mean over all faces: `l1` (of
+    [-1, 1]), `lpips`, and `identity/NAME`, the cosine of the embeddings of face and reconstruction."""
+
+    reconstructions: torch.Tensor
+    figures: dict[str, float]
 
 
 @torch.no_grad()
@@ -27,7 +35,7 @@ def reconstruction_quality(
     perceptual: nn.Module | None = None,
     recognizers: Mapping[str, nn.Module] | None = None,
     batch_size: int = 32,
-) -> SimpleNamespace:
+) -> ReconstructionQuality:
     """Compares faces with their reconstructions.
 
     Args:
@@ -38,8 +46,7 @@ def reconstruction_quality(
         batch_size: faces per call.
 
     Returns:
-        `reconstructions` `(N, 3, height, width)` in [-1, 1], and `figures`, each the mean over all faces: `l1` (of
-        [-1, 1]), `lpips`, and `identity/NAME`, the cosine of the embeddings of face and reconstruction.
+        The reconstructions and figures.
     """
     reconstructions, sums = [], {}
     for batch in pixels.split(batch_size):
@@ -54,4 +61,4 @@ def reconstruction_quality(
             sums[name] = sums.get(name, 0.0) + values.sum().item()
         reconstructions.append(result.cpu())
     figures = {name: value / len(pixels) for name, value in sums.items()}
-    return SimpleNamespace(reconstructions=torch.cat(reconstructions), figures=figures)
+    return ReconstructionQuality(torch.cat(reconstructions), figures)
