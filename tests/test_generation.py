@@ -25,12 +25,13 @@ from uiface_diffusers import (
     cli,
     default_checkpoint,
     generate_dataset,
-    generation,
     sample_identities,
 )
 from uiface_diffusers.data.sources import open_source
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.generation import default_batch_size
+from uiface_diffusers.generation.plan import Part
+from uiface_diffusers.generation.resume import locked
 from uiface_diffusers.identities import DistinctIdentities, perturb_embeddings
 from uiface_diffusers.seeds import image_generator, noise_generator
 
@@ -324,7 +325,7 @@ def test_mistakes_are_named_before_anything_is_lost(tiny_pipeline, toy_root, tmp
 
 
 def test_two_runs_into_one_folder_by_mistake(tiny_pipeline, tmp_path):
-    with generation._locked(tmp_path, (0, 1)):
+    with locked(tmp_path, Part(0, 1)):
         with pytest.raises(RuntimeError, match="another process is generating .*0-of-1"):
             generate_dataset(tiny_pipeline, bank(), tmp_path, 1, **FAST)
         with pytest.raises(RuntimeError, match="another process"):

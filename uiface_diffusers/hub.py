@@ -34,10 +34,10 @@ from huggingface_hub.errors import (
 )
 
 from .fingerprint import unwrapped
+from .identities import IDENTITIES
 
 PACKAGE = "uiface_diffusers"
 MODEL_INDEX = "model_index.json"
-IDENTITIES = "identities.safetensors"
 CARD_METADATA = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation"}
 CARD_TAGS = ["uiface", "face-recognition", "synthetic-data"]
 SHIM = '"""For stock diffusers with `trust_remote_code=True`: needs `pip install uiface-diffusers`."""\n'
