@@ -30,7 +30,7 @@ from uiface_diffusers.evaluation import compare_reports, evaluate_dataset, load_
 from uiface_diffusers.evaluation.face_set import FaceSet, computed_once
 from uiface_diffusers.evaluation.features import LpipsFeatures
 from uiface_diffusers.faces import FaceEncoder
-from uiface_diffusers.generation import bank_hash
+from uiface_diffusers.identities import bank_hash
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from uiface_diffusers.data import LatentSet
 from uiface_diffusers.evaluation.face_set import computed_once
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.fingerprint import pipeline_fingerprint
-from uiface_diffusers.identities import make_identities
+from uiface_diffusers.generation import make_identities
 from uiface_diffusers.options import expand_home, json_object
 from uiface_diffusers.training.options import add_optimizer_arguments, parse_recipe, run_script
 from uiface_diffusers.training.schedules import schedule_settings

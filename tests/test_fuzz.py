@@ -21,7 +21,8 @@ from uiface_diffusers.data.sources import open_source
 from uiface_diffusers.evaluation import load_recognizer
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.files import read_json, read_lines, read_torch, why_unreadable
-from uiface_diffusers.identities import import_identities, make_identities
+from uiface_diffusers.generation import make_identities
+from uiface_diffusers.identities import import_identities
 from uiface_diffusers.models.face_recognition import IResNetConfig, IResNetImageProcessor, IResNetModel
 
 spec = importlib.util.spec_from_file_location("fuzz", REPOSITORY / "benchmarks" / "fuzz.py")

@@ -1,5 +1,7 @@
 import io
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import webdataset
-from conftest import TINY_UNET, complaint, tiny_components
+from conftest import FIXTURES, TINY_UNET, complaint, tiny_components
 from killed import run_until_complete
 
 from uiface_diffusers import (
@@ -24,12 +26,14 @@ from uiface_diffusers import (
     cli,
     default_checkpoint,
     generate_dataset,
-    generation,
     sample_identities,
 )
 from uiface_diffusers.data.sources import open_source
 from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.generation import default_batch_size
+from uiface_diffusers.generation.plan import Part
+from uiface_diffusers.generation.resume import locked
 from uiface_diffusers.identities import DistinctIdentities, perturb_embeddings
 from uiface_diffusers.seeds import image_generator, noise_generator
 
@@ -148,6 +152,31 @@ def test_killed_again_and_again_the_folder_is_the_same(tmp_path, output_format, 
         assert contents(killed)["generation.json"] == contents(whole)["generation.json"]
     rows, expected = metadata(killed), metadata(whole)
     assert [{**row, "size": 0} for row in rows] == [{**row, "size": 0} for row in expected]
+
+
+def test_a_folder_of_the_first_version_goes_on(tiny_pipeline, tmp_path):
+    """Part 0 of 2, made before the settings were an object: nothing of it is made again, and it stays as it was."""
+    options = {"identity_perturbation": (0.8, 1), "guidance_scale": 3, "size": 8, **FAST}
+    shutil.copytree(FIXTURES / "begun_data_set", tmp_path / "begun")
+    file = tmp_path / "begun" / "generation.json"
+    text = file.read_text()
+    model = json.loads(text)["settings"]["model"]
+    text = text.replace(model, pipeline_fingerprint(tiny_pipeline))  # other releases of torch may draw other weights
+    file.write_text(text)
+    before = contents(tmp_path / "begun")
+    report = generate_dataset(tiny_pipeline, bank(), tmp_path / "begun", 3, shard=(1, 2), **options)
+    assert (report.made, report.complete) == (4, True)
+    after = contents(tmp_path / "begun")
+    assert [name for name in before if after.get(name) != before[name]] == ["journal/0-of-2.jsonl"]
+    # of a folder that is begun now: the same text, but for the versions of the libraries
+    generate_dataset(tiny_pipeline, bank(), tmp_path / "whole", 3, **options)
+    whole = (tmp_path / "whole" / "generation.json").read_text()
+    assert whole.split('"versions"')[0] == text.split('"versions"')[0]
+    new = {name: image for name, image in read(tmp_path / "begun").items() if f"images/{name}" not in before}
+    assert_same_images(new, {name: image for name, image in read(tmp_path / "whole").items() if name in new})
+    assert [row["seed"] for row in metadata(tmp_path / "begun")] == [
+        row["seed"] for row in metadata(tmp_path / "whole")
+    ]
 
 
 def test_two_processes_share_the_work(tiny_pipeline, tmp_path):
@@ -302,7 +331,7 @@ def test_mistakes_are_named_before_anything_is_lost(tiny_pipeline, toy_root, tmp
 
 
 def test_two_runs_into_one_folder_by_mistake(tiny_pipeline, tmp_path):
-    with generation._locked(tmp_path, (0, 1)):
+    with locked(tmp_path, Part(0, 1)):
         with pytest.raises(RuntimeError, match="another process is generating .*0-of-1"):
             generate_dataset(tiny_pipeline, bank(), tmp_path, 1, **FAST)
         with pytest.raises(RuntimeError, match="another process"):

@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 
 from uiface_diffusers import IdentityBank, cli
 from uiface_diffusers.faces import FaceEncoder
-from uiface_diffusers.identities import inspect_bank, largest_cosines, make_identities
+from uiface_diffusers.generation import make_identities
+from uiface_diffusers.identities import inspect_bank, largest_cosines
 
 
 def unit(number: int, dimension: int = 16, seed: int = 0) -> torch.Tensor:

@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from uiface_diffusers import IdentityBank, UIFacePipeline, generate_dataset
 from uiface_diffusers.data import FaceCache, cache_latents, prepare_faces
 from uiface_diffusers.faces import FaceEncoder
-from uiface_diffusers.identities import make_identities
+from uiface_diffusers.generation import make_identities
 
 sys.path.insert(0, str(REPOSITORY / "training"))
 

@@ -62,9 +62,7 @@ from uiface_diffusers.evaluation.separability import genuine_pairs, impostor_pai
 from uiface_diffusers.faces import FaceEncoder, resize_aligned
 from uiface_diffusers.files import write_json
 from uiface_diffusers.fingerprint import pipeline_fingerprint
-from uiface_diffusers.generation import bank_hash
-from uiface_diffusers.hub import IDENTITIES
-from uiface_diffusers.identities import largest_cosines
+from uiface_diffusers.identities import IDENTITIES, bank_hash, largest_cosines
 from uiface_diffusers.options import expand_home, real, whole
 from uiface_diffusers.pictures import scale_to_unit_range, to_bytes
 from uiface_diffusers.seeds import NOISE_VERSION, image_generator

@@ -157,7 +157,7 @@ def _generate(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from . import IdentityBank, generate_dataset
-    from .hub import IDENTITIES
+    from .identities import IDENTITIES
 
     state = PartialState(cpu=args.device == "cpu")
     folder = _pipeline_folder(args.model)
@@ -285,7 +285,8 @@ def _make_identities(args: argparse.Namespace) -> None:
 
     from .data import FaceCache, FaceCacheSource, prepare_faces
     from .files import check_no_folder
-    from .identities import keep_distinct, make_identities, sample_identities
+    from .generation import make_identities
+    from .identities import keep_distinct, sample_identities
 
     check_no_folder(args.output)
     exclude = [_load_bank(path) for path in args.exclude]
@@ -556,7 +557,7 @@ def _convert_original(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from .evaluation import TorchvisionFeatures, evaluate_dataset, load_lpips
     from .faces import FaceEncoder
-    from .hub import IDENTITIES
+    from .identities import IDENTITIES
 
     # a data set of `uiface generate` has the bank that it follows
     own = args.dataset / IDENTITIES

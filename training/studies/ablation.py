@@ -42,7 +42,7 @@ from uiface_diffusers.evaluation.people import People
 from uiface_diffusers.faces import ALIGNED_SIZE, FaceEncoder, load_photograph
 from uiface_diffusers.files import check_settings, complete_file, write_json
 from uiface_diffusers.fingerprint import pipeline_fingerprint
-from uiface_diffusers.generation import bank_hash
+from uiface_diffusers.identities import bank_hash
 from uiface_diffusers.options import expand_home, real, whole
 from uiface_diffusers.seeds import NOISE_VERSION
 from uiface_diffusers.training.options import run_script

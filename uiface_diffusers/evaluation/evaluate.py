@@ -21,8 +21,7 @@ from ..encoders import check_same_encoder
 from ..faces import ALIGNED_SIZE, FaceEncoder
 from ..files import local_path, read_settings
 from ..fingerprint import weights_fingerprint
-from ..generation import bank_hash
-from ..identities import IdentityBank, largest_cosines
+from ..identities import IdentityBank, bank_hash, largest_cosines
 from .class_structure import class_centers, class_uniqueness, intra_class_consistency
 from .diversity import identity_pairs, mean_lpips
 from .face_set import FaceSet, computed_once, open_faces
