@@ -14,11 +14,13 @@ def add(commands: Commands) -> None:
         description="Measures the cosine of every image and identity of a generated data set to the nearest real"
         " embedding, and the share above thresholds that are measured on real impostors.",
         examples="""
-            # the 8 images nearest to real faces beside these, in audit.png
-            uiface audit faces --against cache/photos
+            # audit.png shows the 8 images that are nearest to a real face
+            uiface audit data --against cache/photos
         """,
     )
-    parser.add_argument("dataset", type=path, help="data set of `uiface generate`, or of identity folders")
+    parser.add_argument(
+        "dataset", metavar="DATASET", type=path, help="data set of `uiface generate`, or of identity folders"
+    )
     parser.add_argument(
         "--against", type=path, required=True, metavar="REAL", help="cache of `uiface prepare`, or a bank"
     )
@@ -26,7 +28,11 @@ def add(commands: Commands) -> None:
         "--worst", type=whole(0), default=8, metavar="NUMBER", help="pairs to show (default: %(default)s)"
     )
     parser.add_argument(
-        "--plot", type=path, default=Path("audit.png"), metavar="FILE", help="their picture (default: %(default)s)"
+        "--plot",
+        type=path,
+        default=Path("audit.png"),
+        metavar="FILE",
+        help="picture of these pairs (default: %(default)s)",
     )
     add_encoder_arguments(parser)
 

@@ -17,11 +17,11 @@ def add(commands: Commands) -> None:
             uiface convert faces_webface_112x112 webface --format imagefolder
 
             # a generated data set to RecordIO, for InsightFace's training
-            uiface convert faces faces_recordio --format recordio
+            uiface convert data data_recordio --format recordio
         """,
     )
-    parser.add_argument("source", type=path, help="folder, .rec file or tar shards")
-    parser.add_argument("output", type=path, help="folder that is not there yet, or is empty")
+    parser.add_argument("source", metavar="SOURCE", type=path, help="folder, .rec file or tar shards")
+    parser.add_argument("output", metavar="OUTPUT", type=path, help="a new or empty folder")
     parser.add_argument(
         "--format", required=True, choices=("imagefolder", "recordio", "webdataset"), help="the form of OUTPUT"
     )

@@ -12,16 +12,16 @@ def add(commands: Commands) -> None:
         run,
         help="measure realism, diversity, consistency, separability and leakage of a data set",
         description="Measures a data set of aligned faces: of `uiface generate` or `uiface prepare`, identity folders,"
-        " RecordIO or webdataset shards. Run it again to go on.",
+        " RecordIO or webdataset shards. Run the same command again to continue.",
         examples="""
             # against real faces, with a second recognizer that the generator has not seen
-            uiface evaluate faces --encoder buffalo_l --judge antelopev2 --real cache/photos
+            uiface evaluate data --encoder buffalo_l --judge antelopev2 --real cache/photos
 
             # also look for people of the training data
-            uiface evaluate faces --real cache/photos --against cache/photos --output evaluation/faces
+            uiface evaluate data --real cache/photos --against cache/photos --output evaluation/data
         """,
     )
-    parser.add_argument("dataset", type=path, help="folder, train.rec or tar shards")
+    parser.add_argument("dataset", metavar="DATASET", type=path, help="folder, train.rec or tar shards")
     parser.add_argument(
         "--output", type=path, metavar="FOLDER", help="folder of the report (default: evaluation/NAME)"
     )
@@ -74,7 +74,10 @@ def add_measure_arguments(parser: argparse.ArgumentParser) -> None:
         help="of each set, for precision and recall (default: %(default)s)",
     )
     parser.add_argument(
-        "--lpips-network", choices=("alex", "squeeze", "vgg"), default="alex", help="default: %(default)s"
+        "--lpips-network",
+        choices=("alex", "squeeze", "vgg"),
+        default="alex",
+        help="network of LPIPS (default: %(default)s)",
     )
     parser.add_argument(
         "--lpips-backbone",

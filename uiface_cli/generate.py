@@ -49,7 +49,7 @@ SAMPLING = {
         "saves time, approximate: guide and inject only between these two timesteps, such as 200,1000",
     ),
     "reuse_empty_branch": SamplingOption(
-        whole(), 1, "saves time, approximate: run the empty branch in every so many steps only"
+        whole(), 1, "saves time, approximate: run the empty branch only in every n-th step"
     ),
 }
 
@@ -60,21 +60,21 @@ def add(commands: Commands) -> None:
         "generate",
         run,
         help="generate a data set of faces",
-        description="Generates faces of a bank's identities. Run it again to go on. Under `accelerate launch -m"
-        " uiface_diffusers.cli generate ...`, processes share the work.",
+        description="Generates faces of a bank's identities. Run the same command again to continue. Processes share"
+        " the work under `accelerate launch -m uiface_diffusers.cli generate ...`.",
         examples="""
             # a first look: 4 identities of the embedded checkpoint, 8 images of each
             uiface generate --output faces
 
-            # 50 images of every identity of a bank
+            # 50 images of every identity in a bank
             uiface generate org/model --identities bank.safetensors --output data
 
-            # job 0 of 32, with every image's identity turned by a random angle
+            # part 0 of 32, with each image's identity turned by a random angle
             uiface generate org/model --identities bank.safetensors --output data \\
                 --shard 0/32 --identity-perturbation 0.6 1.0
         """,
     )
-    parser.add_argument("model", nargs="?", help=MODEL)
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL)
     add_data_set_arguments(parser)
     add_encoder_arguments(
         parser, default=None, help="insightface model pack that measures the similarity of each image to its identity"
@@ -86,7 +86,7 @@ def add_data_set_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=path, default=Path("faces"), metavar="FOLDER", help="the data set (default: %(default)s)"
     )
-    parser.add_argument("--identities", type=path, metavar="BANK", help="default: identities.safetensors of the model")
+    parser.add_argument("--identities", type=path, metavar="BANK", help="default: the model's identities.safetensors")
     parser.add_argument(
         "--images-per-identity",
         type=whole(),
@@ -125,7 +125,7 @@ def add_data_set_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-similarity",
         type=real(-1, 1),
         metavar="COSINE",
-        help="make an image anew if its cosine to the identity is smaller; needs --encoder",
+        help="regenerate an image whose cosine to its identity is below this; needs --encoder",
     )
     parser.add_argument(
         "--max-attempts",

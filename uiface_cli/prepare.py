@@ -13,20 +13,20 @@ def add(commands: Commands) -> None:
         run,
         help="align and embed photographs, once",
         description="Aligns and embeds the faces in photographs and keeps them in a cache, for training and measuring."
-        " Run it again to go on. SOURCE is a folder ROOT/IDENTITY/*.jpg, InsightFace's RecordIO (train.rec and"
-        " train.idx), webdataset shards (*.tar), a data set of `uiface generate`, or a cache.",
+        " Run the same command again to continue. SOURCE is a folder ROOT/IDENTITY/*.jpg, InsightFace's RecordIO"
+        " (train.rec and train.idx), webdataset shards (*.tar), a data set of `uiface generate`, or a cache.",
         examples="""
             # photographs of people, one folder per person
             uiface prepare photos --output cache/photos --encoder buffalo_l
 
-            # faces that are aligned to 112x112 already, as in InsightFace's data sets
+            # faces that are aligned to 112x112 already, such as InsightFace's data sets
             uiface prepare faces_webface_112x112/train.rec --output cache/webface --aligned
 
-            # only the people of a list; faces that look like another person's are left out
+            # only the people on a list, without faces that look like somebody else's
             uiface prepare lfw --output cache/lfw --identities peopleDevTrain.txt --drop-outliers
         """,
     )
-    parser.add_argument("source", type=path, help="folder, train.rec or tar shards")
+    parser.add_argument("source", metavar="SOURCE", type=path, help="folder, train.rec or tar shards")
     parser.add_argument("--output", type=path, required=True, metavar="FOLDER", help="folder of the cache")
     add_encoder_arguments(parser)
     parser.add_argument(

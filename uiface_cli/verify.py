@@ -31,7 +31,9 @@ def add(commands: Commands) -> None:
             uiface verify buffalo_l --pairs lfw/pairs.txt --images lfw/images
         """,
     )
-    parser.add_argument("model", help="insightface model pack; or a recognizer's folder or Hub repository ORG/NAME")
+    parser.add_argument(
+        "model", metavar="MODEL", help="insightface model pack; or a recognizer's folder or Hub repository ORG/NAME"
+    )
     parser.add_argument("--benchmarks", type=path, metavar="PATH", help="folder of .bin files, or one of them")
     parser.add_argument(
         "--pairs", type=path, metavar="FILE", help="instead of --benchmarks: a list of pairs, with --images"

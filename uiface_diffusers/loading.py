@@ -36,7 +36,9 @@ def load_pipeline(folder: str | os.PathLike, scheduler: str | None = None, **opt
     folder = Path(folder)
     new_scheduler = None if scheduler is None else getattr(diffusers, scheduler, None)
     if scheduler is not None and ("Scheduler" not in scheduler or not hasattr(new_scheduler, "from_config")):
-        raise ValueError(f"--scheduler {scheduler} is no scheduler of diffusers. DDIMScheduler is one, for example.")
+        raise ValueError(
+            f"--scheduler {scheduler}: diffusers has no such scheduler. DDIMScheduler is one, for example."
+        )
     try:
         pipeline = UIFacePipeline.from_pretrained(folder, **options)
     except OSError:

@@ -10,9 +10,9 @@ def add(commands: Commands) -> None:
         "identities",
         None,
         help="make, import, perturb and inspect banks of identities",
-        description="A bank is a safetensors file with one embedding per identity, and their names.",
+        description="A bank is a safetensors file with the names of identities and one embedding of each.",
         examples="""
-            uiface identities make --number 100 --output bank.safetensors
+            uiface identities make org/model --number 1000 --output bank.safetensors
             uiface identities inspect bank.safetensors
         """,
     )

@@ -16,7 +16,7 @@ def add(commands: Commands) -> None:
             uiface identities import identities.npy --encoder elasticface --output bank.safetensors
         """,
     )
-    parser.add_argument("file", type=path, help="(N, identity_dim) floating point numbers")
+    parser.add_argument("file", metavar="FILE", type=path, help="(N, identity_dim) floating point numbers")
     parser.add_argument("--encoder", required=True, metavar="NAME", help="the recognizer that made them")
     parser.add_argument("--key", metavar="NAME", help="which array, if the file has several")
     parser.add_argument("--output", type=path, required=True, metavar="FILE", help="the bank, .safetensors")

@@ -16,7 +16,7 @@ def add(commands: Commands) -> None:
             uiface identities inspect bank.safetensors --against cache/photos --plot similarities.png
         """,
     )
-    parser.add_argument("bank", type=path, help="a bank, or a cache of `uiface prepare`")
+    parser.add_argument("bank", metavar="BANK", type=path, help="a bank, or a cache of `uiface prepare`")
     parser.add_argument("--against", type=path, metavar="BANK", help="bank or cache of known identities")
     parser.add_argument("--plot", type=path, metavar="FILE", help="save the histogram as a picture")
 

@@ -11,20 +11,20 @@ def add(commands: Commands) -> None:
         "make",
         run,
         help="make new identities, unlike each other and unlike known ones",
-        description="Makes a bank of new identities: embeddings of faces of nobody in particular, which the model"
-        " generates. They can also be those of photographs, or random directions.",
+        description="Makes a bank of new identities: embeddings of faces of nobody in particular that the"
+        " model generates; or embeddings of photographs; or random directions.",
         examples="""
-            # of the embedded checkpoint, unlike the people of a cache
-            uiface identities make --number 1000 --output bank.safetensors --exclude cache/photos
+            # faces of a model that was trained with buffalo_l, unlike the people in a cache
+            uiface identities make org/model --number 1000 --output bank.safetensors --exclude cache/photos
 
-            # of photographs, which are the candidates
+            # people in photographs, as far as they are unlike each other
             uiface identities make --number 1000 --output bank.safetensors --from-images photos
 
-            # of nothing but the distribution of known embeddings
+            # random directions from the distribution of known embeddings
             uiface identities make --number 1000 --output bank.safetensors --random --exclude cache/photos
         """,
     )
-    parser.add_argument("model", nargs="?", help=MODEL)
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL)
     parser.add_argument("--number", type=whole(), required=True, help="identities wanted")
     parser.add_argument("--output", type=path, required=True, metavar="FILE", help="the bank, .safetensors")
     parser.add_argument(
@@ -41,7 +41,7 @@ def add(commands: Commands) -> None:
         "--max-candidates",
         type=whole(),
         metavar="NUMBER",
-        help="give up after so many faces (default: 20 times --number)",
+        help="give up after this many faces (default: 20 times --number)",
     )
     parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--seed", type=whole(0), default=0, help="default: %(default)s")
@@ -62,7 +62,7 @@ def add(commands: Commands) -> None:
         metavar="SOURCE",
         help="take these photographs instead, or a cache of `uiface prepare` (needs the extra `train`)",
     )
-    parser.add_argument("--aligned", action="store_true", help="they are aligned faces already: no detection")
+    parser.add_argument("--aligned", action="store_true", help="pictures of --from-images are aligned faces already")
     instead.add_argument(
         "--random",
         action="store_true",

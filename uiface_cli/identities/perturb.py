@@ -15,7 +15,7 @@ def add(commands: Commands) -> None:
             uiface identities perturb bank.safetensors --cosine 0.6 1.0 --output perturbed.safetensors
         """,
     )
-    parser.add_argument("bank", type=path, help="a bank, or a cache of `uiface prepare`")
+    parser.add_argument("bank", metavar="BANK", type=path, help="a bank, or a cache of `uiface prepare`")
     parser.add_argument(
         "--cosine",
         type=real(-1, 1),
