@@ -218,11 +218,12 @@ def test_what_is_imported_is_declared():
     always, train = names(project["dependencies"]), names(project["optional-dependencies"]["train"])
     distributions = packages_distributions()
     missing, used = [], set()
-    for path in sorted((REPOSITORY / "uiface_diffusers").rglob("*.py")):
+    packages = ("uiface_cli", "uiface_diffusers")
+    for path in sorted(path for package in packages for path in (REPOSITORY / package).rglob("*.py")):
         # the training scripts' share needs the extra, and so do plots
         needs_extra = path.parent.name == "training" or path.name == "plots.py"
         for module, late in imports(path):
-            if module in sys.stdlib_module_names or module == "uiface_diffusers":
+            if module in sys.stdlib_module_names or module in packages:
                 continue
             named = {name.lower().replace("_", "-") for name in distributions.get(module, [module])}
             used |= named

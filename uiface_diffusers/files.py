@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from uiface_cli.options import paragraph as paragraph
+
 
 @cache
 def warn_once(message: str) -> None:
@@ -126,13 +128,6 @@ def brief(error: object, most: int = 300) -> str:
     """The first line of a library's error, without a full stop."""
     line = next(iter(str(error).strip().splitlines()), "").strip().rstrip(".") or type(error).__name__
     return line if len(line) <= most else f"{line[:most]}..."
-
-
-def paragraph(error: object, most: int = 10) -> str:
-    """An error's text for the command line: without empty lines, and at most so many of the others."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    more = [f"  ... and {len(lines) - most} more lines"] if len(lines) > most else []
-    return "\n".join(lines[:most] + more)
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:
