@@ -1,5 +1,6 @@
 """Does a synthetic data set show people of the training?"""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,9 @@ from ..faces import ALIGNED_SIZE, FaceEncoder
 from ..files import complete_file
 from ..identities import CANDIDATE_ROWS, KNOWN_ROWS, IdentityBank, largest_cosines
 from .face_set import FaceSet
+from .figures import Description
+from .measure import Measure, conditions_of
+from .plots import plot_histograms
 
 # of the thresholds
 FALSE_ACCEPT_RATES = (1e-3, 1e-4)
@@ -116,6 +120,63 @@ def measure_leakage(synthetic: IdentityBank, real: IdentityBank) -> LeakageRepor
     )
 
 
+def dataset_leakage(faces: FaceSet, encoder: FaceEncoder, real: IdentityBank, cache: Path) -> LeakageReport:
+    """`measure_leakage` of the images of a data set; their embeddings are kept in `cache`."""
+    embeddings = faces.embed(encoder, cache)
+    return measure_leakage(IdentityBank(embeddings, encoder.name, faces.names, encoder.fingerprint), real)
+
+
+class LeakageMeasure(Measure):
+    """Whether real people are shown."""
+
+    needs = ("against",)
+    figures = {
+        "leakage_images": Description(
+            "Images near a real face",
+            "%",
+            "Nearest real embedding above the threshold of real impostors.",
+        ),
+        "leakage_identities": Description(
+            "Identities near a real face",
+            "%",
+            "The same of the mean embeddings of the identities.",
+        ),
+        "leakage_strangers": Description(
+            "Real images near another person",
+            "%",
+            "The same of real images: what strangers give.",
+        ),
+        "leakage_largest": Description("Largest cosine to a real face", "", "Of any image to any real embedding."),
+    }
+
+    def check(self) -> None:
+        assert self.inputs.against is not None
+        if len(set(self.inputs.against.names)) < 2:
+            raise ValueError(
+                "`against` has a single identity: leakage is measured against impostors among real people."
+            )
+
+    def measure(self) -> None:
+        against = self.inputs.against
+        assert against is not None
+        recognizer = self.inputs.recognizer_of(against)
+        found = dataset_leakage(self.inputs.faces, recognizer, against, self.inputs.cache)
+        digest = hashlib.sha256(against.embeddings.contiguous().numpy().tobytes()).hexdigest()[:12]
+        conditions = conditions_of(recognizer) | {"real": f"{len(against)} embeddings {digest}"}
+        for rate, threshold in found.thresholds.items():
+            values = {
+                "leakage_images": found.image_shares[rate],
+                "leakage_identities": found.identity_shares[rate],
+                "leakage_strangers": found.real_shares[rate],
+            }
+            detail = f"{threshold:.3f} is exceeded by {rate:.2%} of {found.impostor_pairs:,} real impostor pairs."
+            self.add(values, {**conditions, "FAR": f"{rate:g}"}, detail)
+        self.add({"leakage_largest": found.image_cosines.max().item()}, conditions)
+        marks = {f"FAR {rate:g} of real impostors": threshold for rate, threshold in found.thresholds.items()}
+        plot = plot_histograms({"image to the nearest real face": found.image_cosines}, "cosine", marks)
+        self.pictures.append((f"Nearest real face by {recognizer.name}", plot))
+
+
 def audit_dataset(
     dataset: str | os.PathLike,
     encoder: FaceEncoder,
@@ -151,8 +212,7 @@ def audit_dataset(
         log(f"left out: {file}: {reason}")
     for line in describe_left_out(summarize_left_out(images.source.left_out)):
         log(f"left out: {line}")
-    embeddings = synthetic.embed(encoder, cache)
-    report = measure_leakage(IdentityBank(embeddings, encoder.name, synthetic.names, encoder.fingerprint), real)
+    report = dataset_leakage(synthetic, encoder, real, cache)
 
     cosines, identities = report.image_cosines, np.array(list(report.identity_cosines.values()))
     log(f"{len(cosines)} images of {len(identities)} identities against {len(real)} real embeddings")

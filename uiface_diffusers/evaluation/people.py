@@ -3,6 +3,7 @@
 import os
 from collections.abc import Collection, Sequence
 
+import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,8 @@ class People:
 
     def pictures(self, positions: Sequence[int]) -> list[PIL.Image.Image]:
         """The faces at some positions of `bank`."""
-        found, offset = {}, 0
+        found: dict[int, np.ndarray] = {}
+        offset = 0
         for cache in self.caches:
             inside = [position for position in positions if offset <= position < offset + len(cache)]
             images = cache.images([position - offset for position in inside])
