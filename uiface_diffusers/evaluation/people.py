@@ -62,6 +62,13 @@ class People:
             raise ValueError(f"{number} identities are asked for, {folders} has {len(positions)}.")
         return [positions[i * len(positions) // number] for i in range(number)]
 
+    def one_photograph_each(
+        self, number: int, without: Collection[str] = ()
+    ) -> tuple[IdentityBank, list[PIL.Image.Image]]:
+        """Embeddings and faces of the people that `choose` gives."""
+        positions = self.choose(number, without)
+        return self.bank.take(positions), self.pictures(positions)
+
     def pictures(self, positions: Sequence[int]) -> list[PIL.Image.Image]:
         """The faces at some positions of `bank`."""
         found: dict[int, np.ndarray] = {}

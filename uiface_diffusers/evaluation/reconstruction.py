@@ -1,8 +1,9 @@
 """How much of a face survives the first stage."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,6 +18,16 @@ def reconstruct(vae: FirstStage, pixels: torch.Tensor) -> torch.Tensor:
     encoded = vae.encode(pixels)
     latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
     return vae.decode(latents).sample.clamp(-1, 1)
+
+
+def reconstruct_pictures(vae: FirstStage, pictures: Sequence[np.ndarray], batch_size: int = 32) -> list[np.ndarray]:
+    """RGB bytes `(height, width, 3)`, all of one size, through the first stage and back."""
+    found = []
+    for start in range(0, len(pictures), batch_size):
+        pixels = torch.from_numpy(np.stack(pictures[start : start + batch_size])).permute(0, 3, 1, 2)
+        result = reconstruct(vae, to_unit_range(pixels.to(vae.device)).to(vae.dtype)).float().cpu()
+        found += list(((result + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+    return found
 
 
 @torch.no_grad()
@@ -40,7 +51,8 @@ def reconstruction_quality(
         `reconstructions` `(N, 3, height, width)` in [-1, 1], and `figures`, each the mean over all faces: `l1` (of
         [-1, 1]), `lpips`, and `identity/NAME`, the cosine of the embeddings of face and reconstruction.
     """
-    reconstructions, sums = [], {}
+    reconstructions: list[torch.Tensor] = []
+    sums: dict[str, float] = {}
     for batch in pixels.split(batch_size):
         batch = to_unit_range(batch).to(vae.device, vae.dtype)
         result = reconstruct(vae, batch)
@@ -52,8 +64,8 @@ def reconstruction_quality(
         for name, values in figures.items():
             sums[name] = sums.get(name, 0.0) + values.sum().item()
         reconstructions.append(result.cpu())
-    figures = {name: value / len(pixels) for name, value in sums.items()}
-    return SimpleNamespace(reconstructions=torch.cat(reconstructions), figures=figures)
+    means = {name: value / len(pixels) for name, value in sums.items()}
+    return SimpleNamespace(reconstructions=torch.cat(reconstructions), figures=means)
 
 
 def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:

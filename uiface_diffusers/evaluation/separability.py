@@ -86,6 +86,15 @@ def pair_cosines(embeddings: torch.Tensor, pairs: np.ndarray) -> np.ndarray:
     return torch.cat(cosines).numpy() if cosines else np.empty(0, np.float32)
 
 
+def grouped_cosines(embeddings: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines of all genuine and of all impostor pairs of embeddings `(N, M, D)`, M of each of N identities."""
+    labels = np.arange(embeddings.shape[0]).repeat(embeddings.shape[1])
+    genuine, impostor = (
+        pair_cosines(embeddings.flatten(0, 1), draw(labels)) for draw in (genuine_pairs, impostor_pairs)
+    )
+    return genuine, impostor
+
+
 def false_non_match_rate(genuine: np.ndarray, impostor: np.ndarray, false_match_rate: float) -> float:
     """The lowest share of genuine pairs that are rejected while at most a share of impostor pairs is accepted.
 
