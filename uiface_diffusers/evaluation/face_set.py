@@ -30,6 +30,7 @@ from ..data.sources import (
 )
 from ..faces import FaceEncoder, NoEmbeddingError, UnusableFaceError, resize_aligned
 from ..files import complete_file, local_path, read_json, read_safetensors, write_json
+from ..identities import IdentityBank
 
 
 def open_faces(path: str | os.PathLike) -> PhotographSource:
@@ -200,6 +201,10 @@ class FaceSet:
 
         folder = folder / f"embeddings-{recognizer.fingerprint}-{self.key}"
         return F.normalize(computed_once(folder, len(self), compute, f"embed by {recognizer.name}"))
+
+    def bank(self, recognizer: FaceEncoder, folder: Path) -> IdentityBank:
+        """Their embeddings with their names; as `embed`."""
+        return IdentityBank(self.embed(recognizer, folder), recognizer.name, self.names, recognizer.fingerprint)
 
     def features(self, network: nn.Module | FaceEncoder, folder: Path, device: torch.device | str) -> torch.Tensor:
         """Features `(N, D)` by a module with a `name` on `device`, or embeddings; `folder` keeps them.
