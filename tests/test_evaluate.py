@@ -26,9 +26,11 @@ from uiface_diffusers import IdentityBank, cli
 from uiface_diffusers.data import prepare_faces
 from uiface_diffusers.data.image_folder import GENERATION, METADATA
 from uiface_diffusers.data.sources import open_source
-from uiface_diffusers.evaluation import compare_reports, evaluate_dataset, load_lpips, load_report
+from uiface_diffusers.evaluation import compare_reports, evaluate_dataset, load_lpips, load_report, registry
 from uiface_diffusers.evaluation.face_set import FaceSet, computed_once
 from uiface_diffusers.evaluation.features import LpipsFeatures
+from uiface_diffusers.evaluation.figures import Description
+from uiface_diffusers.evaluation.measure import Measure
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.identities import bank_hash
 
@@ -313,12 +315,12 @@ def test_what_cannot_be_evaluated_is_named_first(workspace, encoder, perceptual,
         ("one", {}, "has 1 identity"),
         ("single", {}, "a single image of each identity"),
         ("nowhere", {}, "nowhere has no photographs"),
-        ("damaged", {}, "2 of 20 pictures in .*damaged cannot be evaluated, as carla/0002.png: unreadable"),
+        ("damaged", {}, "2 of 20 pictures in .*damaged cannot be used, such as carla/0002.png: unreadable"),
         ("set", {"real": tmp_path / "damaged"}, "2 of 20 pictures in .*damaged cannot"),
         ("set", {"against": foreign}, "a bank comes from encoder `elastic`, this evaluation .by `toy`. from .* `toy`"),
         ("set", {"against": IdentityBank(directions, "toy", ["a"] * 6)}, "`against` has a single identity"),
         ("set", {"identities": foreign, "judge": judge}, "by `toy`, `judge`"),
-        ("set", {"identities": few}, "lacks 4 of the data set's, as `<img"),
+        ("set", {"identities": few}, "lacks 4 of the data set's, such as `<img"),
         ("generated", {"identities": wrong}, "generation.json says that the faces follow another bank"),
         ("set", {"judge": encoder}, "both are `toy`"),
         ("set", {"same_people": True}, "about real faces"),
@@ -341,7 +343,8 @@ def test_what_cannot_be_evaluated_is_named_first(workspace, encoder, perceptual,
         evaluate_dataset(tmp_path / "generated", tmp_path / "output", encoder, identities=own, perceptual=perceptual)
     monkeypatch.setattr(FaceEncoder, "__call__", lambda self, faces: np.ones((len(faces), 16), np.float32))
     with pytest.raises(ValueError, match="a bank of 8 dimensions is not of `toy`, which gives 16"):
-        evaluate_dataset(workspace / "set", tmp_path / "output", encoder, against=IdentityBank(torch.eye(8)))
+        options = {"against": IdentityBank(torch.eye(8)), "perceptual": perceptual}
+        evaluate_dataset(workspace / "set", tmp_path / "output", encoder, **options)
 
 
 def test_a_face_of_which_a_network_makes_nothing_is_named(workspace, encoder, perceptual, tmp_path):
@@ -426,6 +429,50 @@ def test_comparison(evaluated, workspace, tmp_path, capsys):
     content = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
     assert content["sets"] == ["set", "other <set>"] and len(content["rows"][0]) == 2
     assert compare_reports([load_report(evaluated)] * 2).sets == ["set [1]", "set [2]"]
+
+
+class Brightness(Measure):
+    """A measure that the package does not have."""
+
+    needs = ("against",)
+    figures = {"brightness": Description("Mean brightness", "%", "Of all pixels.")}
+
+    def check(self):
+        if self.settings.seed == 13:
+            raise ValueError("no brightness on Fridays")
+
+    def measure(self):
+        pixels = self.inputs.faces.pixels(range(len(self.inputs.faces)))
+        self.add({"brightness": (pixels.mean().item() + 1) / 2}, {"pixels": pixels.numel()}, "By hand.", network="eye")
+        self.pictures.append(("A gray picture", PIL.Image.new("L", (3, 2), 128)))
+        self.notes.append("It was bright.")
+
+
+def test_a_measure_is_one_class(workspace, encoder, perceptual, tmp_path, monkeypatch):
+    """Registered, it is in the report, the page and comparisons, also of those who do not know it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "MEASURES", registry.MEASURES[3:4])
+        registry.MEASURES.insert(0, Brightness)
+        given = {"against": IdentityBank.load(workspace / "known.safetensors"), "perceptual": perceptual}
+        report = evaluate_dataset(workspace / "set", tmp_path / "with", encoder, **given)
+        with pytest.raises(ValueError, match="no brightness"):
+            evaluate_dataset(workspace / "set", tmp_path / "other", encoder, **given, seed=13)
+        without = evaluate_dataset(workspace / "set", tmp_path / "without", encoder, perceptual=perceptual)
+    assert [each["name"] for each in report["figures"]] == ["brightness/eye", "intra_class_lpips"]
+    assert [each["name"] for each in without["figures"]] == ["intra_class_lpips"] and not without["notes"]
+    faces = [np.asarray(face(person, index)) for person in range(len(PEOPLE)) for index in range(IMAGES)]
+    figure = report["figures"][0]
+    assert figure["value"] == pytest.approx(np.mean(faces) / 255, abs=1e-6)
+    assert (figure["label"], figure["detail"], report["notes"]) == (
+        "Mean brightness by eye",
+        "By hand.",
+        ["It was bright."],
+    )
+    page = Page((tmp_path / "with" / "report.html").read_text())
+    assert "A gray picture" in page.text and "Of all pixels. By hand." in page.text
+    lines = compare_reports([load_report(tmp_path / "with"), without]).lines()
+    row = next(line for line in lines if line.startswith("Mean brightness by eye"))
+    assert row.split()[-3:] == [f"{100 * figure['value']:.2f}", "%", "-"]
 
 
 def test_reports_that_cannot_be_compared(evaluated, tmp_path):

@@ -28,6 +28,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -51,7 +52,7 @@ TRAINING = Path(__file__).parents[1]
 # arm -> arguments of `generate_dataset`; `fixed` has the median boundary of `adaptive`, so that only the choice for
 # each sample differs, `early` is halfway from it to one stage; a pipeline's own guidance was chosen for two stages, so
 # one stage has the paper's, too, beside two stages with all settings of the paper
-ARMS = {
+ARMS: dict[str, dict[str, Any] | None] = {
     "single": {"boundary": None},
     "single_guidance_2": {"boundary": None, "guidance_scale": 2.0},
     "adaptive": {"injection": None},
@@ -142,12 +143,12 @@ def write_real_faces(args: argparse.Namespace) -> None:
         return
     people = People(args.real)
     encoder = FaceEncoder(args.encoder, args.encoder_root, det_size=160)
-    tested = [
+    faces = [
         PIL.Image.fromarray(benchmark.face(position))
         for benchmark in read_benchmarks(args.benchmarks)
         for position in range(len(benchmark.images))
     ]
-    tested = IdentityBank(encoder.embed_pictures(tested), encoder.name, [], encoder.fingerprint)
+    tested = IdentityBank(encoder.embed_pictures(faces), encoder.name, [], encoder.fingerprint)
     left_out = set(people.near(tested, args.same_person))
     print(f"{len(left_out)} real people look like one of the benchmarks and are left out: {sorted(left_out)}")
 
@@ -159,8 +160,8 @@ def write_real_faces(args: argparse.Namespace) -> None:
             f" benchmarks: take fewer than {args.num_identities} --num_identities, or fewer images of each."
         )
     chosen = [names[i * len(names) // args.num_identities] for i in range(args.num_identities)]
-    positions = {name: [] for name in chosen}
-    others = []
+    positions: dict[str, list[int]] = {name: [] for name in chosen}
+    others: list[int] = []
     for position, name in enumerate(people.bank.names):
         if name not in positions:
             others += [] if name in left_out else [position]
@@ -181,7 +182,7 @@ def write_real_faces(args: argparse.Namespace) -> None:
 def generate(args: argparse.Namespace, arm: str) -> None:
     if arm == "real":
         return  # written before everything else
-    arguments = dict(ARMS[arm])
+    arguments = dict(ARMS[arm] or {})
     if arm == "fixed":
         generate(args, "adaptive")
         arguments["boundary"] = int(statistics.median_low(boundaries_of(groups_of(args, "adaptive"))))
@@ -253,14 +254,14 @@ def figures_of(args: argparse.Namespace, report: dict) -> dict[str, float]:
 def collect(args: argparse.Namespace, default_latest: int) -> dict[str, dict[str, dict[str, float]]]:
     """What `--results` and `--work` have: arm -> figure -> its value by group; by seed, the mean accuracy over the
     benchmarks and the share of its own faces that the recognizer has learned."""
-    table, saved = {}, saved_results(args)
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    saved = saved_results(args)
     for arm in ARMS:
         row = saved.get(arm, {})
         latest_boundary = (ARMS[arm] or {}).get("latest_boundary", default_latest)
         for folder in groups_of(args, arm):
-            report, found = folder.with_name(f"evaluation-{folder.name}") / "report.json", {}
-            if report.exists():
-                found |= figures_of(args, json.loads(report.read_text()))
+            report = folder.with_name(f"evaluation-{folder.name}") / "report.json"
+            found = figures_of(args, json.loads(report.read_text())) if report.exists() else {}
             if (folder / "metadata.parquet").exists():
                 boundaries = np.array(boundaries_of([folder]))
                 found["capped"] = float((boundaries <= latest_boundary).mean())

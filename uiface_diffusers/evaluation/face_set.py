@@ -1,29 +1,36 @@
 """A data set of aligned faces in any published form, and figures of its faces that are computed once and kept."""
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import nn
 from tqdm import tqdm
 
 from ..data.sources import (
     FlatFolderSource,
     Photograph,
     PhotographSource,
+    describe_left_out,
     has_image_suffix,
     is_system_entry,
     open_source,
     source_fingerprint,
+    summarize_left_out,
     unreadable_reason,
 )
 from ..faces import NoEmbeddingError, Recognizer, UnusableFaceError, resize_aligned, unit_embeddings
 from ..files import complete_file, local_path, read_json, read_safetensors, write_json
+from ..identities import IdentityBank
 from ..pictures import to_unit_range
 
 
@@ -54,7 +61,9 @@ class JoinedSource:
     """Several sources as one. A file has the number of its source in front: `2/anna/0001.jpg`."""
 
     def __init__(self, sources: Sequence[PhotographSource]):
-        self.photographs, self.left_out, self._places = [], {}, {}
+        self.photographs: list[Photograph] = []
+        self.left_out: dict[str, str] = {}
+        self._places: dict[str, tuple[PhotographSource, Photograph]] = {}
         for number, source in enumerate(sources, start=1):
             self.left_out |= {f"{number}/{name}": reason for name, reason in source.left_out.items()}
             for photograph in source.photographs:
@@ -99,6 +108,17 @@ class FaceSet:
     def __len__(self) -> int:
         return len(self.photographs)
 
+    @property
+    def images_of_each(self) -> str:
+        """How many images the identities have, for people: `5`, or `2 to 7`."""
+        counts = sorted(len(positions) for positions in self.identities.values())
+        return f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
+
+    @property
+    def left_out_of_source(self) -> str:
+        """What the source found beside its photographs, in words; empty if there was nothing."""
+        return "; ".join(describe_left_out(summarize_left_out(self.source.left_out)))
+
     @cached_property
     def identities(self) -> dict[str, list[int]]:
         """Name -> positions of its faces, in the order that the names come."""
@@ -142,7 +162,8 @@ class FaceSet:
     def sample_identities(self, max_faces: int, seed: int = 0) -> "FaceSet":
         """Whole identities, drawn uniformly, with at most so many faces in all; one at least."""
         names = list(self.identities)
-        drawn, total = set(), 0
+        drawn: set[str] = set()
+        total = 0
         for number in np.random.default_rng(seed).permutation(len(names)):
             total += len(self.identities[names[number]])
             if drawn and total > max_faces:
@@ -182,6 +203,30 @@ class FaceSet:
         folder = folder / f"embeddings-{recognizer.fingerprint}-{self.key}"
         return F.normalize(computed_once(folder, len(self), compute, f"embed by {recognizer.name}"))
 
+    def bank(self, recognizer: Recognizer, folder: Path) -> IdentityBank:
+        """Their embeddings with their names; as `embed`."""
+        return IdentityBank(self.embed(recognizer, folder), recognizer.name, self.names, recognizer.fingerprint)
+
+    def features(self, network: nn.Module | Recognizer, folder: Path, device: torch.device | str) -> torch.Tensor:
+        """Features `(N, D)` by a module with a `name` on `device`, or embeddings; `folder` keeps them.
+
+        Raises:
+            ValueError: the network makes nothing of a face; the message names its file.
+        """
+        if not isinstance(network, nn.Module):
+            return self.embed(network, folder)
+        network = network.to(device)
+
+        def compute(rows: range) -> torch.Tensor:
+            found = network(self.pixels(rows).to(device)).float().cpu()
+            wrong = (~found.isfinite().all(dim=1)).nonzero().flatten().tolist()
+            if wrong:
+                file = self.photographs[rows[wrong[0]]].file
+                raise ValueError(f"the features of {file} by {network.name} are not finite: is the backbone whole?")
+            return found
+
+        return computed_once(folder / f"features-{digest(network.name, self.key)}", len(self), compute, "features")
+
     def check(self, folder: Path) -> dict[str, str]:
         """Reads every picture, once: `folder` remembers it. Returns file -> what is wrong with it."""
         file = folder / f"checked-{self.key}.json"
@@ -205,6 +250,32 @@ class FaceSet:
             return self
         kept = [photograph for photograph in self.photographs if photograph.file not in files]
         return FaceSet(self.source, kept, left_out=files)
+
+    def usable(self, path: str | os.PathLike, folder: Path, skip_unusable: bool = False) -> "FaceSet":
+        """The set after a look at every picture.
+
+        Args:
+            path: where the set is, for the error.
+            folder: remembers what was looked at.
+            skip_unusable (`bool`, defaults to `False`): leave out pictures that cannot be used, in `left_out`.
+
+        Raises:
+            ValueError: pictures cannot be used, or none can.
+        """
+        unusable = self.check(folder)
+        if unusable and not (skip_unusable and len(unusable) < len(self)):
+            file, reason = next(iter(unusable.items()))
+            raise ValueError(
+                f"{len(unusable)} of {len(self)} pictures in {path} cannot be used, such as {file}: {reason}."
+                " Photographs that are not aligned are made usable by `uiface prepare`; --skip-unusable of `uiface"
+                " evaluate` leaves such pictures out."
+            )
+        return self.without(unusable)
+
+
+def digest(*content: Any) -> str:
+    """Twelve hexadecimal digits of anything that JSON can hold, for names of folders."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
 def computed_once(

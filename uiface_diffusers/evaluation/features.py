@@ -84,6 +84,9 @@ class TorchvisionFeatures(nn.Module):
         ValueError: another network; or the file is not of it, or damaged.
     """
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, network: str, weights: str | os.PathLike | None = None):
         super().__init__()
         from torchvision import models  # comes with lpips, of the extra `train`

@@ -1,14 +1,15 @@
 """How much of a face survives the first stage."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..latents import FirstStage
-from ..pictures import to_unit_range
+from ..pictures import to_bytes, to_unit_range
 
 
 class ReconstructionQuality(NamedTuple):
@@ -26,6 +27,16 @@ def reconstruct(vae: FirstStage, pixels: torch.Tensor) -> torch.Tensor:
     encoded = vae.encode(pixels)
     latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
     return vae.decode(latents).sample.clamp(-1, 1)
+
+
+def reconstruct_pictures(vae: FirstStage, pictures: Sequence[np.ndarray], batch_size: int = 32) -> list[np.ndarray]:
+    """RGB bytes `(height, width, 3)`, all of one size, through the first stage and back."""
+    found = []
+    for start in range(0, len(pictures), batch_size):
+        pixels = torch.from_numpy(np.stack(pictures[start : start + batch_size])).permute(0, 3, 1, 2)
+        result = reconstruct(vae, to_unit_range(pixels.to(vae.device)).to(vae.dtype)).float().cpu()
+        found += list(to_bytes(result).permute(0, 2, 3, 1).numpy())
+    return found
 
 
 @torch.no_grad()
@@ -48,7 +59,8 @@ def reconstruction_quality(
     Returns:
         The reconstructions and figures.
     """
-    reconstructions, sums = [], {}
+    reconstructions: list[torch.Tensor] = []
+    sums: dict[str, float] = {}
     for batch in pixels.split(batch_size):
         batch = to_unit_range(batch).to(vae.device, vae.dtype)
         result = reconstruct(vae, batch)
@@ -60,5 +72,5 @@ def reconstruction_quality(
         for name, values in figures.items():
             sums[name] = sums.get(name, 0.0) + values.sum().item()
         reconstructions.append(result.cpu())
-    figures = {name: value / len(pixels) for name, value in sums.items()}
-    return ReconstructionQuality(torch.cat(reconstructions), figures)
+    means = {name: value / len(pixels) for name, value in sums.items()}
+    return ReconstructionQuality(torch.cat(reconstructions), means)
