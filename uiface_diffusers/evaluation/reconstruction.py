@@ -47,7 +47,8 @@ def reconstruction_quality(
     Returns:
         The reconstructions and figures.
     """
-    reconstructions, sums = [], {}
+    reconstructions: list[torch.Tensor] = []
+    sums: dict[str, float] = {}
     for batch in pixels.split(batch_size):
         batch = to_unit_range(batch).to(vae.device, vae.dtype)
         result = reconstruct(vae, batch)
@@ -59,8 +60,8 @@ def reconstruction_quality(
         for name, values in figures.items():
             sums[name] = sums.get(name, 0.0) + values.sum().item()
         reconstructions.append(result.cpu())
-    figures = {name: value / len(pixels) for name, value in sums.items()}
-    return ReconstructionQuality(torch.cat(reconstructions), figures)
+    means = {name: value / len(pixels) for name, value in sums.items()}
+    return ReconstructionQuality(torch.cat(reconstructions), means)
 
 
 def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
