@@ -25,7 +25,7 @@ from diffusers.utils import make_image_grid
 
 from uiface_diffusers import UIFacePipeline
 from uiface_diffusers.data import FaceCache, LatentSet, cache_latents
-from uiface_diffusers.encoders import EncoderMark, check_same_encoder, common_encoder
+from uiface_diffusers.encoders import EncoderMark, common_encoder
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.files import write_json
 from uiface_diffusers.fingerprint import model_fingerprint
@@ -40,6 +40,7 @@ from uiface_diffusers.training.denoising import (
     check_network,
     denoising_loss,
     face_losses,
+    load_judges,
 )
 from uiface_diffusers.training.options import (
     SWITCH,
@@ -55,7 +56,7 @@ from uiface_diffusers.training.options import (
     run_script,
 )
 from uiface_diffusers.training.order import EndlessBatchSampler, sampling_weights
-from uiface_diffusers.training.run import Product, Run, frozen, load_perceptual, make_accelerator, training_folder
+from uiface_diffusers.training.run import Product, Run, make_accelerator, training_folder
 from uiface_diffusers.training.schedules import make_lr_scheduler
 
 logger = get_logger(__name__)
@@ -227,15 +228,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
         denoiser.to(memory_format=torch.channels_last)
     noise_scheduler = DDPMScheduler.from_config(sampling_scheduler.config)
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
-    face_encoder = recognizer = perceptual = None
-    if args.encoder_root is not None:
-        face_encoder = FaceEncoder(encoder_mark.name, args.encoder_root, det_size=160, device=device)
-        given = ("the training data", encoder_mark)
-        check_same_encoder(*given, "the pack of --encoder-root", face_encoder.encoder_mark)
-    if face_encoder is not None and args.identity_weight:
-        recognizer = frozen(accelerator, face_encoder.to_torch())
-    if args.lpips_weight:
-        perceptual = load_perceptual(accelerator, "alex", args.lpips_backbone, spatial=True)
+    face_encoder, recognizer, perceptual = load_judges(args, accelerator, encoder_mark)
     decodes = recognizer is not None or perceptual is not None
     if decodes:
         vae.to(memory_format=torch.channels_last)  # decodes and differentiates a quarter faster

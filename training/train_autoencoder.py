@@ -124,6 +124,17 @@ def load_first_stage(args: argparse.Namespace) -> FirstStage:
         raise ValueError(f"--autoencoder {json.dumps(args.autoencoder)} makes no model: {error}") from error
 
 
+def load_judges(args: argparse.Namespace, accelerator: Accelerator) -> tuple[nn.Module | None, nn.Module | None]:
+    """LPIPS and the recognizer that the loss compares by, where they have a weight."""
+    perceptual = recognizer = None
+    if args.lpips_weight:
+        perceptual = load_perceptual(accelerator, args.lpips_network, args.lpips_backbone, args.facial_features)
+    if args.identity_weight:
+        recognizer = load_differentiable(args.identity_encoder, args.encoder_root, accelerator.device)
+        recognizer = frozen(accelerator, recognizer)
+    return perceptual, recognizer
+
+
 def reconstruction_terms(
     reconstruction: torch.Tensor,
     target: torch.Tensor,
@@ -164,13 +175,15 @@ class Model(Product):
         dataset: FacePictures,
         validation_pixels: torch.Tensor,
         perceptual: nn.Module | None,
-        recognizers: dict[str, nn.Module],
+        recognizer: nn.Module | None,
     ):
         self.vae, self.dataset, self.pixels = vae, dataset, validation_pixels
-        self.perceptual, self.recognizers = perceptual, recognizers
+        self.perceptual, self.recognizer = perceptual, recognizer
 
     def validate(self, run: Run) -> None:
-        quality = reconstruction_quality(self.vae, self.pixels, self.perceptual, self.recognizers)
+        name = Path(run.args.identity_encoder).name
+        recognizers = {} if self.recognizer is None else {name: self.recognizer}
+        quality = reconstruction_quality(self.vae, self.pixels, self.perceptual, recognizers)
         run.report({f"validation/{name}": value for name, value in quality.figures.items()})
         run.save_picture(picture_grid(self.pixels, quality.reconstructions))
 
@@ -208,12 +221,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
     trained = Reconstruction(vae, args.freeze_encoder, args.latent_noise)
     if args.channels_last:
         trained.to(memory_format=torch.channels_last)
-    perceptual = recognizer = discriminator = discriminator_optimizer = None
-    if args.lpips_weight:
-        perceptual = load_perceptual(accelerator, args.lpips_network, args.lpips_backbone, args.facial_features)
-    if args.identity_weight:
-        recognizer = load_differentiable(args.identity_encoder, args.encoder_root, device)
-        recognizer = frozen(accelerator, recognizer)
+    perceptual, recognizer = load_judges(args, accelerator)
 
     # 3. optimizer
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
@@ -221,18 +229,18 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
     lr_scheduler = make_lr_scheduler(args, optimizer)
     average = WeightAverage(trained.to(device), args.ema_decay)
     model, optimizer = accelerator.prepare(trained, optimizer)
+    discriminator = discriminator_optimizer = None
     if args.adversarial_weight:
-        judge = PatchDiscriminator().to(device)
-        discriminator_optimizer = torch.optim.AdamW(
-            judge.parameters(), lr=args.learning_rate / 2, betas=(0.5, 0.9), weight_decay=0.0, fused=True
-        )
-        discriminator, discriminator_optimizer = accelerator.prepare(judge, discriminator_optimizer)
+        discriminator = PatchDiscriminator().to(device)
+        options = {"lr": args.learning_rate / 2, "betas": (0.5, 0.9), "weight_decay": 0.0, "fused": True}
+        discriminator_optimizer = torch.optim.AdamW(discriminator.parameters(), **options)
+        discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
     accelerator.register_for_checkpointing(lr_scheduler)  # `prepare` would step it once per process
 
     # 4. train
-    recognizers = {} if recognizer is None else {Path(args.identity_encoder).name: recognizer}
     log = TermsLog(device)
     fixed = {"train_data": dataset.fingerprints, "autoencoder": args.autoencoder}
+    fixed |= {"freeze_encoder": args.freeze_encoder}
     run = Run(
         "train_autoencoder",
         args,
@@ -240,10 +248,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
         checkpoint,
         dataset,
         sampler,
-        product=Model(vae, dataset, validation_pixels, perceptual, recognizers),
+        product=Model(vae, dataset, validation_pixels, perceptual, recognizer),
         log=log,
         lr_scheduler=lr_scheduler,
-        fixed=fixed | {"freeze_encoder": args.freeze_encoder},
+        fixed=fixed,
         average=average,
     )
     trained.train()

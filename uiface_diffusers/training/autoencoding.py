@@ -79,12 +79,12 @@ def halved(tensor: torch.Tensor) -> torch.Tensor:
 def measure_latents(vae: FirstStage, pixels: torch.Tensor, batch_size: int = 32) -> tuple[float, float]:
     """Mean and standard deviation of the latents of `(N, 3, height, width)` bytes, over all components; an
     `AutoencoderKL`'s are sampled, as for the denoiser."""
-    latents = []
+    parts = []
     generator = torch.Generator(vae.device).manual_seed(0)
     for batch in pixels.split(batch_size):
         encoded = vae.encode(to_unit_range(batch).to(vae.device, vae.dtype))
-        latents.append(encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latents)
-    latents = torch.cat(latents).double()
+        parts.append(encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latents)
+    latents = torch.cat(parts).double()
     return latents.mean().item(), latents.std().item()
 
 

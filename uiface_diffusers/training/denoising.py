@@ -14,10 +14,12 @@ from torch import nn
 from .. import EmptyContext, IdentityProjector, UIFacePipeline, UIFaceUNet2DModel
 from ..convert_original import NOISE_SCHEDULE, SAMPLER
 from ..encoders import EncoderMark, check_same_encoder, projector_mark
+from ..faces import FaceEncoder
 from ..latents import FirstStage, decode_latents
 from ..pipeline_uiface import MODEL_DEFAULTS
 from .losses import draw_rows, facial_feature_weights, full_precision, jitter
 from .means import RunningMeans
+from .run import frozen, load_perceptual
 
 
 def _uniform_timesteps(number: int, num_train_timesteps: int, device: torch.device) -> torch.Tensor:
@@ -106,6 +108,27 @@ def build_denoiser(
     sampling_defaults = {name: pipeline.config[name] for name in MODEL_DEFAULTS}
     denoiser = ConditionalDenoiser(pipeline.unet, projector, pipeline.empty_context)
     return denoiser, pipeline.scheduler, sampling_defaults
+
+
+def load_judges(
+    args: argparse.Namespace, accelerator: Accelerator, encoder: EncoderMark
+) -> tuple[FaceEncoder | None, nn.Module | None, nn.Module | None]:
+    """The encoder of `--encoder-root`, on this process's device; and what `face_losses` compares by, recognizer and
+    LPIPS, where they have a weight.
+
+    Raises:
+        ValueError: the encoder is not that of the training data.
+    """
+    face_encoder = recognizer = perceptual = None
+    if args.encoder_root is not None:
+        face_encoder = FaceEncoder(encoder.name, args.encoder_root, det_size=160, device=accelerator.device)
+        own = face_encoder.encoder_mark
+        check_same_encoder("the training data", encoder, "the pack of --encoder-root", own)
+        if args.identity_weight:
+            recognizer = frozen(accelerator, face_encoder.to_torch())
+    if args.lpips_weight:
+        perceptual = load_perceptual(accelerator, "alex", args.lpips_backbone, spatial=True)
+    return face_encoder, recognizer, perceptual
 
 
 class DenoisingLoss(NamedTuple):

@@ -113,7 +113,7 @@ def sampling_weights(
     if shares is not None:
         margins.append((cache, np.array(shares) / np.sum(shares)))
     if side_view_share is not None:
-        yaws = poses[:, 0]
+        yaws = np.full(len(names), np.nan) if poses is None else poses[:, 0]
         if np.isnan(yaws).all():
             raise ValueError(
                 "a share of side views (--side-view-share) needs head poses, which these caches lack: run `uiface"

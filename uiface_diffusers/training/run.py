@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import PIL.Image
@@ -97,7 +97,7 @@ def frozen(accelerator: Accelerator, module: Module) -> Module:
     """A module of a loss on this process's device, compiled as `Accelerator.prepare` compiles the trained model: by
     the backend of `ACCELERATE_DYNAMO_BACKEND` or `accelerate config`, if there is one."""
     module, plugin = module.to(accelerator.device), accelerator.state.dynamo_plugin
-    return module if plugin.backend == DynamoBackend.NO else torch.compile(module, **plugin.to_kwargs())
+    return module if plugin.backend == DynamoBackend.NO else cast(Module, torch.compile(module, **plugin.to_kwargs()))
 
 
 def load_perceptual(accelerator: Accelerator, network: str, backbone: str | None, spatial: bool) -> nn.Module:
