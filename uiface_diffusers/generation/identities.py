@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..encoders import check_same_encoder, projector_mark
 from ..faces import FaceEncoder
-from ..files import check_no_folder, check_settings, complete_file, local_path, read_safetensors
+from ..files import check_no_folder, check_settings, complete_file, local_path, plain_numbers, read_safetensors
 from ..fingerprint import pipeline_fingerprint
 from ..identities import DistinctIdentities, IdentityBank, join_embeddings
 from ..pipeline_uiface import UIFacePipeline
@@ -58,6 +58,8 @@ def make_identities(
     for name, value in {"number": number, "batch_size": batch_size, "max_candidates": max_candidates}.items():
         if value is not None and value < 1:
             raise ValueError(f"`{name}` has to be positive but is {value}.")
+    seed, batch_size = plain_numbers(seed), plain_numbers(batch_size)
+    sampling = {name: plain_numbers(value) for name, value in sampling.items()}
     pipeline.check_sampling(**sampling)
     output = local_path(output)
     check_no_folder(output)
@@ -78,12 +80,7 @@ def make_identities(
         for start in range(0, max_candidates, batch_size):
             file = folder / f"{start // batch_size:06d}.safetensors"
             if not file.exists():
-                numbers = range(start, start + batch_size)
-                generators = [image_generator(seed, "", number, stream=CANDIDATE) for number in numbers]
-                pictures = pipeline(None, batch_size, generator=generators, **sampling).images
-                found = [bool(encoder.detect(np.asarray(picture))) for picture in pictures]
-                with complete_file(file) as beside:
-                    save_file({"embeddings": encoder.embed_pictures(pictures), "found": torch.tensor(found)}, beside)
+                _make_candidates(file, pipeline, encoder, range(start, start + batch_size), seed, sampling)
             candidates = read_safetensors(file, ("embeddings", "found"))
             faceless += int((~candidates["found"]).sum())
             distinct.add(candidates["embeddings"][candidates["found"]])
@@ -99,3 +96,14 @@ def make_identities(
             " candidates or a larger similarity and run it again: candidates are not made twice."
         )
     return report
+
+
+def _make_candidates(
+    file: Path, pipeline: UIFacePipeline, encoder: FaceEncoder, numbers: range, seed: int, sampling: dict[str, Any]
+) -> None:
+    """Writes embeddings `(N, identity_dim)` of faces of nobody in particular, and in which of them a face is found."""
+    generators = [image_generator(seed, "", number, stream=CANDIDATE) for number in numbers]
+    pictures = pipeline(None, len(numbers), generator=generators, **sampling).images
+    found = [bool(encoder.detect(np.asarray(picture))) for picture in pictures]
+    with complete_file(file) as beside:
+        save_file({"embeddings": encoder.embed_pictures(pictures), "found": torch.tensor(found)}, beside)
