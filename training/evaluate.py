@@ -6,27 +6,27 @@
         --lpips_backbone alexnet_features.safetensors --real celeba_bench/images lfw_devtest_112 \\
         --output runs/evaluation
 
-- first stage: cosine of unseen people's faces to their reconstructions, LPIPS;
+- first stage: cosine and LPIPS of unseen people's faces to their reconstructions;
 - identity: cosine of generated faces to the photograph of the person that they were conditioned on, and to the
-  photographs of the others, for people of the training and unseen ones;
-- verification: equal error rate of pairs of generated faces of the bank's identities (`identities.safetensors` of the
-  pipeline, or else drawn from the training embeddings), at the same number of images per identity;
-- faces found in all of these, and the nearest training face of generated and of unseen real faces;
-- with `--real`, how real the faces look, by KID and the AUC of a classifier that tells them from real ones (0.5:
-  cannot be told apart), on AlexNet's features and the judge's: of the empty context, of a single stage with guidance 1
-  and 2, and of two stages, each against as many real faces. The row `real` is real faces of other people: the noise;
-  `first stage` is those, encoded and decoded. Figures depend on the real faces and on the numbers of faces and
-  identities: compare pipelines only where these are equal. KID is printed times 1,000; files and the curve have it as
-  it is.
+  photographs of other people, for people of the training and for unseen ones;
+- verification: equal error rate of pairs of generated faces. Their identities are those of the pipeline's bank
+  (`identities.safetensors`), or drawn from the training embeddings if it has none;
+- share of generated images with a face; nearest training face of generated and of unseen real faces;
+- with `--real`, how real the faces look: KID, and the AUC of a classifier that separates them from real ones (0.5:
+  cannot be told apart), on features of AlexNet and of the judge. Measured are the empty context, a single stage with
+  guidance 1 and 2, and two stages, each against as many real faces. The row `real` shows other real people, which is
+  the noise level; `first stage` shows the same faces encoded and decoded. Figures depend on the real faces and on the
+  numbers of faces and identities: compare pipelines only where these are equal. KID is printed times 1,000, but not in
+  files and the curve.
 
 "Unseen" people who look like one of the training (`--same_person`) are left out and named: LFW has people under two
 names.
 
-Writes into `--output/NAME` of each pipeline: `result.json` with the figures that it prints, `identity.png` (the
-distributions), `faces.png` (64 faces of the bank) and `people.png` (photographs of unseen people and the faces
-conditioned on them: not to be published). What is there already is not measured again. Of several pipelines that
-training/train.py saved, it also prints the figures against samples seen, with what a doubling of the samples has
-brought at the end, and draws them (`curve.png`).
+For each pipeline, `--output/NAME` has `result.json` with the printed figures, `identity.png` (the distributions),
+`faces.png` (64 faces of the bank) and `people.png` (photographs of unseen people and the faces conditioned on them:
+not to be published). A pipeline with a result is not measured again. For several pipelines of training/train.py, the
+figures are also printed against the samples seen and drawn (`curve.png`), with what the last doubling of samples has
+changed.
 """
 
 import argparse

@@ -5,17 +5,17 @@
         --benchmarks benchmarks --encoder edgeface --judge judge --encoder_root insightface \
         --lpips_backbone alexnet_features.safetensors --work runs/ablation
 
-Every arm is generated (image n of an identity starts from the same noise in all of them) and measured as `uiface
-evaluate` does, in `--groups` of other identities each: the spread of a figure is that over the groups, and the same
-identities stand against each other in two arms. A small recognizer is trained on all groups together from scratch with
-each of `--seeds`, and verified on `--benchmarks`. `real` is an arm, too: as many real people with as many faces each,
-who do not look like one of the benchmarks. Recall and precision are against real faces of other people again. Both
-are written first: what is missing there is named before the long work.
+Every arm is generated and then measured as `uiface evaluate` does. Image n of an identity starts from the same noise
+in all arms. The identities are split into `--groups`, which are measured separately: the spread of a figure is that
+over the groups, and two arms are compared group by group. A small recognizer is trained from scratch on all groups
+together, with each of `--seeds`, and verified on `--benchmarks`. The arm `real` has as many real people with as many
+faces each, none of whom look like one of the benchmarks. Precision and recall compare with real faces of yet other
+people. These two sets are written first, so that what is missing is named before the long work.
 
-One arm after the other; each goes on where it was stopped, and what is finished is not done again: run the same
-command until the table is full. `--arms` and `--pieces` name the ones to work at. After every piece the table of what
-there is goes to `--results`; at the end it is printed, and some faces of all arms are drawn beside it. That small file
-is all that has to last: an arm whose figures are in it is not made again when `--work` is gone.
+Arms are made one after the other. Run the same command until the table is full: each arm goes on where it was stopped,
+and what is finished is not done again. `--arms` and `--pieces` select a part of the work. The table is written to
+`--results` after every piece; at the end it is printed, and some faces of all arms are drawn beside it. Only that
+small file has to last: an arm whose figures are in it is not made again when `--work` is gone.
 """
 
 import argparse

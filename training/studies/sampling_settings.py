@@ -4,19 +4,19 @@
     python training/studies/sampling_settings.py training/studies/speed.yaml --people cache/devtrain \
         --encoder_root insightface --judge judge --lpips_backbone alexnet_features.safetensors --output runs/speed
 
-The YAML file maps the name of a setting to arguments of the pipeline's call; `scheduler` names a diffusers scheduler,
-`scheduler_options` what it takes beside the pipeline's own configuration. The first setting is what the others are
-compared with. For each:
+The YAML file maps the name of each setting to arguments of the pipeline's call. `scheduler` names a diffusers
+scheduler, and `scheduler_options` its options beside the pipeline's own configuration. All are compared with the first
+setting. The figures of each:
 
-- rows: UNet rows per image; seconds per image, with decoding;
-- boundary: mean timestep from which a face follows its identity; capped: share of the faces that do so at
-  `latest_boundary`, as their attention has not come to rest before;
-- judge: cosine of the faces to the photograph of the person that they were conditioned on, by a recognizer that the
-  training has not seen; others: to the photographs of the others; EER: of pairs of the faces;
+- rows: UNet rows per image; seconds: per image, with decoding;
+- boundary: mean timestep from which a face follows its identity; capped: share of the faces that do so only at
+  `latest_boundary`, because their attention has not come to rest before;
+- judge: cosine of the faces to the photograph that they were conditioned on, by a recognizer that the training has not
+  seen; others: to the photographs of other people; EER: of pairs of the faces;
 - LPIPS: between the images of one person (diversity);
-- precision, recall: against as many real faces (Kynkaanniemi et al. 2019), features of the LPIPS backbone.
+- precision, recall: against as many real faces (Kynkaanniemi et al. 2019), on features of the LPIPS backbone.
 
-A setting whose figures are in the output folder is not computed again. Prints a table, writes `settings.json`.
+A setting whose figures are in the output folder is not computed again. Prints a table and writes `settings.json`.
 """
 
 import argparse

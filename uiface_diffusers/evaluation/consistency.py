@@ -51,18 +51,18 @@ def identity_consistency(
 class ContextMeasure(Measure):
     """How near the images are to the embeddings that they were conditioned on."""
 
-    needs = ("identities",)
+    needs = ("recognizers", "identities")
     figures = {
         "context_cosine": Description(
             "Mean cosine to the context",
             "",
-            "Of an image to its identity's embedding in the bank. Images of `--identity-perturbation` follow one"
-            " that is turned away from it.",
+            "Cosine of an image to its identity's embedding in the bank. With `--identity-perturbation`, images"
+            " follow embeddings that were turned away from those of the bank.",
         ),
         "context_nearest": Description(
             "Nearest to its own context",
             "%",
-            "Images with no other identity's context nearer.",
+            "Share of images that are nearer to their own context than to any other in the bank.",
         ),
     }
 

@@ -38,7 +38,7 @@ def mean_lpips(images: torch.Tensor, pairs: np.ndarray, perceptual: nn.Module) -
     Args:
         images (`torch.Tensor` of shape `(N, 3, height, width)`): in [-1, 1], on the network's device.
         pairs (`np.ndarray` of shape `(P, 2)`): positions, at least one pair.
-        perceptual: as `load_lpips` gives it.
+        perceptual: what `load_lpips` returns.
     """
     parts = [pairs[start : start + PAIRS_AT_ONCE] for start in range(0, len(pairs), PAIRS_AT_ONCE)]
     distances = [perceptual(images[part[:, 0]], images[part[:, 1]]).flatten() for part in parts]
@@ -53,7 +53,7 @@ class DiversityMeasure(Measure):
         "intra_class_lpips": Description(
             "Intra-class LPIPS",
             "",
-            "Perceptual distance of images of one identity, averaged over identities; larger: more varied.",
+            "Perceptual distance between images of one identity, averaged over identities. Larger means more varied.",
         ),
     }
 

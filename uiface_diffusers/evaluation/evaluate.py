@@ -50,38 +50,37 @@ def evaluate_dataset(
 ) -> dict[str, Any]:
     """Measures a data set of aligned faces and writes `report.json` and `report.html`.
 
-    Embeddings, features and distances are kept in `output/cache`: the same call goes on where an earlier one was
-    stopped, another one computes only what is new.
+    Embeddings, features and distances are kept in `output/cache`. The same call goes on where an earlier one was
+    stopped; a call with other settings computes only what is new. The measures are listed in `registry.py`.
 
     Args:
         dataset: folder of `generate_dataset` or `prepare_faces`, identity folders, RecordIO or webdataset shards.
         output: folder of the report.
-        encoder: the recognizer that the generator was conditioned on, or any.
-        judge (*optional*): another recognizer, to measure identity by a model that the generator has not seen.
+        encoder: the recognizer that the generator was conditioned on, or any other.
+        judge (*optional*): another recognizer, which the generator has not seen.
         identities (*optional*): the embeddings that the faces were conditioned on, by name.
-        against (*optional*): embeddings of real people, as those of the training, to look for leakage.
-        real (*optional*): real faces for KID and the classifier test, precision and recall: one set or several, in the
-            same forms or as a folder of pictures, each of another person then. Equal parts are taken of several.
-            KID and the classifier test compare at most 1,000 faces of the set, of as many people as there are, with
-            as many real ones, by the backbone of `perceptual` and by the judge's embeddings (the encoder's without
-            one); and those with as many other real faces of other people, to see the noise.
-        same_people (`bool`, defaults to `False`): a name means the same person in `dataset` and `real` (the faces are
-            conditioned on real people): precision and recall are measured within identities as well. Identities that
-            are nobody's have no real images, and so no such figure.
-        features: of precision and recall: `"lpips"` (the backbone of `perceptual`), `"encoder"` (embeddings), or a
-            module with a `name`, as `TorchvisionFeatures`.
-        perceptual (*optional*): as `load_lpips` gives it; AlexNet with torchvision's backbone if not given.
-        lpips_pairs (`int`, defaults to 20): pairs of images drawn of each identity; None for all.
+        against (*optional*): embeddings of real people, such as those of the training, to look for leakage.
+        real (*optional*): real faces for KID, the classifier test, precision and recall. One set or several, in the
+            same forms as `dataset`, or folders of pictures that show one person each. Several sets contribute equally.
+            KID and the classifier test compare at most 1,000 faces of the set, of as many people as possible, with
+            as many real ones, by the backbone of `perceptual` and by the judge (by the encoder if there is no judge).
+            They compare the same real faces with other real faces of other people, too, to show the noise level.
+        same_people (`bool`, defaults to `False`): a name means the same person in `dataset` and in `real`, as the
+            faces were conditioned on real people. Precision and recall are then measured within identities as well.
+        features: network of precision and recall: `"lpips"` (the backbone of `perceptual`), `"encoder"` (embeddings),
+            or a module with a `name`, such as `TorchvisionFeatures`.
+        perceptual (*optional*): what `load_lpips` returns; by default, AlexNet with torchvision's backbone.
+        lpips_pairs (`int`, defaults to 20): pairs of images drawn per identity; None for all.
         neighbors (`int`, defaults to 3): k of precision and recall.
-        threshold (`float`, defaults to 0.3): cosine from which two are of one person, of uniqueness and consistency.
-        max_pairs (`int`, defaults to 1,000,000): genuine and impostor pairs at most; all if there are no more.
-        max_images (`int`, defaults to 50,000): images at most of each side for these. For precision and recall both
-            are drawn down to the smaller set, too, as the figures depend on the numbers. Within identities, so many of
-            the set's images at most, of whole identities.
+        threshold (`float`, defaults to 0.3): cosine above which uniqueness and consistency take two for one person.
+        max_pairs (`int`, defaults to 1,000,000): most genuine and most impostor pairs.
+        max_images (`int`, defaults to 50,000): most images of each side for KID, the classifier test, precision and
+            recall. Precision and recall depend on the number of images, so the larger side is drawn down to the
+            smaller one. Within identities, whole identities are drawn.
         seed (`int`, defaults to 0): of all draws.
-        device: of LPIPS and features.
+        device: for LPIPS and features.
         skip_unusable (`bool`, defaults to `False`): leave out pictures that cannot be read or are not square.
-        log: takes the lines of a summary.
+        log: is called with each line of a summary.
 
     Returns:
         The content of `report.json`.
@@ -89,6 +88,7 @@ def evaluate_dataset(
     Raises:
         ValueError: the set has a single identity, or a single image of each; pictures are unusable; a bank is of
             another encoder or lacks identities; a setting is out of range; `output` has the report of another set.
+        OSError: the LPIPS backbone is not given and cannot be downloaded.
     """
     dataset, output = local_path(dataset), local_path(output)
     settings = Settings(lpips_pairs, neighbors, threshold, max_pairs, max_images, seed)

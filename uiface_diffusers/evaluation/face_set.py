@@ -35,8 +35,8 @@ from ..pictures import to_unit_range
 
 
 def open_faces(path: str | os.PathLike) -> PhotographSource:
-    """Opens real faces in any form that `open_source` takes. Here a folder of pictures and nothing else is one, too:
-    each picture is of a person of its own.
+    """Opens real faces in any form that `open_source` takes, or a folder that has only pictures: each then shows a
+    person of its own.
 
     Raises:
         ValueError: as `open_source`.
@@ -188,7 +188,7 @@ class FaceSet:
         """Embeddings `(N, D)` of unit length, in their order; `folder` keeps them.
 
         Raises:
-            ValueError: the recognizer makes nothing of a face; the message names its file.
+            ValueError: a face has no usable embedding; the message names its file.
         """
 
         def compute(rows: range) -> torch.Tensor:
@@ -211,7 +211,7 @@ class FaceSet:
         """Features `(N, D)` by a module with a `name` on `device`, or embeddings; `folder` keeps them.
 
         Raises:
-            ValueError: the network makes nothing of a face; the message names its file.
+            ValueError: the features of a face are not finite; the message names its file.
         """
         if not isinstance(network, nn.Module):
             return self.embed(network, folder)

@@ -1,4 +1,4 @@
-"""Does a synthetic data set show people of the training?"""
+"""Does a synthetic data set show real people, such as those of the training?"""
 
 import hashlib
 import os
@@ -33,16 +33,17 @@ HISTOGRAM_BINS = 200_000
 class LeakageReport:
     """
     Args:
-        thresholds (`dict[float, float]`): false accept rate -> the cosine that so many real impostor pairs exceed.
-        impostor_pairs (`int`): how many pairs that was measured on.
+        thresholds (`dict[float, float]`): false accept rate -> the cosine that this share of the real impostor pairs
+            exceeds.
+        impostor_pairs (`int`): the number of these pairs.
         image_cosines (`torch.Tensor` of shape `(N,)`): of each image to the nearest real embedding.
         image_nearest (`torch.Tensor` of shape `(N,)`): its position.
         identity_cosines (`dict[str, float]`): synthetic identity -> cosine of its mean embedding to the nearest real
             one.
         image_shares (`dict[float, float]`): false accept rate -> share of the images above its threshold.
         identity_shares (`dict[float, float]`): the same, of the identities.
-        real_shares (`dict[float, float]`): the same, of the real images and the nearest one of another person: what is
-            to be expected of strangers among so many.
+        real_shares (`dict[float, float]`): the same, of the real images and the nearest one of another person: what to
+            expect of strangers among so many.
     """
 
     thresholds: dict[float, float]
@@ -63,11 +64,14 @@ def _labels(names: list[str]) -> torch.Tensor:
 def impostor_thresholds(
     real: IdentityBank, rates: tuple[float, ...] = FALSE_ACCEPT_RATES
 ) -> tuple[dict[float, float], int, torch.Tensor]:
-    """Cosines that at most a share of `rates` of all pairs of two identities of a bank exceeds (to 1e-5), the number
-    of pairs, and of each embedding the cosine to the nearest one of another identity, `(N,)`.
+    """Thresholds from the impostor pairs (of two identities) of a bank.
+
+    Returns:
+        False accept rate -> the cosine that at most this share of the pairs exceeds (to 1e-5); the number of pairs;
+        and for each embedding the cosine to the nearest one of another identity, `(N,)`.
 
     Raises:
-        ValueError: a single identity has no impostors.
+        ValueError: the bank has a single identity, so no impostors.
     """
     embeddings, labels = F.normalize(real.embeddings), _labels(real.names)
     pairs = int((len(labels) ** 2 - torch.bincount(labels).square().sum()) // 2)
@@ -95,7 +99,7 @@ def measure_leakage(synthetic: IdentityBank, real: IdentityBank) -> LeakageRepor
 
     Args:
         synthetic: one embedding per image; names are its identities.
-        real: one embedding per image of real people, as those of the training.
+        real: one embedding per image of real people, such as those of the training.
 
     Raises:
         ValueError: the banks are of two encoders, or `real` has a single identity.
@@ -123,24 +127,24 @@ def measure_leakage(synthetic: IdentityBank, real: IdentityBank) -> LeakageRepor
 class LeakageMeasure(Measure):
     """Whether real people are shown."""
 
-    needs = ("against",)
+    needs = ("recognizers", "against")
     figures = {
         "leakage_images": Description(
             "Images near a real face",
             "%",
-            "Nearest real embedding above the threshold of real impostors.",
+            "Share of images whose nearest real embedding exceeds the threshold of real impostors.",
         ),
         "leakage_identities": Description(
-            "Identities near a real face",
-            "%",
-            "The same of the mean embeddings of the identities.",
+            "Identities near a real face", "%", "The same for the mean embedding of each identity."
         ),
         "leakage_strangers": Description(
             "Real images near another person",
             "%",
-            "The same of real images: what strangers give.",
+            "The same for real images and the nearest other person: what to expect of strangers.",
         ),
-        "leakage_largest": Description("Largest cosine to a real face", "", "Of any image to any real embedding."),
+        "leakage_largest": Description(
+            "Largest cosine to a real face", "", "Largest cosine of any image to any real embedding."
+        ),
     }
 
     def check(self) -> None:
@@ -180,8 +184,9 @@ def audit_dataset(
     worst: int = 8,
     log: Callable[[str], None] = lambda line: None,
 ) -> LeakageReport:
-    """Embeds a data set, measures its leakage, and saves a picture of the worst images. Embeddings are kept in a
-    folder beside the picture until it is written: the same call goes on where one was stopped.
+    """Embeds a data set, measures its leakage, and saves a picture of the worst images. Pictures that cannot be used
+    are named and left out. Embeddings are kept in a folder beside the picture until it is written, so that the same
+    call goes on where an earlier one was stopped.
 
     Args:
         dataset: aligned faces in any form that `open_source` opens.
@@ -190,7 +195,7 @@ def audit_dataset(
         faces: their pictures, in the same order: shown beside the worst images.
         plot: the picture's file.
         worst (`int`, defaults to 8): rows of the picture.
-        log: takes the lines of a summary.
+        log: is called with each line of a summary.
 
     Raises:
         ValueError: no picture can be used, the real embeddings are of another encoder, or `worst` is not positive.

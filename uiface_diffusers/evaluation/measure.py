@@ -44,13 +44,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Inputs:
-    """A data set, and everything that it can be measured with.
+    """A data set, and what it is measured with.
 
     Args:
         path: of the data set.
         faces: its pictures.
         recognizers: the encoder first, the judge last.
-        perceptual: as `load_lpips` gives it, on `device`.
+        perceptual: what `load_lpips` returns, on `device`.
         features: network of precision and recall.
         settings: numbers.
         cache: folder of what is computed once.
@@ -77,7 +77,7 @@ class Inputs:
     device: torch.device | str = "cpu"
 
     def has(self, name: str) -> bool:
-        """Whether an optional input is given."""
+        """Whether an input is given."""
         value = getattr(self, name)
         return not (value is None or value is False or value == ())
 
@@ -99,16 +99,16 @@ class Inputs:
 class Measure(ABC):
     """A measure of a data set: one class in one file.
 
-    A new one is a subclass that is named in `registry.py`. It sets `figures`, says what it `needs`, and fills `found`,
-    `pictures` and `notes`, which become its part of the report.
+    To add one, write a subclass and name it in `registry.py`. It sets `figures` and `needs`; `measure` fills `found`,
+    by `add`, and may fill `pictures` and `notes`. These are its part of the report.
 
     Args:
         inputs: what is measured.
     """
 
-    # name of each figure -> what it says
+    # name of each figure -> its label, unit and meaning
     figures: ClassVar[dict[str, Description]]
-    # optional fields of `Inputs`: where one is not given, the measure is left out
+    # fields of `Inputs`: where one is not given, the measure is left out
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, inputs: Inputs):

@@ -1,4 +1,4 @@
-"""Real people whose photographs a pipeline is conditioned on, to see whether its faces are theirs."""
+"""Real people whose photographs a pipeline is conditioned on, to compare its faces with theirs."""
 
 import os
 from collections.abc import Collection, Sequence

@@ -80,7 +80,7 @@ class RealFaces:
         folders: their sets.
         number: of faces to compare; with several sets fewer by less than their number.
         cache: a folder that remembers which sets were read through.
-        perceptual: as `load_lpips` gives it; its backbone and the judge are the networks.
+        perceptual: what `load_lpips` returns; its backbone and the judge are the networks.
         judge: a recognizer.
         log: takes what the sets leave out.
 
@@ -164,7 +164,7 @@ class PipelineEvaluation:
         unseen: other people; those who look like one of the training are left out.
         encoder: of both; its detector looks for faces.
         judge: a recognizer that the training did not see.
-        perceptual: as `load_lpips` gives it.
+        perceptual: what `load_lpips` returns.
         settings: how many faces, and how.
         real: folders of real faces, to measure how real generated ones look; none by default.
         cache: see `RealFaces`.

@@ -146,15 +146,15 @@ def class_precision_recall(
 class PrecisionRecallMeasure(Measure):
     """How much of the set lies among real faces, and how much of these among the set."""
 
-    needs = ("references",)
+    needs = ("features", "references")
     figures = {
         "precision": Description(
             "Improved precision",
             "%",
-            "Images of the set that lie among the real ones. It does not see broken faces; KID and the classifier"
-            " test do.",
+            "Share of the set's images that lie among the real ones. Broken faces can pass; KID and the classifier"
+            " test see them.",
         ),
-        "recall": Description("Improved recall", "%", "Real images that lie among those of the set."),
+        "recall": Description("Improved recall", "%", "Share of real images that lie among those of the set."),
     }
 
     def check(self) -> None:
@@ -186,18 +186,18 @@ class PrecisionRecallMeasure(Measure):
 class ClassPrecisionRecallMeasure(Measure):
     """How much of a person's images lies among the real ones of that person."""
 
-    needs = ("references", "same_people")
+    needs = ("features", "references", "same_people")
     figures = {
         "class_precision": Description(
             "Improved precision within identities",
             "%",
-            "Images of a person that lie among the real ones of that person, averaged over people.",
+            "Share of a person's images that lie among the real images of that person, averaged over people.",
         ),
         "class_recall": Description(
             "Improved recall within identities",
             "%",
-            "Real images of a person that lie among the set's of that person, averaged over people (with Inception"
-            " features DCFace's D_intra).",
+            "Share of a person's real images that lie among the set's images of that person, averaged over people."
+            " With Inception features, this is DCFace's D_intra.",
         ),
     }
 

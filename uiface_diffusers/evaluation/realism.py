@@ -253,31 +253,33 @@ class RealismMeasure(Measure):
     """KID and the classifier test against real faces, and of as many other real faces: the noise. By the LPIPS
     backbone and by the last recognizer."""
 
-    needs = ("references",)
+    needs = ("perceptual", "recognizers", "references")
     figures = {
         "kid": Description(
             "KID",
             "x 1000",
-            "Kernel distance of generated faces to real ones; lower is better. Unbiased: about 0, also below, for"
-            " faces that look the same. Depends on the real faces and on the numbers of faces and people.",
+            "Kernel distance between generated and real faces. Lower is better. It is unbiased: faces that look the"
+            " same give about 0, sometimes less. Depends on the real faces and on the numbers of faces and people.",
         ),
         "kid_std": Description(
             "Deviation of KID",
             "x 1000",
-            "Over subsets of half the faces: about KID's standard error.",
+            "Standard deviation over subsets of half the faces, about the standard error of KID.",
         ),
         "kid_real": Description(
-            "KID of real faces",
-            "x 1000",
-            "Of as many other real faces, of other people: what noise gives.",
+            "KID of real faces", "x 1000", "KID of as many other real faces, of other people: the noise level."
         ),
         "c2st": Description(
             "Classifier two-sample test",
             "",
-            "AUC of a classifier that tells generated from real faces, on people that it has not learned from; lower"
-            " is better, 0.5: cannot be told apart, 1: always told apart.",
+            "AUC of a classifier that separates generated from real faces, on people that it was not trained on."
+            " Lower is better: 0.5 means that they cannot be told apart, 1 that they always can.",
         ),
-        "c2st_real": Description("Classifier test of real faces", "", "Of as many other real faces, of other people."),
+        "c2st_real": Description(
+            "Classifier test of real faces",
+            "",
+            "The same for as many other real faces, of other people: the noise level.",
+        ),
     }
 
     def check(self) -> None:

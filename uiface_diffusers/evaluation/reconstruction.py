@@ -52,8 +52,8 @@ def reconstruction_quality(
     Args:
         vae: the first stage, in eval mode.
         pixels (`torch.Tensor` of shape `(N, 3, height, width)`): bytes, or floating point in [-1, 1].
-        perceptual: LPIPS, as `load_lpips` gives it.
-        recognizers: name -> module that embeds `(N, 3, height, width)` in [-1, 1], as `TorchRecognizer`.
+        perceptual: LPIPS, what `load_lpips` returns.
+        recognizers: name -> module that embeds `(N, 3, height, width)` in [-1, 1], such as `TorchRecognizer`.
         batch_size: faces per call.
 
     Returns:

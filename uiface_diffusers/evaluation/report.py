@@ -184,7 +184,7 @@ def compare_reports(reports: Sequence[dict[str, Any]]) -> Comparison:
     network, k, real set, ...) stands in one row; where a figure has different ones, a note says so.
 
     Args:
-        reports: two or more, as `load_report` gives them.
+        reports: two or more, from `load_report`.
 
     Raises:
         ValueError: fewer than two reports.

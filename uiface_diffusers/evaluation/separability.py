@@ -135,56 +135,61 @@ def measure_separability(genuine: np.ndarray, impostor: np.ndarray) -> Separabil
 class SeparabilityMeasure(Measure):
     """How well each recognizer tells the identities apart."""
 
+    needs = ("recognizers",)
     figures = {
         "eer": Description(
             "Equal error rate",
             "%",
-            "As many genuine pairs are rejected as impostor pairs are accepted.",
+            "The error rate at the threshold where as many genuine pairs are rejected as impostor pairs are"
+            " accepted. Lower is better.",
         ),
         "fmr100": Description(
             "FMR100",
             "%",
-            "Genuine pairs rejected when at most 1 % of impostor pairs are accepted.",
+            "Share of genuine pairs rejected when at most 1 % of impostor pairs are accepted. Lower is better.",
         ),
         "fmr1000": Description(
             "FMR1000",
             "%",
-            "Genuine pairs rejected when at most 0.1 % of impostor pairs are accepted.",
+            "Share of genuine pairs rejected when at most 0.1 % of impostor pairs are accepted. Lower is better.",
         ),
         "fdr": Description(
             "Fisher discriminant ratio",
             "",
-            "Squared distance of the two means by the sum of the two variances.",
+            "Squared distance between the two means, divided by the sum of the two variances. Higher is better.",
         ),
         "genuine_mean": Description("Mean of genuine pairs", "", "Cosine of two images of one identity."),
-        "genuine_std": Description("Deviation of genuine pairs", "", "Standard deviation of these cosines."),
-        "impostor_mean": Description(
-            "Mean of impostor pairs",
-            "",
-            "Cosine of images of two identities; strangers have about 0.",
+        "genuine_std": Description(
+            "Deviation of genuine pairs", "", "Standard deviation of the cosines of genuine pairs."
         ),
-        "impostor_std": Description("Deviation of impostor pairs", "", "Standard deviation of these cosines."),
+        "impostor_mean": Description(
+            "Mean of impostor pairs", "", "Cosine of images of two identities. Strangers have about 0."
+        ),
+        "impostor_std": Description(
+            "Deviation of impostor pairs", "", "Standard deviation of the cosines of impostor pairs."
+        ),
         "uniqueness": Description(
             "Uniqueness",
             "%",
-            "Identities that remain when each is dropped whose mean embedding is as near as the threshold to one"
-            " kept before (DCFace's U_class). Falls as identities are added.",
+            "Share of distinct identities: going through them in order, one is dropped when the cosine of its mean"
+            " embedding to one kept before reaches the threshold (DCFace's U_class). Falls as identities are added.",
         ),
         "consistency": Description(
             "Intra-class consistency",
             "%",
-            "Images nearer than the threshold to the mean embedding of their identity, averaged over identities"
-            " (DCFace's C_intra). Strangers pass too where an identity has few images, as each is part of the mean.",
+            "Share of an identity's images whose cosine to its mean embedding exceeds the threshold, averaged over"
+            " identities (DCFace's C_intra). Each image is part of that mean, so with few images per identity even"
+            " strangers pass.",
         ),
         "consistency_others": Description(
             "Consistency, left out of the mean",
             "%",
-            "The same with the mean of the identity's other images.",
+            "The same, but each image is compared with the mean of the identity's other images.",
         ),
         "impostors_above": Description(
             "Impostor pairs above the threshold",
             "%",
-            "What that threshold means to this recognizer.",
+            "How often this recognizer takes two identities for one at the threshold.",
         ),
     }
 
