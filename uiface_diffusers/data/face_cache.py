@@ -33,8 +33,8 @@ FILES = ("prepare.json", "report.json", "outliers.json")
 def _open_shard(shard: Path) -> Iterator[pa.NativeFile]:
     """A shard to read from; errors of its content name it.
 
-    pyarrow's own file. A path would be taken for a pattern or an address, and of Python's file the threads of pyarrow
-    keep a reference: one that lets go of it while the interpreter exits aborts the process.
+    The file is pyarrow's own. It would take a path for a pattern or an address. Its threads keep a reference to a file
+    of Python's, and one that drops it while the interpreter exits aborts the process.
     """
     try:
         with pa.OSFile(os.fspath(shard)) as file:

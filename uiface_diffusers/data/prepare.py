@@ -80,10 +80,10 @@ class _Prepared(NamedTuple):
 
 @dataclass(frozen=True)
 class _Preparation:
-    """From a photograph to a face, as `prepare_faces` was told.
+    """From a photograph to a face, by the settings of `prepare_faces`.
 
     Raises:
-        ValueError: a setting is none, or does not go with another.
+        ValueError: a setting is out of its range, or does not go with another.
     """
 
     encoder: FaceEncoder
