@@ -4,9 +4,10 @@ Everything that a saved pipeline may name is imported here: diffusers resolves t
 only in modules that are already imported. The face recognizer registers with transformers' `AutoModel` on import.
 """
 
+from . import identities
 from .checkpoints import default_checkpoint
 from .convert_original import convert_original_state_dict
-from .generation import generate_dataset
+from .generation import generate_dataset, make_identities
 from .identities import IdentityBank, sample_identities
 from .models import (
     EmptyContext,
@@ -19,6 +20,9 @@ from .models import (
 from .pipeline_uiface import UIFacePipeline, UIFacePipelineOutput
 
 __version__ = "0.1.0"
+
+# where its callers know it from; an import there would close a circle
+identities.make_identities = make_identities  # type: ignore[attr-defined]
 
 __all__ = [
     "EmptyContext",

@@ -5,7 +5,9 @@ import os
 from pathlib import Path, PurePosixPath
 
 from ..files import iterate_lines, local_path
-from .sources import FolderSource, Photograph, PhotographSource, open_source
+from .folders import FolderSource
+from .photographs import Photograph, PhotographSource
+from .sources import open_source
 
 LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".lst")
 

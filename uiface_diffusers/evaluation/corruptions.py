@@ -14,8 +14,8 @@ import numpy as np
 import PIL.Image
 
 from ..data.benchmarks import Benchmark
+from ..faces import Recognizer
 from ..files import write_json
-from .embedding import Embed
 from .verification import VerificationResult, embed_benchmark, measure_verification
 
 STRENGTHS = (1, 2, 3, 4, 5)
@@ -147,7 +147,7 @@ class CorruptionResult:
 
 
 def verify_corruptions(
-    embed: Embed,
+    recognizer: Recognizer,
     benchmark: Benchmark,
     clean: VerificationResult,
     corruptions: Sequence[str] = tuple(CORRUPTIONS),
@@ -157,7 +157,7 @@ def verify_corruptions(
     """A recognizer's accuracy on a benchmark for every corruption and strength. Both faces of a pair are corrupted.
 
     Args:
-        embed: `(N, 112, 112, 3)` RGB bytes -> `(N, D)` features, not normalized.
+        recognizer: as `load_recognizer` gives it.
         benchmark: of aligned faces.
         clean: its result without corruptions.
         corruptions: names in `CORRUPTIONS`.
@@ -170,7 +170,7 @@ def verify_corruptions(
         for strength in STRENGTHS:
             title = f"{benchmark.name}, {name} {strength}"
             corrupted = CorruptedBenchmark(title, benchmark.images, benchmark.same, name, strength, seed)
-            measured = measure_verification(embed_benchmark(embed, corrupted), benchmark.same, far=())
+            measured = measure_verification(embed_benchmark(recognizer, corrupted), benchmark.same, far=())
             right = (measured.genuine > clean.threshold).sum() + (measured.impostor <= clean.threshold).sum()
             result.accuracy[name].append(measured.accuracy)
             result.at_clean_threshold[name].append(float(right / len(benchmark)))

@@ -1,28 +1,26 @@
 """Features of all faces of a source, for the protocols that compare more than pairs."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
 from tqdm import tqdm
 
-from ..data.benchmarks import _central_face
-from ..data.sources import PhotographSource, describe_left_out, summarize_left_out, unreadable_reason
-from ..faces import FaceEncoder, UnusableFaceError, has_direction, resize_aligned
+from ..data.benchmarks import central_face
+from ..data.photographs import PhotographSource, describe_left_out, summarize_left_out, unreadable_reason
+from ..faces import FaceEncoder, Recognizer, UnusableFaceError, has_direction, resize_aligned
 from ..files import same_name
 
 BATCH_SIZE = 64
 
-Embed = Callable[[np.ndarray], np.ndarray]
 
-
-def embed_faces(embed: Embed, faces: Iterable[np.ndarray], total: int, description: str) -> np.ndarray:
+def embed_faces(recognizer: Recognizer, faces: Iterable[np.ndarray], total: int, description: str) -> np.ndarray:
     """Features of a face and of its mirror image, added, as verification measures them.
 
     Args:
-        embed: `(N, 112, 112, 3)` RGB bytes -> `(N, D)` features, not normalized.
+        recognizer: as `load_recognizer` gives it.
         faces: `(112, 112, 3)` RGB bytes each.
         total (`int`): the most there can be.
         description (`str`): of the progress bar.
@@ -36,8 +34,8 @@ def embed_faces(embed: Embed, faces: Iterable[np.ndarray], total: int, descripti
     features, count, faces = np.empty((0, 0), np.float32), 0, iter(faces)
     with tqdm(total=total, desc=description, unit="face") as progress:
         while batch := list(islice(faces, BATCH_SIZE)):
-            pixels = np.stack(batch)
-            rows = embed(pixels) + embed(np.ascontiguousarray(pixels[:, :, ::-1]))
+            pixels = np.stack([resize_aligned(face, recognizer.image_size) for face in batch])
+            rows = recognizer(pixels) + recognizer(np.ascontiguousarray(pixels[:, :, ::-1]))
             if not count:
                 features = np.empty((total, rows.shape[1]), np.float32)
             features[count : count + len(rows)] = rows
@@ -76,13 +74,13 @@ class EmbeddedSource:
 
 
 def embed_source(
-    embed: Embed, source: PhotographSource, encoder: FaceEncoder | None, description: str
+    recognizer: Recognizer, source: PhotographSource, encoder: FaceEncoder | None, description: str
 ) -> EmbeddedSource:
     """Aligns and embeds every photograph of a source. Of several faces the one nearest to the center is taken, of a
     photograph without one the square about its center, as `make_benchmark` does.
 
     Args:
-        embed: as of `embed_faces`.
+        recognizer: as `load_recognizer` gives it.
         source: the photographs.
         encoder: detects faces; `None` for faces that are aligned to the 112x112 template already.
         description (`str`): of the progress bar.
@@ -96,7 +94,7 @@ def embed_source(
         for photograph in source.photographs:
             try:
                 pixels = source.read(photograph)
-                face, found = (resize_aligned(pixels), 1) if encoder is None else _central_face(pixels, encoder)
+                face, found = (resize_aligned(pixels), 1) if encoder is None else central_face(pixels, encoder)
             except OSError as error:
                 result.skipped[photograph.file] = unreadable_reason(source, photograph, error)
                 continue
@@ -110,7 +108,7 @@ def embed_source(
             result.digests.append(hashlib.sha256(pixels.tobytes()).hexdigest())
             yield face
 
-    features = embed_faces(embed, faces(), len(source.photographs), description)
+    features = embed_faces(recognizer, faces(), len(source.photographs), description)
     usable = has_direction(features)
     for position in np.flatnonzero(~usable)[::-1]:
         result.skipped[result.files[position]] = "no embedding: zero or not finite"

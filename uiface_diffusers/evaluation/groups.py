@@ -11,7 +11,7 @@ import numpy as np
 
 from ..data.face_cache import FaceCache, FaceCacheSource
 from ..data.file_list import split_line
-from ..data.sources import has_image_suffix
+from ..data.photographs import has_image_suffix
 from ..faces import SIDE_VIEW
 from ..files import iterate_lines, local_path, same_name
 from .intervals import wilson_interval

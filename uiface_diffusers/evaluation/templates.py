@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data.benchmarks import _central_face
-from ..faces import FaceEncoder, UnusableFaceError, align_face, load_photograph, resize_aligned
+from ..data.benchmarks import central_face
+from ..faces import FaceEncoder, Recognizer, UnusableFaceError, align_face, load_photograph, resize_aligned
 from ..files import iterate_lines, local_path, why_unreadable
-from .embedding import Embed, embed_faces
+from .embedding import embed_faces
 from .identification import exact_unit_vectors
 from .intervals import accept_interval
 from .verification import TrueAcceptRate, true_accept_rate
@@ -285,7 +285,7 @@ class TemplateFolder:
             photograph = load_photograph(path)
             if self.landmarks is not None:
                 return align_face(photograph, self.landmarks[file].landmarks)
-            return resize_aligned(photograph) if encoder is None else _central_face(photograph, encoder)[0]
+            return resize_aligned(photograph) if encoder is None else central_face(photograph, encoder)[0]
         except OSError as error:
             raise ValueError(f"{file} cannot be used: {why_unreadable(path, error)}.") from error
         except UnusableFaceError as error:
@@ -293,7 +293,7 @@ class TemplateFolder:
 
 
 def verify_templates(
-    embed: Embed,
+    recognizer: Recognizer,
     folder: TemplateFolder,
     encoder: FaceEncoder | None = None,
     detection_scores: bool = True,
@@ -304,7 +304,7 @@ def verify_templates(
     face and of its mirror image are added, and weighted by their length and by the detector's score.
 
     Args:
-        embed: `(N, 112, 112, 3)` RGB bytes -> `(N, D)` features, not normalized.
+        recognizer: as `load_recognizer` gives it.
         folder: the benchmark.
         encoder: detects faces if the folder has no list of landmarks; `None` for faces that are aligned already.
         detection_scores (`bool`, defaults to `True`): weigh by the scores in the list of landmarks, if there is one.
@@ -318,7 +318,7 @@ def verify_templates(
     if first_pairs is None:
         raise ValueError(f"{folder.pairs_file} has no pairs.")
     faces = (folder.face(file, encoder) for file in folder.files)
-    features = embed_faces(embed, faces, len(folder.files), folder.name)
+    features = embed_faces(recognizer, faces, len(folder.files), folder.name)
     scores = None
     if detection_scores and folder.landmarks is not None:
         scores = np.array([folder.landmarks[file].score for file in folder.media.files])
