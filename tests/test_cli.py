@@ -21,7 +21,7 @@ from uiface_diffusers.data import convert_dataset, prepare_faces
 from uiface_diffusers.evaluation import evaluate_dataset
 from uiface_diffusers.evaluation.leakage import audit_dataset
 from uiface_diffusers.faces import FaceEncoder
-from uiface_diffusers.identities import make_identities
+from uiface_diffusers.generation import make_identities
 from uiface_diffusers.pipeline_uiface import MODEL_DEFAULTS
 
 

@@ -18,13 +18,13 @@ import yaml
 from accelerate import cpu_offload
 from conftest import REPOSITORY, complaint, draw_person, tiny_components, write_toy_pack
 
+from uiface_cli.options import expand_home, json_object
 from uiface_diffusers import IdentityBank, UIFacePipeline, cli
 from uiface_diffusers.data import LatentSet
 from uiface_diffusers.evaluation.face_set import computed_once
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.generation import make_identities
-from uiface_diffusers.options import expand_home, json_object
 from uiface_diffusers.training.options import add_optimizer_arguments, parse_recipe, run_script
 from uiface_diffusers.training.schedules import schedule_settings
 

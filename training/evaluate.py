@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from uiface_cli.options import expand_home, real, whole
 from uiface_diffusers import IdentityBank, UIFacePipeline, sample_identities
 from uiface_diffusers.evaluation import load_lpips
 from uiface_diffusers.evaluation.people import People
@@ -48,7 +49,6 @@ from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.files import write_json
 from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.identities import IDENTITIES, bank_hash
-from uiface_diffusers.options import expand_home, real, whole
 from uiface_diffusers.seeds import NOISE_VERSION
 from uiface_diffusers.training.options import run_script
 

@@ -23,6 +23,7 @@ from accelerate.logging import get_logger
 from diffusers import AutoModel, DDPMScheduler
 from diffusers.utils import make_image_grid
 
+from uiface_cli.options import json_object, real, whole
 from uiface_diffusers import UIFacePipeline
 from uiface_diffusers.data import FaceCache, LatentSet, cache_latents
 from uiface_diffusers.encoders import EncoderMark, common_encoder
@@ -30,7 +31,6 @@ from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.files import write_json
 from uiface_diffusers.fingerprint import model_fingerprint
 from uiface_diffusers.latents import FirstStage
-from uiface_diffusers.options import json_object, real, whole
 from uiface_diffusers.training.averages import WeightAverage
 from uiface_diffusers.training.datasets import LatentFaces, open_caches
 from uiface_diffusers.training.denoising import (

@@ -23,9 +23,9 @@ from accelerate.logging import get_logger
 from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel, VQModel
 from torch import nn
 
+from uiface_cli.options import json_object, real, whole
 from uiface_diffusers.evaluation import reconstruction_quality
 from uiface_diffusers.latents import FirstStage
-from uiface_diffusers.options import json_object, real, whole
 from uiface_diffusers.pictures import to_unit_range
 from uiface_diffusers.training.autoencoding import (
     PatchDiscriminator,

@@ -32,6 +32,7 @@ from accelerate.logging import get_logger
 from huggingface_hub import create_repo, upload_folder
 from torch import nn
 
+from uiface_cli.options import json_object, real, whole
 from uiface_diffusers import IResNetConfig, IResNetModel
 from uiface_diffusers.data.benchmarks import read_benchmarks
 from uiface_diffusers.data.labeled_faces import LabeledFaces, check_faces
@@ -41,7 +42,6 @@ from uiface_diffusers.faces import ALIGNED_SIZE
 from uiface_diffusers.files import write_json
 from uiface_diffusers.hub import load_card
 from uiface_diffusers.models.margin_heads import MARGIN_HEADS, MarginHead
-from uiface_diffusers.options import json_object, real, whole
 from uiface_diffusers.pictures import to_unit_range
 from uiface_diffusers.training.datasets import Augmentation
 from uiface_diffusers.training.options import (

@@ -4,7 +4,6 @@ Everything that a saved pipeline may name is imported here: diffusers resolves t
 only in modules that are already imported. The face recognizer registers with transformers' `AutoModel` on import.
 """
 
-from . import identities
 from .checkpoints import default_checkpoint
 from .convert_original import convert_original_state_dict
 from .generation import generate_dataset, make_identities
@@ -21,9 +20,6 @@ from .pipeline_uiface import UIFacePipeline, UIFacePipelineOutput
 
 __version__ = "0.1.0"
 
-# where its callers know it from; an import there would close a circle
-identities.make_identities = make_identities  # type: ignore[attr-defined]
-
 __all__ = [
     "EmptyContext",
     "IResNetConfig",
@@ -37,5 +33,6 @@ __all__ = [
     "convert_original_state_dict",
     "default_checkpoint",
     "generate_dataset",
+    "make_identities",
     "sample_identities",
 ]

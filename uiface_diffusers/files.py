@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from uiface_cli.options import paragraph as paragraph
-
 
 @cache
 def warn_once(message: str) -> None:

@@ -36,6 +36,7 @@ import pyarrow.parquet as pq
 import torch
 from diffusers.utils import make_image_grid
 
+from uiface_cli.options import expand_home, real, whole
 from uiface_diffusers import IdentityBank, UIFacePipeline, default_checkpoint, generate_dataset
 from uiface_diffusers.data.benchmarks import read_benchmarks
 from uiface_diffusers.evaluation import evaluate_dataset, load_lpips, load_recognizer, verify_benchmarks
@@ -44,7 +45,6 @@ from uiface_diffusers.faces import ALIGNED_SIZE, FaceEncoder, load_photograph
 from uiface_diffusers.files import check_settings, complete_file, write_json
 from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.identities import bank_hash
-from uiface_diffusers.options import expand_home, real, whole
 from uiface_diffusers.seeds import NOISE_VERSION
 from uiface_diffusers.training.options import run_script
 

@@ -31,6 +31,7 @@ import PIL.Image
 import torch
 import yaml
 
+from uiface_cli.options import expand_home, whole
 from uiface_diffusers import UIFacePipeline, default_checkpoint
 from uiface_diffusers.evaluation import (
     equal_error_rate,
@@ -47,7 +48,6 @@ from uiface_diffusers.evaluation.separability import grouped_cosines
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.files import check_settings, write_json
 from uiface_diffusers.fingerprint import pipeline_fingerprint
-from uiface_diffusers.options import expand_home, whole
 from uiface_diffusers.seeds import NOISE_VERSION
 from uiface_diffusers.training.options import run_script
 

@@ -113,7 +113,7 @@ def make_by_model(args: argparse.Namespace) -> dict[str, int]:
     import torch
 
     from uiface_diffusers.banks import load_bank
-    from uiface_diffusers.identities import make_identities
+    from uiface_diffusers.generation import make_identities
     from uiface_diffusers.loading import load_pipeline, pipeline_folder
 
     exclude = [load_bank(bank) for bank in args.exclude]

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from ..files import paragraph
-from ..options import expand_home, real, whole
+from uiface_cli.options import expand_home, paragraph, real, whole
+
 from .schedules import LR_SCHEDULERS
 
 # a parser or a group of its options
