@@ -101,7 +101,7 @@ def add_loss_arguments(group: Options) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_data_arguments(parser.add_argument_group("data and models"))
-    group = parser.add_argument_group("objective and optimizer")
+    group: Options = parser.add_argument_group("objective and optimizer")
     add_loss_arguments(group)
     add_length_arguments(group, batch_size=64, steps=250_000)
     add_optimizer_arguments(group, learning_rate=1e-4, lr_scheduler="cosine_warm_restarts")

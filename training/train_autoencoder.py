@@ -85,7 +85,7 @@ def add_loss_arguments(group: Options) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    group = parser.add_argument_group("data and model")
+    group: Options = parser.add_argument_group("data and model")
     group.add_argument("--train-data", nargs="+", help="caches of `uiface prepare`, all of one size")
     group.add_argument("--validation-data", help="cache of other people; faces of the training if not given")
     group.add_argument("--autoencoder", type=json_object, help="the model's config as JSON, with `_class_name`")

@@ -96,8 +96,8 @@ def add_objective_arguments(group: Options) -> None:
     group.add_argument("--epochs", type=whole(), default=40)
     add_length_arguments(group, batch_size=512, steps=None, steps_help="instead of --epochs")
     add_optimizer_arguments(group, 0.1, "multi_step", ("multi_step", *LR_SCHEDULERS))
-    milestones = {"type": whole(0), "nargs": "*", "default": [22, 28, 32]}
-    group.add_argument("--lr-milestones", **milestones, help="of multi_step, in epochs")
+    text = "of multi_step, in epochs"
+    group.add_argument("--lr-milestones", type=whole(0), nargs="*", default=[22, 28, 32], help=text)
     group.add_argument("--lr-decay", type=real(0), default=0.1, help="the learning rate's factor at each of them")
     group.add_argument("--momentum", type=real(0, 1), default=0.9)
     group.add_argument("--weight-decay", type=real(0), default=5e-4)

@@ -31,8 +31,9 @@ class Reconstruction(nn.Module):
         self.vae, self.latent_noise = vae, latent_noise
         if freeze_encoder:
             vae.encoder.requires_grad_(False)
-            if getattr(vae, "quant_conv", None) is not None:
-                vae.quant_conv.requires_grad_(False)
+            quant_conv = getattr(vae, "quant_conv", None)
+            if quant_conv is not None:
+                quant_conv.requires_grad_(False)
 
     def forward(self, pixels: torch.Tensor, halve: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Reconstruction, of half the size if `halve`, and the regularization of the latents."""
