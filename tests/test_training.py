@@ -11,12 +11,12 @@ from accelerate import Accelerator
 from conftest import REPOSITORY, tiny_autoencoder
 from toy_faces import write_benchmark
 
+from uiface_cli.options import with_hyphens
 from uiface_diffusers.evaluation import load_lpips
 from uiface_diffusers.evaluation.verification import read_benchmarks
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.training.denoising import DenoisingLoss, face_losses
 from uiface_diffusers.training.means import RunningMeans
-from uiface_diffusers.training.options import with_hyphens
 from uiface_diffusers.training.recognition import DecodedBenchmark, LastEpoch
 
 sys.path.insert(0, str(REPOSITORY / "training"))

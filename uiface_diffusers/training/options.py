@@ -6,7 +6,6 @@ and as keys of a recipe.
 
 import argparse
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from uiface_cli.options import expand_home, paragraph, real, whole
+from uiface_cli.options import expand_home, paragraph, real, whole, with_hyphens
 
 from .schedules import LR_SCHEDULERS
 
@@ -38,14 +37,6 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="YAML file with any of the options below; the command line wins")
     return parser
-
-
-def with_hyphens(argv: Sequence[str]) -> list[str]:
-    """The words of a command line with `--encoder_root` as `--encoder-root`: both are accepted, values stay as they
-    are."""
-    end = list(argv).index("--") if "--" in argv else len(argv)
-    names = [re.sub(r"^--[^=]+", lambda found: found[0].replace("_", "-"), word) for word in argv[:end]]
-    return [*names, *argv[end:]]
 
 
 def parse_recipe(
