@@ -768,4 +768,5 @@ def test_an_earlier_training_is_not_overwritten(uninterrupted, workspace, toy_ro
 def test_recipes_are_checked_as_the_command_line(workspace, entry):
     (workspace / "typo.yaml").write_text(entry + "\n")
     result = train(workspace, "typo", "--config", str(workspace / "typo.yaml"))
-    assert result.returncode == 2 and entry.split(":")[0] in result.stderr
+    name = entry.split(":")[0]
+    assert result.returncode == 2 and (name in result.stderr or f"--{name.replace('_', '-')}:" in result.stderr)
