@@ -11,9 +11,14 @@ from conftest import BETAS, TINY_UNET, tiny_components
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
 
 from uiface_diffusers import UIFacePipeline, UIFaceUNet2DModel
-from uiface_diffusers.two_stage.schedulers import SUPPORTED
+from uiface_diffusers.two_stage.schedulers import FLOW, REFUSED, SUPPORTED
 
-SCHEDULERS = sorted(name for name in dir(diffusers.schedulers) if name.endswith("Scheduler"))
+# those of flow matching alone are in test_flow.py
+SCHEDULERS = sorted(
+    name
+    for name in dir(diffusers.schedulers)
+    if name.endswith("Scheduler") and (name in SUPPORTED or name not in FLOW)
+)
 STOCHASTIC = (
     "DDPMParallelScheduler",
     "DDPMScheduler",
@@ -81,8 +86,9 @@ def test_every_scheduler_is_right_or_refused(exact_pipeline, name):
     if name not in SUPPORTED:
         cls = getattr(diffusers.schedulers, name)
         exact_pipeline.scheduler = object.__new__(cls)  # several need arguments of their own
-        with pytest.raises(ValueError, match=rf"`scheduler` is {name}: .*DDIMScheduler.*PNDMScheduler"):
+        with pytest.raises(ValueError, match=rf"`scheduler` is {name}: .*DDIMScheduler.*PNDMScheduler") as error:
             sample(exact_pipeline)
+        assert REFUSED[name] in str(error.value)
         return
     exact_pipeline.scheduler = make_scheduler(name)
     steps = 100 if name in STOCHASTIC else 50
@@ -121,7 +127,7 @@ def test_a_change_of_contexts_is_right(exact_pipeline, name):
         ),
         (DPMSolverMultistepScheduler(**BETAS, use_flow_sigmas=True), "use_flow_sigmas=True"),
         (
-            UniPCMultistepScheduler(**BETAS, prediction_type="flow_prediction", use_flow_sigmas=True),
+            UniPCMultistepScheduler(**BETAS, prediction_type="flow_prediction"),
             "prediction_type='flow_prediction'",
         ),
     ],

@@ -58,14 +58,13 @@ SUPPORTED = {
 }
 
 
-# the same with the velocity of flow matching, of straight paths x_t = (1 - s) x_0 + s noise
+# the same with the velocity of flow matching, of straight paths x_t = (1 - s) x_0 + s noise; DEIS's and SA-Solver's
+# last step would leave noise
 FLOW = {
-    "DEISMultistepScheduler": Memory("model_outputs"),
     "DPMSolverMultistepScheduler": Memory("model_outputs"),
     "DPMSolverSinglestepScheduler": Memory("model_outputs"),
     "FlowMatchEulerDiscreteScheduler": Memory(),
     "FlowMatchHeunDiscreteScheduler": Memory(),
-    "SASolverScheduler": Memory("model_outputs", corrects=True),
     "UniPCMultistepScheduler": Memory("model_outputs", corrects=True),
 }
 
@@ -281,8 +280,12 @@ def check_timesteps(scheduler: Any) -> None:
             f"the timesteps of {name} go from {float(timesteps[0]):g} to {float(timesteps[-1]):g}: they have to fall"
             f" within {highest} and 0."
         )
-    if is_flow(scheduler) and ((denoiser_timesteps(scheduler) - timesteps).abs() > 1).any():
+    if not is_flow(scheduler):
+        return
+    if ((denoiser_timesteps(scheduler) - timesteps).abs() > 1).any():
         raise ValueError(f"the timesteps of {name} are not its noise levels: use its flow sigmas as they are.")
+    if scheduler.sigmas[-1] > 0:
+        raise ValueError(f"{name} ends at the noise level {float(scheduler.sigmas[-1]):.3g}: it has to end at 0.")
 
 
 def starts_step(scheduler: Any) -> bool:
