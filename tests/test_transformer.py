@@ -8,7 +8,7 @@ from test_pipeline import MaterializingProcessor
 from torch import nn
 
 from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline
-from uiface_diffusers.attention_processor import installed_processors
+from uiface_diffusers.attention_processor import cross_attention_names, installed_processors
 from uiface_diffusers.denoisers import PixArtDenoiser, denoiser_kind
 from uiface_diffusers.two_stage import combine_rows, plan_rows
 
@@ -44,22 +44,22 @@ def two_passes(
     model, latents: torch.Tensor, t: float, contexts: torch.Tensor, injection: str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The empty pass, which keeps its attention maps, then the identities' pass, which takes them."""
-    processors = {name: MaterializingProcessor() for name in model.attn_processors}
+    before, processors = model.attn_processors, {name: MaterializingProcessor() for name in model.attn_processors}
     model.set_attn_processor(dict(processors))
     predictions = []
     for mode, rows in (("empty", contexts[:1].expand(3, -1, -1)), ("identity", contexts[1:])):
         for processor in processors.values():
             processor.mode, processor.injection = mode, injection
-        predictions.append(model(latents, rows, torch.full((3,), t)).sample)
-    model.set_default_attn_processor()
+        timesteps = torch.full((3,), t)
+        predictions.append(model(latents, encoder_hidden_states=rows, timestep=timesteps).sample)
+    model.set_attn_processor(before)
     return predictions[0], predictions[1]
 
 
-@pytest.mark.parametrize("caption_channels", [None, 24])
-@pytest.mark.parametrize("injection", [None, "self", "cross", "both"])
-def test_predictions_equal_materialized_maps(injection, caption_channels):
-    dims = {"cross_attention_dim": 32, "caption_channels": 24} if caption_channels else {}
-    model, t, stage_two = pixart(**dims), 400.0, torch.tensor([False, True, True])
+@torch.no_grad()
+def difference_to_materialized_maps(model, injection: str | None, t: float = 400.0) -> float:
+    """Of the guided predictions of three samples, one of which is still in stage one."""
+    stage_two = torch.tensor([False, True, True])
     plan = plan_rows(
         stage_two,
         guided=True,
@@ -67,19 +67,36 @@ def test_predictions_equal_materialized_maps(injection, caption_channels):
         cross_injection=injection in ("cross", "both"),
         record=True,
     )
-    with torch.no_grad():
-        kind = denoiser_kind(model)
-        denoiser = kind(model, CONTEXTS, torch.device("cpu"), cross_injection=True, injection_strength=0.5)
-        with installed_processors(model):
-            rows, block_maps = denoiser(LATENTS, torch.tensor(t), plan)
+    kind = denoiser_kind(model)
+    denoiser = kind(model, CONTEXTS, torch.device("cpu"), cross_injection=True, injection_strength=0.5)
+    with installed_processors(model):
+        rows, block_maps = denoiser(LATENTS, torch.tensor(t), plan)
+    assert len(block_maps) == len(cross_attention_names(model))
+    assert all(each.shape == (1, 32, 32) for each in block_maps)
     empty, identity = two_passes(model, LATENTS, t, CONTEXTS, injection)
     expected = torch.where(stage_two[:, None, None, None], empty + 2 * (identity - empty), empty)
-    assert kind is PixArtDenoiser and denoiser.encodes_once == (caption_channels is None)
-    assert max_difference(combine_rows(rows, plan, 2.0), expected) <= 1e-5
-    assert len(block_maps) == 2 and all(each.shape == (1, 32, 32) for each in block_maps)
+    return max_difference(combine_rows(rows, plan, 2.0), expected)
+
+
+@pytest.mark.parametrize("caption_channels", [None, 24])
+@pytest.mark.parametrize("injection", [None, "self", "cross", "both"])
+def test_predictions_equal_materialized_maps(injection, caption_channels):
+    dims = {"cross_attention_dim": 32, "caption_channels": 24} if caption_channels else {}
+    model = pixart(**dims)
+    assert denoiser_kind(model) is PixArtDenoiser
+    assert difference_to_materialized_maps(model, injection) <= 1e-5
     # the injections are no trifle: without them, the prediction is another one
     if injection is not None:
-        assert max_difference(expected, two_passes(model, LATENTS, t, CONTEXTS, None)[1]) > 1e-2
+        injected, plain = (two_passes(model, LATENTS, 400.0, CONTEXTS, each)[1] for each in (injection, None))
+        assert max_difference(injected, plain) > 1e-3
+
+
+def test_contexts_are_encoded_once_a_call():
+    pipe, encoded = pixart_pipeline(), []
+    for name in cross_attention_names(pipe.unet):
+        pipe.unet.get_submodule(name).to_k.register_forward_pre_hook(lambda module, args: encoded.append(len(args[0])))
+    pipe(EMBEDS, num_inference_steps=5, output_type="latent")
+    assert encoded == [4, 4]
 
 
 @torch.no_grad()

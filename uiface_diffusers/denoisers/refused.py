@@ -47,7 +47,7 @@ _REASONS = {
     "predicts tokens of a vocabulary, not noise": ("UVit2DModel",),
     "is a part of other denoisers, or is superseded by PixArtTransformer2DModel": ("Transformer2DModel",),
     "predicts an image embedding, not a picture": ("PriorTransformer",),
-    "is a part of other denoisers": ("MotionAdapter", "TransformerTemporalModel", "DualTransformer2DModel"),
+    "is a part of other denoisers": ("TransformerTemporalModel",),
     "denoises video": (
         "AllegroTransformer3DModel",
         "AnyFlowFARTransformer3DModel",
