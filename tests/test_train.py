@@ -19,6 +19,7 @@ from hub_server import HubServer
 from safetensors.torch import load_file
 
 from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline, UIFaceUNet2DModel
+from uiface_diffusers.convert_original import NOISE_SCHEDULE
 from uiface_diffusers.data import FaceCache, LatentSet, cache_latents, prepare_faces
 from uiface_diffusers.evaluation import load_lpips
 from uiface_diffusers.faces import FaceEncoder
@@ -249,7 +250,7 @@ def test_the_gradients_of_two_batches_are_averaged(workspace, by):
     unet = UIFaceUNet2DModel(**TINY_UNET)
     unet.zero_init_residual_branches()
     model = train_script.ConditionalDenoiser(unet, IdentityProjector(16, 32), EmptyContext(32))
-    scheduler = train_script.DDPMScheduler(**train_script.NOISE_SCHEDULE)
+    scheduler = train_script.DDPMScheduler(**NOISE_SCHEDULE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(train_script.mix_seed(0, 0))).tolist()
     for batch in range(2):
@@ -282,7 +283,7 @@ class Oracle(torch.nn.Module):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_objective(prediction_type):
     """The loss is zero for the right prediction, and the mean square of the error otherwise."""
-    scheduler = train_script.DDPMScheduler(**train_script.NOISE_SCHEDULE, prediction_type=prediction_type)
+    scheduler = train_script.DDPMScheduler(**NOISE_SCHEDULE, prediction_type=prediction_type)
     face = torch.randn(1, 1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     latents, embeds = face.expand(512, 2, -1, -1, -1).contiguous(), torch.randn(512, 8)
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
@@ -315,7 +316,7 @@ def test_objective(prediction_type):
 
 
 def test_both_flips_are_trained():
-    scheduler = train_script.DDPMScheduler(**train_script.NOISE_SCHEDULE)
+    scheduler = train_script.DDPMScheduler(**NOISE_SCHEDULE)
     latents = torch.stack([torch.full((400, 1, 2, 2), 3.0), torch.full((400, 1, 2, 2), -3.0)], 1)
     oracle = Oracle(lambda noisy, timesteps: noisy)
     train_script.denoising_loss(oracle, scheduler, latents, torch.zeros(400, 4), 0.0, None)

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import AutoModel, DDIMScheduler, DDPMScheduler, SchedulerMixin
-from diffusers.training_utils import EMAModel, compute_snr
+from diffusers import AutoModel, DDPMScheduler, SchedulerMixin
+from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from huggingface_hub.errors import HTTPError
 from torch import nn
@@ -34,14 +34,21 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline, UIFaceUNet2DModel
-from uiface_diffusers.convert_original import NOISE_SCHEDULE, SAMPLER
 from uiface_diffusers.data import FaceCache, LatentSet, cache_latents
+from uiface_diffusers.denoisers import TRAINABLE, denoiser_kind
 from uiface_diffusers.encoders import EncoderMark, check_same_encoder, common_encoder, projector_mark
 from uiface_diffusers.evaluation import load_lpips
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.files import write_json
 from uiface_diffusers.fingerprint import model_fingerprint
 from uiface_diffusers.latents import decode_latents
+from uiface_diffusers.objectives import (
+    OBJECTIVES,
+    PREDICTS_LATENTS,
+    new_sampler,
+    objective_of,
+    training_scheduler,
+)
 from uiface_diffusers.options import json_object, real, whole
 from uiface_diffusers.pipeline_uiface import MODEL_DEFAULTS
 from uiface_diffusers.seeds import mix_seed
@@ -71,6 +78,7 @@ from uiface_diffusers.training_utils import (
     training_folder,
     validates,
 )
+from uiface_diffusers.two_stage.schedulers import prediction_type
 
 logger = get_logger(__name__)
 
@@ -84,7 +92,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--init_from", help="pipeline to start from: folder or Hub repository")
     group.add_argument("--vae", help="first stage: folder or Hub repository of a diffusers autoencoder")
     group.add_argument("--vae_subfolder", help="subfolder of the first stage")
+    group.add_argument("--denoiser", choices=tuple(TRAINABLE), default="uiface", help="UIFace's UNet or a transformer")
     group.add_argument("--unet", type=json_object, default={}, help="UIFaceUNet2DModel options, as JSON")
+    group.add_argument("--transformer", type=json_object, default={}, help="PixArtTransformer2DModel options, as JSON")
     group.add_argument("--context_dropout", type=real(0, 1), default=0.25, help="dropout of the context's components")
     group.add_argument(
         "--empty_probability",
@@ -113,21 +123,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--output_dir", type=Path, help="pipeline, checkpoints, logs and validation grids")
 
     group = parser.add_argument_group("objective and optimizer")
-    group.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), default="epsilon")
+    group.add_argument("--prediction_type", choices=tuple(OBJECTIVES), default="epsilon")
     group.add_argument("--snr_gamma", type=real(0), help="min-SNR loss weights (Hang et al. 2023); 5.0 is usual")
     group.add_argument(
         "--identity_weight",
         type=real(0),
         default=0.0,
         help="of 1 - cosine between the denoised face and the identity it was told (DCFace, Kim et al. 2023); needs"
-        " --encoder_root and v_prediction",
+        " --encoder_root and v_prediction or flow_prediction",
     )
     group.add_argument(
         "--lpips_weight",
         type=real(0),
         default=0.0,
         help="of LPIPS between the denoised and the clean face, both decoded, with weight on eyes and mouth; needs"
-        " v_prediction",
+        " v_prediction or flow_prediction",
     )
     group.add_argument(
         "--lpips_backbone", help="AlexNet's convolutions for it; torchvision downloads them if not given"
@@ -174,18 +184,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.init_from is None and args.vae is None:
         parser.error("--vae or --init_from is required")
     # of predicted noise the clean latents are no stable function: the noisier, the less
-    if args.identity_weight and (args.encoder_root is None or args.prediction_type != "v_prediction"):
-        parser.error("--identity_weight needs --encoder_root and --prediction_type v_prediction")
-    if args.lpips_weight and args.prediction_type != "v_prediction":
-        parser.error("--lpips_weight needs --prediction_type v_prediction")
+    if args.identity_weight and (args.encoder_root is None or args.prediction_type not in PREDICTS_LATENTS):
+        parser.error("--identity_weight needs --encoder_root and --prediction_type v_prediction or flow_prediction")
+    if args.lpips_weight and args.prediction_type not in PREDICTS_LATENTS:
+        parser.error("--lpips_weight needs --prediction_type v_prediction or flow_prediction")
     if args.train_data_shares is not None and len(args.train_data_shares) != len(args.train_data):
         parser.error(
             f"--train_data_shares has {len(args.train_data_shares)} numbers for {len(args.train_data)} caches"
         )
     if args.train_data_shares is not None and not sum(args.train_data_shares):
         parser.error("--train_data_shares are all 0: nothing would be drawn")
-    if args.init_from is not None and args.unet:
-        parser.error("--unet cannot change the network of --init_from")
+    if args.transformer if args.denoiser == "uiface" else args.unet:
+        other = "transformer" if args.denoiser == "uiface" else "unet"
+        parser.error(f"--{other} has options of another network than --denoiser {args.denoiser}")
+    if args.init_from is not None and (args.unet or args.transformer):
+        parser.error("--unet and --transformer cannot change the network of --init_from")
     return args
 
 
@@ -230,7 +243,7 @@ class ConditionalDenoiser(nn.Module):
         context = self.identity_projector(identity_embeds, return_dict=False)[0]
         empty = self.empty_context(len(context), return_dict=False)[0]
         context = torch.where(is_empty[:, None, None], empty, context)
-        return self.unet(noisy_latents, timesteps, context, return_dict=False)[0]
+        return self.unet(noisy_latents, timestep=timesteps, encoder_hidden_states=context, return_dict=False)[0]
 
 
 class DenoisingLoss(NamedTuple):
@@ -253,7 +266,7 @@ def denoising_loss(
     snr_gamma: float | None,
     timestep_sampling: str = "uniform",
 ) -> DenoisingLoss:
-    """Loss of every sample: MSE of the predicted noise (or v) at a random timestep, under the identity
+    """Loss of every sample: MSE of the predicted noise (or v, or velocity) at a random timestep, under the identity
     or, with `empty_probability` and always in row 0, under the empty context (UIFace, sec. 3.2; the published code).
 
     Args:
@@ -269,21 +282,14 @@ def denoising_loss(
     # the empty context gets a gradient in every step
     is_empty[:1].fill_(True)  # assigning to `is_empty[0]` would wait for the device
 
-    noisy = scheduler.add_noise(latents, noise, timesteps)
-    prediction = denoiser(noisy, timesteps, identity_embeds, is_empty).float()
-    is_velocity = scheduler.config.prediction_type == "v_prediction"
-    target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
+    objective = objective_of(scheduler)
+    noisy = objective.noisy(latents, noise, timesteps)
+    prediction = denoiser(noisy, objective.denoiser_timesteps(timesteps), identity_embeds, is_empty).float()
+    target = objective.target(latents, noise, timesteps)
     loss = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
     if snr_gamma is not None:
-        snr = compute_snr(scheduler, timesteps)
-        loss = loss * snr.clamp(max=snr_gamma) / (snr + 1 if is_velocity else snr)
-    # the step to the end of the trajectory
-    alphas = scheduler.alphas_cumprod.to(device)[timesteps].view(-1, 1, 1, 1)
-    if is_velocity:
-        denoised = alphas.sqrt() * noisy - (1 - alphas).sqrt() * prediction
-    else:
-        denoised = (noisy - (1 - alphas).sqrt() * prediction) / alphas.sqrt()
-    return DenoisingLoss(loss, timesteps, is_empty, denoised, latents)
+        loss = objective.weighted(loss, timesteps, snr_gamma)
+    return DenoisingLoss(loss, timesteps, is_empty, objective.denoised(noisy, prediction, timesteps), latents)
 
 
 class FaceLosses(NamedTuple):
@@ -429,26 +435,25 @@ def build_denoiser(
     """
     channels, height, width = latent_shape
     if args.init_from is None:
-        unet = UIFaceUNet2DModel(
-            **{"sample_size": height, "in_channels": channels, "out_channels": channels, **args.unet}
-        )
-        unet.zero_init_residual_branches()
-        context_dim = unet.config.cross_attention_dim
+        kind = TRAINABLE[args.denoiser]
+        unet = kind.build(channels, height, width, args.unet | args.transformer)
+        context_dim, num_tokens = kind.context_dim(unet), kind.num_tokens
         projector = IdentityProjector(
             identity_dim,
             context_dim,
+            num_tokens,
             dropout=args.context_dropout,
             identity_encoder=encoder.name,
             identity_encoder_fingerprint=encoder.fingerprint,
         )
-        scheduler = DDIMScheduler(**NOISE_SCHEDULE, **SAMPLER, prediction_type=args.prediction_type)
-        return ConditionalDenoiser(unet, projector, EmptyContext(context_dim)), scheduler, {}
+        scheduler = new_sampler(args.prediction_type)
+        return ConditionalDenoiser(unet, projector, EmptyContext(context_dim, num_tokens)), scheduler, {}
     pipeline = UIFacePipeline.from_pretrained(args.init_from)
     projector = pipeline.identity_projector
     check_same_encoder(args.init_from, projector_mark(projector), "the training data", encoder)
     wanted = {"identity_dim": identity_dim, "latent channels": channels, "prediction_type": args.prediction_type}
     given = {"identity_dim": projector.config.identity_dim, "latent channels": pipeline.unet.config.in_channels}
-    given["prediction_type"] = pipeline.scheduler.config.prediction_type
+    given["prediction_type"] = prediction_type(pipeline.scheduler)
     projector.register_to_config(identity_encoder=encoder.name)  # a fresh projector has none
     if encoder.fingerprint is not None:
         projector.register_to_config(identity_encoder_fingerprint=encoder.fingerprint)
@@ -502,9 +507,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     try:
         with torch.device("meta"):
-            UIFaceUNet2DModel(**args.unet)  # wrong options are named before anything is encoded
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"--unet {json.dumps(args.unet)} makes no network: {error}") from error
+            # wrong options are named before anything is encoded
+            model = TRAINABLE[args.denoiser].build(4, 32, 32, args.unet | args.transformer)
+        denoiser_kind(model)
+    except (TypeError, ValueError, ZeroDivisionError, NotImplementedError) as error:
+        option = "unet" if args.denoiser == "uiface" else "transformer"
+        raise ValueError(f"--{option} {json.dumps(getattr(args, option))} makes no network: {error}") from error
     rank, world_size = accelerator.process_index, accelerator.num_processes
 
     # 1. data
@@ -537,7 +545,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         denoiser.unet.enable_gradient_checkpointing()
     if args.channels_last:
         denoiser.to(memory_format=torch.channels_last)
-    noise_scheduler = DDPMScheduler.from_config(sampler_scheduler.config)
+    noise_scheduler = training_scheduler(sampler_scheduler)
 
     # 3. optimizer; the published code's Adam is AdamW without weight decay
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
@@ -559,6 +567,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     fixed |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, **schedule_settings(args)}
     fixed |= {"train_data": [cache.fingerprint for cache in caches], "vae": model_fingerprint(vae)}
     fixed |= {"prediction_type": args.prediction_type, "unet": args.unet}
+    fixed |= {} if args.denoiser == "uiface" else {"denoiser": args.denoiser, "transformer": args.transformer}
     fixed |= {"train_data_shares": args.train_data_shares, "side_view_share": args.side_view_share}
     step, hours_before = 0, 0.0
     if checkpoint is not None:
@@ -636,7 +645,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         initial=step, total=args.max_train_steps, desc="train", unit="step", disable=not accelerator.is_main_process
     )
     log = LossLog(noise_scheduler.config.num_train_timesteps, accelerator.device)
-    alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)
+    signal = objective_of(noise_scheduler).signal
     denoiser.train()
     stop = False
     while step < args.max_train_steps and not stop:
@@ -656,7 +665,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
                     )
                 objective, faces = loss.losses.mean(), None
                 if decodes:
-                    weights = alphas_cumprod[loss.timesteps] if args.decoded_noise == "low" else None
+                    weights = signal(loss.timesteps) if args.decoded_noise == "low" else None
                     faces = face_losses(
                         vae, recognizer, perceptual, loss, identity_embeds, args.decoded_samples, weights
                     )

@@ -34,6 +34,7 @@ from huggingface_hub.errors import (
 )
 
 from .fingerprint import unwrapped
+from .two_stage.schedulers import prediction_type
 
 PACKAGE = "uiface_diffusers"
 MODEL_INDEX = "model_index.json"
@@ -195,7 +196,7 @@ face recognition data, of [uiface-diffusers](https://pypi.org/project/uiface-dif
 | training data | {metadata.get("datasets") or "not stated"} |
 | identity encoder | `{encoder}`, {projector.config.identity_dim}-d unit embeddings |
 | first stage | {type(vae).__name__}, latents of {latents} |
-| denoiser | {type(unet).__name__}, {pipeline.scheduler.config.get("prediction_type", "epsilon")} prediction |
+| denoiser | {type(unet).__name__}, {prediction_type(pipeline.scheduler)} prediction |
 | parameters | {parts} |
 
 ```python

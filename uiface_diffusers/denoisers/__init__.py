@@ -12,9 +12,20 @@ from .refused import REFUSED
 from .transformer import PixArtDenoiser
 from .unet import UNetDenoiser
 
-__all__ = ["KINDS", "REFUSED", "SUPPORTED", "Denoiser", "PixArtDenoiser", "UNetDenoiser", "denoiser_kind"]
+__all__ = [
+    "KINDS",
+    "REFUSED",
+    "SUPPORTED",
+    "TRAINABLE",
+    "Denoiser",
+    "PixArtDenoiser",
+    "UNetDenoiser",
+    "denoiser_kind",
+]
 
 KINDS: tuple[type[Denoiser], ...] = (UNetDenoiser, PixArtDenoiser)
+# those that can be trained from scratch, by their name in the recipe
+TRAINABLE: dict[str, type[Denoiser]] = {kind.trained_as: kind for kind in KINDS if kind.trained_as is not None}
 # by name; each is compared with materialized attention maps by the tests
 SUPPORTED = ("UIFaceUNet2DModel", "UNet2DConditionModel", "PixArtTransformer2DModel")
 

@@ -1,7 +1,7 @@
 """What all denoisers have in common. One object serves one call of the pipeline."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ModelMixin
@@ -39,6 +39,11 @@ class Denoiser:
         once = self._tokens_of_modules() if self.encodes_once else None
         self.states = attention_states(unwrapped(model), once, cross_injection)
 
+    # name by which training chooses `build`, if it does
+    trained_as: ClassVar[str | None] = None
+    # context tokens that a fresh identity projector makes for it
+    num_tokens: ClassVar[int] = 1
+
     @staticmethod
     def accepts(model: nn.Module) -> bool:
         """Whether `model` is called in this way."""
@@ -57,6 +62,18 @@ class Denoiser:
                 f"`unet` ({type(model).__name__}) predicts {out_channels} channels for {model.config.in_channels}"
                 " latent channels; learned variances are not supported."
             )
+
+    @staticmethod
+    def build(channels: int, height: int, width: int, options: Mapping[str, Any]) -> Any:
+        """A fresh model for latents `(channels, height, width)`, initialized for training.
+
+        Args:
+            options: of its class.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError, ZeroDivisionError: the options make no model.
+        """
+        raise NotImplementedError
 
     @staticmethod
     def context_dim(model: Any) -> int:

@@ -10,9 +10,33 @@ from torch import nn
 from .denoiser import Denoiser
 
 
+@torch.no_grad()
+def initialize(model: PixArtTransformer2DModel) -> None:
+    """The start of a training from scratch: that of PixArt's published code. The cross-attention and the prediction
+    begin at zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    patches = model.pos_embed.proj.weight
+    nn.init.xavier_uniform_(patches.view(len(patches), -1))
+    for module in model.adaln_single.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+    for block in model.transformer_blocks:
+        if block.attn2 is not None:
+            nn.init.zeros_(block.attn2.to_out[0].weight)
+    nn.init.zeros_(model.proj_out.weight)
+
+
 class PixArtDenoiser(Denoiser):
     """`PixArtTransformer2DModel` with the size conditions off. A `caption_projection`, if it has one, is applied to
     the contexts, whose width is then `caption_channels`."""
+
+    trained_as = "pixart"
+    # with a single token, cross-attention would have nothing to choose from
+    num_tokens = 8
 
     @staticmethod
     def accepts(model: nn.Module) -> bool:
@@ -26,6 +50,16 @@ class PixArtDenoiser(Denoiser):
                 f"`unet` ({type(model).__name__}) is conditioned on the size of the picture: build it with"
                 " use_additional_conditions=False. That has to be given if sample_size is 128."
             )
+
+    @staticmethod
+    def build(channels: int, height: int, width: int, options: Mapping[str, Any]) -> PixArtTransformer2DModel:
+        if height != width:
+            raise ValueError(f"latents of {height}x{width} are not square: a PixArt transformer takes square ones.")
+        given = {"sample_size": height, "in_channels": channels, "out_channels": channels}
+        given |= {"cross_attention_dim": 256, "use_additional_conditions": False}
+        model = PixArtTransformer2DModel(**given | dict(options))
+        initialize(model)
+        return model
 
     @staticmethod
     def context_dim(model: Any) -> int:

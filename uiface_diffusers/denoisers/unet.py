@@ -15,6 +15,8 @@ from .denoiser import Denoiser
 class UNetDenoiser(Denoiser):
     """A denoiser that is called as diffusers' UNets are."""
 
+    trained_as = "uiface"
+
     @staticmethod
     def accepts(model: nn.Module) -> bool:
         """Whether `model` can be called so. No other model of diffusers' is, whatever its signature."""
@@ -29,6 +31,13 @@ class UNetDenoiser(Denoiser):
         except TypeError:
             return False
         return True
+
+    @staticmethod
+    def build(channels: int, height: int, width: int, options: Mapping[str, Any]) -> UIFaceUNet2DModel:
+        shape = {"sample_size": height, "in_channels": channels, "out_channels": channels}
+        model = UIFaceUNet2DModel(**shape | dict(options))
+        model.zero_init_residual_branches()
+        return model
 
     @staticmethod
     def attends_to_contexts_only(model: Any) -> bool:
