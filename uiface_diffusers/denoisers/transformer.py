@@ -7,6 +7,7 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch import nn
 
+from ..attention_processor import cross_attention_names
 from .denoiser import Denoiser
 
 
@@ -24,9 +25,8 @@ def initialize(model: PixArtTransformer2DModel) -> None:
     for module in model.adaln_single.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)
-    for block in model.transformer_blocks:
-        if block.attn2 is not None:
-            nn.init.zeros_(block.attn2.to_out[0].weight)
+    for name in cross_attention_names(model):
+        nn.init.zeros_(model.get_parameter(f"{name}.to_out.0.weight"))
     nn.init.zeros_(model.proj_out.weight)
 
 

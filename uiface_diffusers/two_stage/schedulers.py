@@ -320,7 +320,7 @@ def _random_generators(
 
 
 def step_after_switch(
-    scheduler,
+    scheduler: Any,
     switched: torch.Tensor,
     model_output: torch.Tensor,
     timestep: torch.Tensor,
@@ -349,8 +349,9 @@ def step_after_switch(
     if not len(switched):
         return step()
     memory, switched = memory_of(scheduler), switched.to(sample.device, non_blocking=True)
+    assert memory is not None, "`check_scheduler` refuses it"
 
-    def step_copy(copied) -> torch.Tensor:
+    def step_copy(copied: Any) -> torch.Tensor:
         # the copy draws the noise that the scheduler itself will draw after it; not every step takes a generator
         draws = "generator" in inspect.signature(scheduler.step).parameters
         generators = _random_generators(step_kwargs.get("generator"), sample.device) if draws else []
@@ -360,12 +361,17 @@ def step_after_switch(
             each.set_state(state)
         return previous
 
-    remembered = [entry for entry in getattr(scheduler, memory.history) if entry is not None] if memory.history else []
+    history = memory.history
+
+    def remembered_by(stepped: Any) -> list[torch.Tensor]:
+        return [entry for entry in getattr(stepped, history) if entry is not None] if history else []
+
+    remembered = remembered_by(scheduler)
     if remembered:
         # let a copy bring the present prediction into the scheduler's form
         probe = copy.deepcopy(scheduler)
         step_copy(probe)
-        present = [entry for entry in getattr(probe, memory.history) if entry is not None][-1]
+        present = remembered_by(probe)[-1]
         for entry in remembered:
             entry[switched] = present[switched].to(entry.dtype)
 
