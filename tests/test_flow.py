@@ -16,7 +16,7 @@ from diffusers import (
 )
 
 from uiface_diffusers import UIFacePipeline, UIFaceUNet2DModel
-from uiface_diffusers.two_stage.schedulers import FLOW, paper_timesteps
+from uiface_diffusers.two_stage.schedulers import FLOW, paper_timesteps, scheduler_like
 
 VELOCITY = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 # latents of an identity, and those of nobody, are distributed normally about these means
@@ -256,8 +256,16 @@ def test_what_flow_matching_is_not_sampled_with_is_refused(exact_pipeline, sched
         sample(exact_pipeline, scheduler())
 
 
-def test_a_configuration_of_flow_matching_goes_from_one_scheduler_to_another(exact_pipeline):
-    euler = FlowMatchEulerDiscreteScheduler()
-    unipc = UniPCMultistepScheduler.from_config(euler.config, **VELOCITY)
-    expected = sample(exact_pipeline, euler, boundary=None).images
+def test_a_scheduler_is_exchanged_for_another(exact_pipeline):
+    """As `uiface generate --scheduler` does: there and back, with its shift; one that samples no flow is refused."""
+    first = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    unipc = scheduler_like(UniPCMultistepScheduler, first)
+    back = scheduler_like(FlowMatchEulerDiscreteScheduler, unipc)
+    assert (unipc.config.flow_shift, back.config.shift) == (3.0, 3.0)
+    expected = sample(exact_pipeline, first, boundary=None).images
+    assert torch.equal(sample(exact_pipeline, back, boundary=None).images, expected)
     assert (sample(exact_pipeline, unipc, boundary=None).images - expected).square().mean().sqrt() <= 0.06
+    with pytest.raises(ValueError, match="DDIMScheduler has prediction_type='flow_prediction', which it cannot"):
+        sample(exact_pipeline, scheduler_like(DDIMScheduler, first))
+    plain = scheduler_like(UniPCMultistepScheduler, DDIMScheduler(prediction_type="v_prediction"))
+    assert plain.config.prediction_type == "v_prediction" and not plain.config.use_flow_sigmas

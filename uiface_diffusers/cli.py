@@ -158,6 +158,7 @@ def _generate(args: argparse.Namespace) -> None:
 
     from . import IdentityBank, generate_dataset
     from .hub import IDENTITIES
+    from .two_stage.schedulers import scheduler_like
 
     state = PartialState(cpu=args.device == "cpu")
     folder = _pipeline_folder(args.model)
@@ -171,7 +172,7 @@ def _generate(args: argparse.Namespace) -> None:
         scheduler = getattr(diffusers, args.scheduler, None)
         if not hasattr(scheduler, "from_config") or "Scheduler" not in args.scheduler:
             raise ValueError(f"--scheduler {args.scheduler} is no scheduler of diffusers, as DDIMScheduler is one.")
-        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+        pipeline.scheduler = scheduler_like(scheduler, pipeline.scheduler)
     # all of a bank that was asked for, a handful of one that was not
     number, images = args.max_identities, args.images_per_identity
     number = (len(identities) if args.identities else 4) if number is None else number

@@ -8,7 +8,7 @@ x_t = a x_0 + s noise:
     paper   s / a = sqrt((1 - alpha_bar_t) / alpha_bar_t), -2 log(s / a) being the log-SNR
     flow    a = 1 - s, so that s / a = s / (1 - s), which is the paper's at s = r / (1 + r), r = s / a of the paper
 
-At t = 500, r is 3.43, and so the flow's s is 0.774. `paper_timesteps` goes the other way.
+At t = 500, r is 3.443, and so the flow's s is 0.775. `paper_timesteps` goes the other way.
 """
 
 import copy
@@ -207,6 +207,22 @@ def _check_flow(scheduler: Any) -> None:
             raise ValueError(f"{name} has {option}={wrong!r}, which flow matching is not sampled with: {instead}.")
 
 
+def scheduler_like(scheduler_class: Any, scheduler: Any) -> Any:
+    """A scheduler of another class for the same denoiser: `from_config`, with flow matching in that class's words.
+
+    Args:
+        scheduler_class: of diffusers.
+        scheduler: the denoiser's.
+    """
+    options = {}
+    if is_flow(scheduler):
+        shift = scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0))
+        told = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift, "shift": shift}
+        known = inspect.signature(scheduler_class.__init__).parameters
+        options = {name: value for name, value in told.items() if name in known}
+    return scheduler_class.from_config(scheduler.config, **options)
+
+
 def set_timesteps(scheduler: Any, num_inference_steps: int) -> None:
     """`scheduler.set_timesteps`. A flow's rounded timesteps may repeat: it is told to begin at the first, and does not
     look it up."""
@@ -232,7 +248,7 @@ def scale_model_input(scheduler: Any, latents: torch.Tensor, timestep: torch.Ten
 
 def _log_noise_levels(alphas_cumprod: torch.Tensor) -> np.ndarray:
     """log(s / a) of every timestep of a noise schedule, ascending."""
-    alphas = alphas_cumprod.double().clamp(1e-12, 1).numpy()
+    alphas = np.array(alphas_cumprod.double().clamp(1e-12, 1 - 1e-12).tolist())
     return np.log((1 - alphas) / alphas) / 2
 
 
@@ -251,13 +267,13 @@ def paper_timesteps(scheduler: Any) -> list[float]:
     """
     levels = _paper_levels()
     if is_flow(scheduler):
-        sigmas = scheduler.sigmas[: len(scheduler.timesteps)].double().numpy()
+        sigmas = np.array(scheduler.sigmas[: len(scheduler.timesteps)].double().tolist())
         with np.errstate(divide="ignore"):
             noise = np.log(sigmas) - np.log(1 - sigmas)
     else:
-        own, timesteps = _log_noise_levels(scheduler.alphas_cumprod.cpu()), scheduler.timesteps.double().cpu().numpy()
+        own, timesteps = _log_noise_levels(scheduler.alphas_cumprod), scheduler.timesteps.double().tolist()
         if len(own) == len(levels) and np.allclose(own, levels, atol=1e-2):
-            return timesteps.tolist()
+            return timesteps
         noise = np.interp(timesteps, np.arange(len(own)), own)
     return np.interp(noise, levels, np.arange(len(levels))).round().tolist()
 
