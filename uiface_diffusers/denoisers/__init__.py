@@ -27,7 +27,7 @@ KINDS: tuple[type[Denoiser], ...] = (UNetDenoiser, PixArtDenoiser)
 # those that can be trained from scratch, by their name in the recipe
 TRAINABLE: dict[str, type[Denoiser]] = {kind.trained_as: kind for kind in KINDS if kind.trained_as is not None}
 # by name; each is compared with materialized attention maps by the tests
-SUPPORTED = ("UIFaceUNet2DModel", "UNet2DConditionModel", "PixArtTransformer2DModel")
+SUPPORTED = tuple(model.__name__ for kind in KINDS for model in kind.models)
 
 
 def denoiser_kind(model: nn.Module) -> type[Denoiser]:

@@ -39,6 +39,8 @@ class Denoiser:
         once = self._tokens_of_modules() if self.encodes_once else None
         self.states = attention_states(unwrapped(model), once, cross_injection)
 
+    # classes that it is tested with, for messages
+    models: ClassVar[tuple[type, ...]] = ()
     # name by which training chooses `build`, if it does
     trained_as: ClassVar[str | None] = None
     # context tokens that a fresh identity projector makes for it

@@ -34,6 +34,7 @@ class PixArtDenoiser(Denoiser):
     """`PixArtTransformer2DModel` with the size conditions off. A `caption_projection`, if it has one, is applied to
     the contexts, whose width is then `caption_channels`."""
 
+    models = (PixArtTransformer2DModel,)
     trained_as = "pixart"
     # with a single token, cross-attention would have nothing to choose from
     num_tokens = 8

@@ -15,6 +15,7 @@ from .denoiser import Denoiser
 class UNetDenoiser(Denoiser):
     """A denoiser that is called as diffusers' UNets are."""
 
+    models = (UIFaceUNet2DModel, UNet2DConditionModel)
     trained_as = "uiface"
 
     @staticmethod
