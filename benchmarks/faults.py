@@ -41,7 +41,8 @@ from conftest import run_script as run_in_process
 from diffusers.callbacks import PipelineCallback
 from test_faults_readers import POINTER, picture, write, write_records, write_tar
 
-from uiface_diffusers import IdentityBank, IResNetImageProcessor, UIFacePipeline, cli, generate_dataset
+import uiface_cli
+from uiface_diffusers import IdentityBank, IResNetImageProcessor, UIFacePipeline, generate_dataset
 from uiface_diffusers.data import FaceCache, make_benchmark, prepare_faces, read_benchmark, read_pairs
 from uiface_diffusers.data.labeled_faces import LabeledFaces
 from uiface_diffusers.data.recordio import picture_range
@@ -77,7 +78,7 @@ def uiface(*argv: object) -> tuple[int, str]:
     written, code = io.StringIO(), 0
     with redirect_stdout(written), redirect_stderr(written):
         try:
-            cli.main([str(word) for word in argv])
+            uiface_cli.main([str(word) for word in argv])
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
             written.write(end.code if isinstance(end.code, str) else "")

@@ -41,7 +41,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_faults_readers import POINTER
 
-from uiface_diffusers import IdentityBank, UIFacePipeline, cli, generate_dataset
+import uiface_cli
+from uiface_diffusers import IdentityBank, UIFacePipeline, generate_dataset
 from uiface_diffusers.data import FaceCache, convert_dataset, make_benchmark, prepare_faces, read_benchmark, read_pairs
 from uiface_diffusers.data.labeled_faces import LabeledFaces, check_faces
 from uiface_diffusers.data.recordio import RecordReader
@@ -115,7 +116,7 @@ def write_corpus(root: Path) -> None:
     here = os.getcwd()
     os.chdir(root)
     try:
-        cli.main(words)
+        uiface_cli.main(words)
     finally:
         os.chdir(here)
     shutil.rmtree(root / "report" / "cache")
@@ -535,7 +536,7 @@ def run_command(words: list[str]) -> tuple[int, str, str]:
     code = 0
     with redirect_stdout(printed), redirect_stderr(complaint):
         try:
-            cli.main(words)
+            uiface_cli.main(words)
         except SystemExit as end:
             code, message = (1, end.code) if isinstance(end.code, str) else (end.code or 0, "")
             complaint.write(f"\n{message}" if message else "")

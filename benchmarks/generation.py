@@ -34,8 +34,7 @@ from machine import Table, add_device_arguments, median_seconds, peak_gib, use_p
 
 from uiface_diffusers import IdentityBank, UIFacePipeline, default_checkpoint, generate_dataset
 from uiface_diffusers.data.image_folder import encode_image
-from uiface_diffusers.hub import IDENTITIES
-from uiface_diffusers.identities import DistinctIdentities
+from uiface_diffusers.identities import IDENTITIES, DistinctIdentities
 from uiface_diffusers.seeds import image_generator
 
 

@@ -50,9 +50,9 @@ from uiface_diffusers import (
 )
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.models.margin_heads import ArcFaceHead
+from uiface_diffusers.training.denoising import ConditionalDenoiser, denoising_loss, face_losses
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-from train import ConditionalDenoiser, denoising_loss, face_losses
 from train_face_recognition import FaceClassifier
 
 SETTINGS = ("float32", "first stage", "channels_last", "bf16", "compile")

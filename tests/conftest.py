@@ -19,7 +19,7 @@ import PIL.ImageDraw
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import AutoencoderTiny, DDIMScheduler
+from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
 
@@ -28,6 +28,7 @@ from uiface_diffusers import (
     IdentityProjector,
     UIFacePipeline,
     UIFaceUNet2DModel,
+    cli,
     convert_original_state_dict,
 )
 from uiface_diffusers.attention_processor import two_stage_processors
@@ -107,6 +108,17 @@ def run_script(main: Callable[[list[str]], None], argv: list[str], **environment
             root.removeHandler(handler)
             root.setLevel(level)
     return Outcome(returncode, written.getvalue())
+
+
+def complaint(*argv: object) -> str:
+    """What `uiface` writes to stderr before it ends with an error."""
+    written = io.StringIO()
+    with contextlib.redirect_stderr(written), pytest.raises(SystemExit) as ended:
+        cli.main([str(word) for word in argv])
+    assert ended.value.code not in (0, None)
+    message = written.getvalue() + (ended.value.code if isinstance(ended.value.code, str) else "")
+    assert "Traceback" not in message
+    return message
 
 
 @pytest.fixture(scope="session")
@@ -236,6 +248,31 @@ def tiny_components() -> dict:
 @pytest.fixture
 def tiny_pipeline() -> UIFacePipeline:
     pipe = UIFacePipeline(**tiny_components())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def stock_unet(cross_attention_dim=16) -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        attention_head_dim=4,
+        cross_attention_dim=cross_attention_dim,
+        norm_num_groups=8,
+    ).eval()
+
+
+def stock_pipeline(tiny_pipeline) -> UIFacePipeline:
+    dim = tiny_pipeline.unet.config.cross_attention_dim
+    contexts = {"identity_projector": IdentityProjector(16, dim, 5).eval(), "empty_context": EmptyContext(dim, 5)}
+    pipe = UIFacePipeline(**tiny_pipeline.components | {"unet": stock_unet(dim), **contexts})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

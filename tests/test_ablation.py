@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import REPOSITORY, draw_person, write_study_inputs
-from test_train_face_recognition import write_benchmark
+from toy_faces import write_benchmark
 
 from uiface_diffusers import IdentityBank, UIFacePipeline
-from uiface_diffusers.data import FaceCache, prepare_faces
+from uiface_diffusers.data import prepare_faces
 from uiface_diffusers.evaluation import load_recognizer, verify_benchmarks
 from uiface_diffusers.evaluation.people import People
 from uiface_diffusers.faces import FaceEncoder
@@ -59,9 +59,14 @@ def options(root, backbone):
     return [*argv, "--seeds", "5"]
 
 
-def test_arms_differ_in_what_they_say_only(options, root):
-    work = root / "work"
+@pytest.fixture(scope="module")
+def work(options, root):
+    """The folder of the study, with the faces of all arms."""
     ablation.main([*options, "--pieces", "generate"])
+    return root / "work"
+
+
+def test_arms_differ_in_what_they_say_only(work):
     begun = {}
     for arm in set(ablation.ARMS) - {"real"}:
         files = [work / arm / f"group-{number}" / "generation.json" for number in range(2)]
@@ -111,8 +116,7 @@ def test_arms_differ_in_what_they_say_only(options, root):
     assert len(others) == 8 and not set(others) & set(names)
 
 
-def test_figures_and_accuracies_are_collected(options, root, capsys, tmp_path):
-    work = root / "work"
+def test_figures_and_accuracies_are_collected(options, root, work, capsys, tmp_path):
     ablation.main([*options, "--arms", "single", "fixed", "real", "--pieces", "generate", "evaluate"])
     ablation.main([*options, "--arms", "fixed", "--pieces", "generate", "train"])
     arms = json.loads((work / "ablation.json").read_text())["arms"]
@@ -192,14 +196,14 @@ def test_the_table_compares_group_by_group(capsys):
     assert any(line.startswith("Nearly no boundary") for line in lines) and "0.2000 +- 0.1414" in lines["single"]
 
 
-def test_another_study_in_the_folder_is_refused(options, root):
-    recipe = root / "other.yaml"
+def test_another_study_in_the_folder_is_refused(options, root, work, tmp_path):
+    before = {file: file.stat().st_mtime_ns for file in work.rglob("*") if file.is_file()}
+    recipe = tmp_path / "other.yaml"
     recipe.write_text((root / "recipe.yaml").read_text() + "momentum: 0.8\n")
     with pytest.raises(ValueError, match="other settings .recipe: "):
         ablation.main([*options, "--recipe", str(recipe)])
-    UIFacePipeline(**UIFacePipeline.from_pretrained(root / "model").components, latest_boundary=300).save_pretrained(
-        root / "changed"
-    )
+    components = UIFacePipeline.from_pretrained(root / "model").components
+    UIFacePipeline(**components, latest_boundary=300).save_pretrained(tmp_path / "changed")
     with pytest.raises(ValueError, match="other settings .defaults: "):
-        ablation.main([*options, "--pipeline", str(root / "changed")])
-    assert len(FaceCache(root / "people").embeddings()) == 33
+        ablation.main([*options, "--pipeline", str(tmp_path / "changed")])
+    assert {file: file.stat().st_mtime_ns for file in work.rglob("*") if file.is_file()} == before

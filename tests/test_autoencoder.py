@@ -20,6 +20,7 @@ from uiface_diffusers.data import FaceCache, prepare_faces
 from uiface_diffusers.evaluation import load_lpips, reconstruction_quality
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.latents import decode_latents, encode_images
+from uiface_diffusers.training import autoencoding
 
 SCRIPT = REPOSITORY / "training" / "train_autoencoder.py"
 sys.path.insert(0, str(SCRIPT.parent))
@@ -63,7 +64,7 @@ def workspace(tmp_path_factory, toy_root, toy_photographs, backbone):
 
 
 def options_of(workspace: Path, output: str, *options: str) -> list[str]:
-    return ["--config", str(workspace / "recipe.yaml"), "--output_dir", str(workspace / output), *options]
+    return ["--config", str(workspace / "recipe.yaml"), "--output-dir", str(workspace / output), *options]
 
 
 def train(workspace: Path, output: str, *options: str) -> Outcome:
@@ -79,7 +80,7 @@ def pictures(workspace: Path) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def uninterrupted(workspace) -> Path:
-    result = train(workspace, "whole", "--validation_steps", "30")
+    result = train(workspace, "whole", "--validation-steps", "30")
     assert result.returncode == 0, result.stderr
     return workspace / "whole"
 
@@ -102,7 +103,7 @@ def test_sigkill_and_resume_gives_the_same_parameters(uninterrupted, workspace):
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     environment |= {"HF_DATASETS_CACHE": str(workspace / "datasets"), "TQDM_MININTERVAL": "0"}
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *options_of(workspace, "killed", "--scale_equivariance_probability", "0")],
+        [sys.executable, str(SCRIPT), *options_of(workspace, "killed", "--scale-equivariance-probability", "0")],
         stderr=subprocess.PIPE,
         env={**os.environ, **environment},
     )
@@ -112,7 +113,7 @@ def test_sigkill_and_resume_gives_the_same_parameters(uninterrupted, workspace):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (workspace / "killed" / "config.json").exists()
-    options = ("--resume_from_checkpoint", "latest", "--dataloader_num_workers", "2")
+    options = ("--resume-from-checkpoint", "latest", "--dataloader-num-workers", "2")
     result = train(workspace, "killed", *options)
     assert result.returncode == 0 and "resumed from" in result.stderr, result.stderr
     file = "diffusion_pytorch_model.safetensors"
@@ -123,7 +124,7 @@ def test_sigkill_and_resume_gives_the_same_parameters(uninterrupted, workspace):
 @pytest.mark.parametrize("name", ["AutoencoderKL", "VQModel"])
 def test_trains_diffusers_other_autoencoders(workspace, name):
     model = json.dumps({"_class_name": name, **MODELS[name]})
-    options = ("--autoencoder", model, "--max_train_steps", "3", "--scale_equivariance_probability", "0.5")
+    options = ("--autoencoder", model, "--max-train-steps", "3", "--scale-equivariance-probability", "0.5")
     result = train(workspace, name, *options)
     assert result.returncode == 0, result.stderr
     vae = AutoModel.from_pretrained(str(workspace / name))
@@ -135,13 +136,13 @@ def test_trains_diffusers_other_autoencoders(workspace, name):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (("--lr_scheduler", "cosine_warm_restarts"), "lr_scheduler: cosine then, cosine_warm_restarts now"),
-        (("--lr_warmup_steps", "3"), "lr_warmup_steps: 0 then, 3 now"),
-        (("--freeze_encoder",), "freeze_encoder: False then, True now"),
+        (("--lr-scheduler", "cosine_warm_restarts"), "lr_scheduler: cosine then, cosine_warm_restarts now"),
+        (("--lr-warmup-steps", "3"), "lr_warmup_steps: 0 then, 3 now"),
+        (("--freeze-encoder",), "freeze_encoder: False then, True now"),
     ],
 )
 def test_other_settings_are_refused_on_resume(uninterrupted, workspace, option, message):
-    result = train(workspace, "whole", "--resume_from_checkpoint", "latest", *option)
+    result = train(workspace, "whole", "--resume-from-checkpoint", "latest", *option)
     assert result.returncode != 0 and message in result.stderr
 
 
@@ -149,12 +150,12 @@ def test_a_frozen_encoder_keeps_the_latents(uninterrupted, workspace):
     result = train(
         workspace,
         "decoder",
-        "--init_from",
+        "--init-from",
         str(uninterrupted),
-        "--freeze_encoder",
+        "--freeze-encoder",
         "--autoencoder",
         "null",
-        "--max_train_steps",
+        "--max-train-steps",
         "3",
     )
     assert result.returncode == 0, result.stderr
@@ -179,11 +180,11 @@ def test_the_terms_of_the_loss(workspace, backbone, toy_root):
     pixels = pictures(workspace)[:4].float() / 127.5 - 1
     perceptual = load_lpips("alex", backbone)
     recognizer = FaceEncoder("toy", str(toy_root), det_size=160).to_torch()
-    weights = ("--lpips_weight", "2", "--identity_weight", "3")
-    args = script.parse_args(["--config", str(workspace / "recipe.yaml"), "--output_dir", "x", *weights])
+    weights = ("--lpips-weight", "2", "--identity-weight", "3")
+    args = script.parse_args(["--config", str(workspace / "recipe.yaml"), "--output-dir", "x", *weights])
     for halve in (False, True):
         torch.manual_seed(1)
-        reconstruction, regularization = script.Reconstruction(vae)(pixels, halve)
+        reconstruction, regularization = autoencoding.Reconstruction(vae)(pixels, halve)
         torch.manual_seed(1)
         posterior = vae.encode(pixels).latent_dist
         z = posterior.mean + posterior.std * torch.randn(4, 4, 32, 32)
@@ -206,7 +207,7 @@ def test_the_terms_of_the_loss(workspace, backbone, toy_root):
 
 def test_facial_features_weigh_more(workspace, backbone):
     """The same error costs more on an eye than in a corner, in L1 and in LPIPS; their weights have mean 1."""
-    args = script.parse_args(options_of(workspace, "x", "--facial_features", "--identity_weight", "0"))
+    args = script.parse_args(options_of(workspace, "x", "--facial-features", "--identity-weight", "0"))
     perceptual = load_lpips("alex", backbone)
     perceptual.spatial = True
     target, cost = torch.zeros(1, 3, 112, 112), {}
@@ -226,7 +227,7 @@ def test_latent_noise_reaches_the_decoder_only():
     pixels, outcome = torch.rand(2, 3, 16, 16) * 2 - 1, {}
     for noise in (0.0, 0.1):
         torch.manual_seed(1)
-        outcome[noise] = script.Reconstruction(vae, latent_noise=noise)(pixels)
+        outcome[noise] = autoencoding.Reconstruction(vae, latent_noise=noise)(pixels)
     torch.manual_seed(1)
     latents = vae.encode(pixels).latents
     expected = vae.decode(latents + 0.1 * torch.randn_like(latents)).sample
@@ -237,12 +238,12 @@ def test_latent_noise_reaches_the_decoder_only():
 def test_the_discriminator_tells_photographs_from_blurred_ones():
     """A few steps of its own loss; the hinge loss is 1 for a discriminator that knows nothing."""
     torch.manual_seed(0)
-    discriminator = script.PatchDiscriminator((16, 32))
-    assert script.hinge_loss(lambda x: x.new_zeros(len(x), 1, 2, 2), *torch.zeros(2, 4, 3, 8, 8)) == 1
+    discriminator = autoencoding.PatchDiscriminator((16, 32))
+    assert autoencoding.hinge_loss(lambda x: x.new_zeros(len(x), 1, 2, 2), *torch.zeros(2, 4, 3, 8, 8)) == 1
     optimizer = torch.optim.Adam(discriminator.parameters(), 1e-2)
     for _ in range(30):
         real = torch.rand(8, 3, 32, 32) * 2 - 1
-        loss = script.hinge_loss(discriminator, real, F.avg_pool2d(real, 5, 1, 2))
+        loss = autoencoding.hinge_loss(discriminator, real, F.avg_pool2d(real, 5, 1, 2))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -253,13 +254,13 @@ def test_the_discriminator_tells_photographs_from_blurred_ones():
 
 def test_adversarial_training_resumes(workspace):
     """With a discriminator from step 3 on; the second half in a process of its own gives the same parameters."""
-    options = ("--adversarial_weight", "0.1", "--adversarial_start", "3", "--identity_weight", "0")
-    options += ("--latent_noise", "0.05", "--facial_features", "--report_to", "tensorboard", "--logging_steps", "2")
+    options = ("--adversarial-weight", "0.1", "--adversarial-start", "3", "--identity-weight", "0")
+    options += ("--latent-noise", "0.05", "--facial-features", "--report-to", "tensorboard", "--logging-steps", "2")
     for steps in ("6", "12"):
-        resume = ("--max_train_steps", steps, "--resume_from_checkpoint", "latest", "--lr_scheduler", "constant")
+        resume = ("--max-train-steps", steps, "--resume-from-checkpoint", "latest", "--lr-scheduler", "constant")
         result = train(workspace, "adversarial_halves", *options, *resume)
         assert result.returncode == 0, result.stderr
-    result = train(workspace, "adversarial", *options, "--max_train_steps", "12", "--lr_scheduler", "constant")
+    result = train(workspace, "adversarial", *options, "--max-train-steps", "12", "--lr-scheduler", "constant")
     assert result.returncode == 0, result.stderr
     file = "diffusion_pytorch_model.safetensors"
     first, second = (load_file(workspace / name / file) for name in ("adversarial_halves", "adversarial"))
@@ -294,7 +295,7 @@ def lpips_by_hand(perceptual, backbone, first, second) -> torch.Tensor:
 
 
 def test_the_log_leaves_out_steps_that_are_not_finite():
-    log, accelerator = script.LossLog(torch.device("cpu")), Accelerator(cpu=True)
+    log, accelerator = autoencoding.TermsLog(torch.device("cpu")), Accelerator(cpu=True)
     for l1, identity in ((1.0, 4.0), (float("nan"), 8.0), (3.0, None)):
         terms = {"l1": torch.tensor(l1)} | ({} if identity is None else {"identity": torch.tensor(identity)})
         log.add(sum(terms.values()), terms)
@@ -307,7 +308,7 @@ def test_the_identity_loss_takes_any_onnx_recognizer(toy_root):
     """A file on its own is the recognizer of the pack that it is in."""
     (file,) = toy_root.glob("models/toy/recognizer.onnx")
     faces = torch.rand(2, 3, 112, 112, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    alone, of_pack = (script.load_differentiable(name, str(toy_root)) for name in (str(file), "toy"))
+    alone, of_pack = (autoencoding.load_differentiable(name, str(toy_root)) for name in (str(file), "toy"))
     assert torch.equal(alone(faces), of_pack(faces))
 
 
@@ -325,9 +326,9 @@ def test_a_wrong_backbone_is_named(tmp_path, backbone):
     ("options", "message"),
     [
         (("--autoencoder", '{"_class_name": "UNet2DModel"}'), "`_class_name` of --autoencoder"),
-        (("--init_from", "somewhere"), "give one of --autoencoder and --init_from"),
-        (("--train_batch_size", "25"), "24 faces do not fill"),
-        (("--train_data", "nowhere"), "no cache of prepared faces"),
+        (("--init-from", "somewhere"), "give one of --autoencoder and --init-from"),
+        (("--train-batch-size", "25"), "24 faces do not fill"),
+        (("--train-data", "nowhere"), "no cache of prepared faces"),
     ],
 )
 def test_bad_input_is_named(workspace, options, message):

@@ -9,8 +9,8 @@ import pytest
 from conftest import draw_person
 
 from uiface_diffusers import cli
-from uiface_diffusers.data import make_benchmark, read_benchmark, read_pairs
-from uiface_diffusers.data.benchmarks import STAND_INS
+from uiface_diffusers.data import Benchmark, make_benchmark, read_benchmark, read_benchmarks, read_pairs
+from uiface_diffusers.data.benchmarks import KINDS, STAND_INS
 from uiface_diffusers.evaluation import verify_benchmarks
 from uiface_diffusers.faces import FaceEncoder, align_face, load_photograph
 
@@ -151,6 +151,30 @@ def test_images_are_brought_to_112(tmp_path):
             benchmark.face(position)
 
 
+def test_another_kind_is_a_function_and_a_line(tmp_path, monkeypatch):
+    """A kind is found by its suffix, in a folder and by name, beside InsightFace's."""
+
+    def read_archive(path):
+        with np.load(path) as arrays:
+            return Benchmark(path.stem, [array.tobytes() for array in arrays["images"]], arrays["same"])
+
+    same = [True, False] * 5
+    faces = [png(value) for value in range(20)]
+    write(tmp_path / "a.bin", (faces, same))
+    length = max(map(len, faces))
+    images = np.stack([np.frombuffer(face.ljust(length, b"\0"), np.uint8) for face in faces])
+    np.savez(tmp_path / "b.npz", images=images, same=np.array(same))
+    assert [each.name for each in read_benchmarks(tmp_path)] == ["a"]
+    monkeypatch.setitem(KINDS, ".npz", read_archive)
+    first, second = read_benchmarks(tmp_path)
+    assert (first.name, second.name) == ("a", "b") and np.array_equal(first.same, second.same)
+    assert all(np.array_equal(first.face(place), second.face(place)) for place in range(20))
+    assert np.array_equal(read_benchmark(tmp_path / "b.npz").face(3), first.face(3))
+    (tmp_path / "b.npz").rename(tmp_path / "a.npz")
+    with pytest.raises(ValueError, match="two benchmarks of one name, a.bin, a.npz: rename one"):
+        read_benchmarks(tmp_path)
+
+
 VIEW_2 = "2\t1\nAnn_Lee\t1\t12\nAnn_Lee\t2\tBob\t1\nBob\t1\t2\nBob\t3\tAnn_Lee\t3\n"
 VIEW_1 = "2\nAnn_Lee\t1\t12\nBob\t1\t2\nAnn_Lee\t2\tBob\t1\nBob\t3\tAnn_Lee\t3\n"
 PAIRS = [
@@ -277,5 +301,5 @@ def test_real_photographs(assets, tmp_path):
     encoder = FaceEncoder("edgeface", str(assets / "insightface"), det_size=160)
     report = make_benchmark(tmp_path / "pairs.txt", assets / "lfw" / "images", tmp_path / "lfw.bin", encoder)
     assert report["pairs"] == 20 and report["photographs"] > 35 and not report["without_face"]
-    result = verify_benchmarks(lambda faces: encoder.features(list(faces)), tmp_path / "lfw.bin")["lfw"]
+    result = verify_benchmarks(encoder, tmp_path / "lfw.bin")["lfw"]
     assert result.genuine.min() > result.impostor.max() and result.accuracy >= 0.9

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import webdataset
 from filelock import FileLock
-from test_faults_readers import POINTER, picture, write, write_tar
-from test_sources import MAGIC, write_faces
+from records import MAGIC
+from written_files import POINTER, picture, write, write_faces, write_tar
 
 from uiface_diffusers import cli
 from uiface_diffusers.data import convert_dataset

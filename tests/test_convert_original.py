@@ -10,7 +10,7 @@ from conftest import FIXTURES
 from diffusers import VQModel
 from safetensors.torch import load_file
 
-from uiface_diffusers import UIFacePipeline
+from uiface_diffusers import UIFacePipeline, cli
 from uiface_diffusers.convert_original import convert_first_stage, convert_original
 from uiface_diffusers.latents import decode_latents, encode_images
 
@@ -162,10 +162,8 @@ def test_command_converts_the_published_files(files, tmp_path, reference, first_
         arguments += ["--vq-encoder", files / "encoder.pt", "--vq-decoder", files / "decoder.pt"]
     else:
         arguments += ["--vq-model", files / "vq"]
-    command = [sys.executable, "-m", "uiface_diffusers.cli", "convert-original", *map(str, arguments)]
-    command += ["--output", str(tmp_path / "out"), "--identity-encoder", "elasticface"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    arguments += ["--output", tmp_path / "out", "--identity-encoder", "elasticface"]
+    cli.main(["convert-original", *map(str, arguments)])
     pipe = UIFacePipeline.from_pretrained(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe.vae, VQModel) and pipe.vae.config.scaling_factor == 1

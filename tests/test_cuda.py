@@ -478,7 +478,7 @@ def faces(tmp_path_factory, toy_root, toy_photographs) -> dict[int, Path]:
     return {size: root / str(size) for size in (16, 64)}
 
 
-RARELY = ["--checkpointing_steps", "1000", "--logging_steps", "1000", "--validation_steps", "0", "--report_to", "none"]
+RARELY = ["--checkpointing-steps", "1000", "--logging-steps", "1000", "--validation-steps", "0", "--report-to", "none"]
 
 
 @pytest.fixture(scope="module")
@@ -487,12 +487,12 @@ def train_options(faces, tmp_path_factory) -> list[str]:
     vae = tmp_path_factory.mktemp("vae")
     tiny_autoencoder().save_pretrained(vae)
     unet = {k: v for k, v in TINY_UNET.items() if k not in ("in_channels", "out_channels", "sample_size")}
-    options = ["--train_data", str(faces[16]), "--vae", str(vae), "--unet", json.dumps(unet)]
-    return [*options, "--train_batch_size", "4", "--learning_rate", "1e-4", *RARELY]
+    options = ["--train-data", str(faces[16]), "--vae", str(vae), "--unet", json.dumps(unet)]
+    return [*options, "--train-batch-size", "4", "--learning-rate", "1e-4", *RARELY]
 
 
 def run_training(script, folder: Path, steps: int, options: list[str]) -> Path:
-    result = run_script(script.main, [*options, "--max_train_steps", str(steps), "--output_dir", str(folder)])
+    result = run_script(script.main, [*options, "--max-train-steps", str(steps), "--output-dir", str(folder)])
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -510,10 +510,10 @@ def training_waits(script, folder: Path, options: list[str]) -> Counter:
 def test_a_step_of_train_waits_for_nothing(train_options, toy_root, identity, tmp_path, record_property):
     import train as script
 
-    options = [*train_options, "--max_train_hours", "1", "--max_grad_norm", "1", "--prediction_type", "v_prediction"]
+    options = [*train_options, "--max-train-hours", "1", "--max-grad-norm", "1", "--prediction-type", "v_prediction"]
     if identity:
         pytest.importorskip("onnx2torch")
-        options += ["--encoder_root", str(toy_root), "--identity_weight", "0.3", "--decoded_samples", "2"]
+        options += ["--encoder-root", str(toy_root), "--identity-weight", "0.3", "--decoded-samples", "2"]
     waits = training_waits(script, tmp_path, options)
     record_property("waits of 10 steps", dict(waits))
     assert not waits
@@ -527,11 +527,11 @@ def test_a_step_of_train_autoencoder_waits_for_nothing(faces, toy_root, backbone
     blocks = {f"{part}_block_out_channels": [16, 16] for part in ("encoder", "decoder")}
     blocks |= {f"num_{part}_blocks": [1, 1] for part in ("encoder", "decoder")}
     config = json.dumps({"_class_name": "AutoencoderTiny", **blocks})
-    options = ["--train_data", str(faces[64]), "--autoencoder", config, "--lpips_backbone", str(backbone)]
-    options += ["--train_batch_size", "4", "--adversarial_weight", "0.1", "--max_grad_norm", "1", *RARELY]
+    options = ["--train-data", str(faces[64]), "--autoencoder", config, "--lpips-backbone", str(backbone)]
+    options += ["--train-batch-size", "4", "--adversarial-weight", "0.1", "--max-grad-norm", "1", *RARELY]
     if identity:
         pytest.importorskip("onnx2torch")
-        options += ["--identity_weight", "0.5", "--identity_encoder", "toy", "--encoder_root", str(toy_root)]
+        options += ["--identity-weight", "0.5", "--identity-encoder", "toy", "--encoder-root", str(toy_root)]
     waits = training_waits(script, tmp_path, options)
     record_property("waits of 10 steps", dict(waits))
     assert not waits
@@ -547,8 +547,8 @@ def test_a_step_of_train_face_recognition_waits_for_nothing(tmp_path, record_pro
             picture = PIL.Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8))
             picture.save(tmp_path / "faces" / f"person_{identity}" / f"{index}.png")
     config = json.dumps({"layers": 18, "width": 4, "embedding_dim": 16, "image_size": 32, "dropout": 0.1})
-    options = ["--train_data", str(tmp_path / "faces"), "--recognizer", config, "--train_batch_size", "8"]
-    options += ["--max_grad_norm", "5", *RARELY]
+    options = ["--train-data", str(tmp_path / "faces"), "--recognizer", config, "--train-batch-size", "8"]
+    options += ["--max-grad-norm", "5", *RARELY]
     waits = training_waits(script, tmp_path, options)
     record_property("waits of 10 steps", dict(waits))
     assert not waits
@@ -568,7 +568,7 @@ def test_a_resumed_training_goes_on(train_options, tmp_path, record_property):
 
     whole = [saved_parameters(run_training(script, tmp_path / f"whole-{i}", 20, train_options)) for i in range(2)]
     begun = saved_parameters(run_training(script, tmp_path / "halves", 10, train_options))
-    halves = [*train_options, "--resume_from_checkpoint", "latest"]
+    halves = [*train_options, "--resume-from-checkpoint", "latest"]
     resumed = saved_parameters(run_training(script, tmp_path / "halves", 20, halves))
 
     def difference(a, b) -> tuple[float, float]:
@@ -590,7 +590,7 @@ def test_mixed_precision_trains(train_options, precision, tmp_path, record_prope
 
     if not ON_GPU and precision == "fp16":
         pytest.skip("fp16 needs a GPU")
-    options = [*train_options, "--max_grad_norm", "1", "--mixed_precision", precision]
+    options = [*train_options, "--max-grad-norm", "1", "--mixed-precision", precision]
     few, many = (saved_parameters(run_training(script, tmp_path / str(n), n, options)) for n in (10, 40))
     moved = torch.cat([(few[name] - many[name]).abs().flatten() for name in few])
     record_property("mean movement", moved.mean().item())

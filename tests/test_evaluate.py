@@ -17,40 +17,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 import webdataset
-from conftest import draw_person, write_toy_pack
-from test_set_metrics import slow_share
-from test_sources import RecordWriter, image_record
+from conftest import write_toy_pack
+from records import RecordWriter, image_record
+from slow_references import slow_share
+from toy_sets import IMAGES, PEOPLE, face, figures, write_set
 
 from uiface_diffusers import IdentityBank, cli
 from uiface_diffusers.data import prepare_faces
 from uiface_diffusers.data.image_folder import GENERATION, METADATA
 from uiface_diffusers.data.sources import open_source
-from uiface_diffusers.evaluation import compare_reports, evaluate_dataset, load_lpips, load_report
+from uiface_diffusers.evaluation import compare_reports, evaluate_dataset, load_lpips, load_report, registry
 from uiface_diffusers.evaluation.face_set import FaceSet, computed_once
 from uiface_diffusers.evaluation.features import LpipsFeatures
+from uiface_diffusers.evaluation.figures import Description
+from uiface_diffusers.evaluation.measure import Measure
 from uiface_diffusers.faces import FaceEncoder
-from uiface_diffusers.generation import bank_hash
-
-# the names of folders come into the page
-PEOPLE = ("<img src=x onerror=alert(1)>", "b&b", "carla", "dora")
-IMAGES = 5
-
-
-def face(person: int, index: int, seed: int = 0) -> PIL.Image.Image:
-    """A disc with the person's color, at a place and with noise of its own."""
-    generator = np.random.default_rng([seed, person, index])
-    color = tuple(int(value) for value in np.random.default_rng(person).integers(0, 255, 3))
-    x, y = (int(value) for value in generator.integers(46, 66, 2))
-    picture = np.asarray(draw_person(color, ((x, y, 40),), size=(112, 112))).astype(int)
-    return PIL.Image.fromarray((picture + generator.integers(-30, 30, picture.shape)).clip(0, 255).astype(np.uint8))
-
-
-def write_set(root: Path, people=PEOPLE, images: int = IMAGES, seed: int = 0) -> Path:
-    for person, name in enumerate(people):
-        (root / name).mkdir(parents=True)
-        for index in range(images):
-            face(person, index, seed).save(root / name / f"{index:04d}.png")
-    return root
+from uiface_diffusers.identities import bank_hash
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +81,6 @@ def evaluated(workspace, arguments) -> Path:
     }
     cli.main([*arguments, *itertools.chain.from_iterable((k, str(v)) for k, v in options.items()), "--same-people"])
     return workspace / "evaluated"
-
-
-def figures(report: dict, recognizer: str | None = None) -> dict[str, float]:
-    return {
-        each["name"]: each["value"]
-        for each in report["figures"]
-        if each["conditions"].get("recognizer") in (None, recognizer)
-    }
 
 
 def test_every_figure_by_hand(evaluated, workspace, encoder, perceptual):
@@ -227,7 +201,7 @@ def test_nothing_is_computed_twice(evaluated, workspace, encoder, perceptual, mo
         raise AssertionError("computed again")
 
     judge = FaceEncoder("judge", str(workspace / "packs"), det_size=160)
-    monkeypatch.setattr(FaceEncoder, "embed_aligned", refuse)
+    monkeypatch.setattr(FaceEncoder, "__call__", refuse)
     monkeypatch.setattr(type(perceptual), "forward", refuse)
     monkeypatch.setattr(LpipsFeatures, "forward", refuse)
     given = {
@@ -320,7 +294,7 @@ def test_what_cannot_be_evaluated_is_named_first(workspace, encoder, perceptual,
         raise AssertionError("long work")
 
     judge = FaceEncoder("judge", str(workspace / "packs"), det_size=160)
-    monkeypatch.setattr(FaceEncoder, "embed_pictures", refuse)
+    monkeypatch.setattr(FaceEncoder, "__call__", refuse)
     monkeypatch.setattr(type(perceptual), "forward", refuse)
     write_set(tmp_path / "one", people=["anna"])
     write_set(tmp_path / "single", images=1)
@@ -341,12 +315,12 @@ def test_what_cannot_be_evaluated_is_named_first(workspace, encoder, perceptual,
         ("one", {}, "has 1 identity"),
         ("single", {}, "a single image of each identity"),
         ("nowhere", {}, "nowhere has no photographs"),
-        ("damaged", {}, "2 of 20 pictures in .*damaged cannot be evaluated, as carla/0002.png: unreadable"),
+        ("damaged", {}, "2 of 20 pictures in .*damaged cannot be used, such as carla/0002.png: unreadable"),
         ("set", {"real": tmp_path / "damaged"}, "2 of 20 pictures in .*damaged cannot"),
         ("set", {"against": foreign}, "a bank comes from encoder `elastic`, this evaluation .by `toy`. from .* `toy`"),
         ("set", {"against": IdentityBank(directions, "toy", ["a"] * 6)}, "`against` has a single identity"),
         ("set", {"identities": foreign, "judge": judge}, "by `toy`, `judge`"),
-        ("set", {"identities": few}, "lacks 4 of the data set's, as `<img"),
+        ("set", {"identities": few}, "lacks 4 of the data set's, such as `<img"),
         ("generated", {"identities": wrong}, "generation.json says that the faces follow another bank"),
         ("set", {"judge": encoder}, "both are `toy`"),
         ("set", {"same_people": True}, "about real faces"),
@@ -367,9 +341,10 @@ def test_what_cannot_be_evaluated_is_named_first(workspace, encoder, perceptual,
     with pytest.raises(AssertionError, match="long work"):  # its own, within a larger one
         own = IdentityBank(torch.eye(6, 16), "toy", [*PEOPLE, "x", "y"])
         evaluate_dataset(tmp_path / "generated", tmp_path / "output", encoder, identities=own, perceptual=perceptual)
-    monkeypatch.setattr(FaceEncoder, "embed_pictures", lambda self, pictures: torch.ones(len(pictures), 16))
+    monkeypatch.setattr(FaceEncoder, "__call__", lambda self, faces: np.ones((len(faces), 16), np.float32))
     with pytest.raises(ValueError, match="a bank of 8 dimensions is not of `toy`, which gives 16"):
-        evaluate_dataset(workspace / "set", tmp_path / "output", encoder, against=IdentityBank(torch.eye(8)))
+        options = {"against": IdentityBank(torch.eye(8)), "perceptual": perceptual}
+        evaluate_dataset(workspace / "set", tmp_path / "output", encoder, **options)
 
 
 def test_a_face_of_which_a_network_makes_nothing_is_named(workspace, encoder, perceptual, tmp_path):
@@ -454,6 +429,50 @@ def test_comparison(evaluated, workspace, tmp_path, capsys):
     content = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
     assert content["sets"] == ["set", "other <set>"] and len(content["rows"][0]) == 2
     assert compare_reports([load_report(evaluated)] * 2).sets == ["set [1]", "set [2]"]
+
+
+class Brightness(Measure):
+    """A measure that the package does not have."""
+
+    needs = ("against",)
+    figures = {"brightness": Description("Mean brightness", "%", "Of all pixels.")}
+
+    def check(self):
+        if self.settings.seed == 13:
+            raise ValueError("no brightness on Fridays")
+
+    def measure(self):
+        pixels = self.inputs.faces.pixels(range(len(self.inputs.faces)))
+        self.add({"brightness": (pixels.mean().item() + 1) / 2}, {"pixels": pixels.numel()}, "By hand.", network="eye")
+        self.pictures.append(("A gray picture", PIL.Image.new("L", (3, 2), 128)))
+        self.notes.append("It was bright.")
+
+
+def test_a_measure_is_one_class(workspace, encoder, perceptual, tmp_path, monkeypatch):
+    """Registered, it is in the report, the page and comparisons, also of those who do not know it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "MEASURES", registry.MEASURES[3:4])
+        registry.MEASURES.insert(0, Brightness)
+        given = {"against": IdentityBank.load(workspace / "known.safetensors"), "perceptual": perceptual}
+        report = evaluate_dataset(workspace / "set", tmp_path / "with", encoder, **given)
+        with pytest.raises(ValueError, match="no brightness"):
+            evaluate_dataset(workspace / "set", tmp_path / "other", encoder, **given, seed=13)
+        without = evaluate_dataset(workspace / "set", tmp_path / "without", encoder, perceptual=perceptual)
+    assert [each["name"] for each in report["figures"]] == ["brightness/eye", "intra_class_lpips"]
+    assert [each["name"] for each in without["figures"]] == ["intra_class_lpips"] and not without["notes"]
+    faces = [np.asarray(face(person, index)) for person in range(len(PEOPLE)) for index in range(IMAGES)]
+    figure = report["figures"][0]
+    assert figure["value"] == pytest.approx(np.mean(faces) / 255, abs=1e-6)
+    assert (figure["label"], figure["detail"], report["notes"]) == (
+        "Mean brightness by eye",
+        "By hand.",
+        ["It was bright."],
+    )
+    page = Page((tmp_path / "with" / "report.html").read_text())
+    assert "A gray picture" in page.text and "Of all pixels. By hand." in page.text
+    lines = compare_reports([load_report(tmp_path / "with"), without]).lines()
+    row = next(line for line in lines if line.startswith("Mean brightness by eye"))
+    assert row.split()[-3:] == [f"{100 * figure['value']:.2f}", "%", "-"]
 
 
 def test_reports_that_cannot_be_compared(evaluated, tmp_path):

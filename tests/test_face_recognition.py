@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from uiface_diffusers import IResNetConfig, IResNetImageProcessor, IResNetModel
+from uiface_diffusers.evaluation.recognizers import ModelRecognizer
 from uiface_diffusers.models.margin_heads import AdaFaceHead, ArcFaceHead, CosFaceHead
 
 TINY = {"layers": 18, "width": 4, "embedding_dim": 16, "image_size": 32}
@@ -149,12 +150,13 @@ def test_saves_and_loads_by_the_auto_classes(tiny, tmp_path):
     faces = list(np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8))
     embeddings = model(**processor(faces, return_tensors="pt")).embeddings
     assert embeddings.shape == (3, 16)
-    # and by the call of evaluation, in batches
-    ours = model.train().embed_faces(np.stack(faces), batch_size=2)
+    # and by the call of evaluation
+    recognizer = ModelRecognizer(model.train(), processor, "tiny")
+    ours = recognizer(np.stack(faces))
     assert model.training and ours.dtype == np.float32
     assert np.allclose(ours, embeddings.detach().numpy(), atol=1e-5)
     with pytest.raises(ValueError, match="uint8"):
-        model.embed_faces(np.stack(faces) / 255)
+        recognizer(np.stack(faces) / 255)
     half = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half(torch.zeros(1, 3, 32, 32)).embeddings.dtype == torch.bfloat16
 

@@ -2,13 +2,11 @@
 
 import argparse
 import ast
-import io
 import json
 import os
 import re
 import sys
 import tomllib
-from contextlib import redirect_stderr
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -18,29 +16,19 @@ import pytest
 import torch
 import yaml
 from accelerate import cpu_offload
-from conftest import REPOSITORY, draw_person, tiny_components, write_toy_pack
+from conftest import REPOSITORY, complaint, draw_person, tiny_components, write_toy_pack
 
+from uiface_cli.options import expand_home, json_object
 from uiface_diffusers import IdentityBank, UIFacePipeline, cli
 from uiface_diffusers.data import LatentSet
 from uiface_diffusers.evaluation.face_set import computed_once
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.fingerprint import pipeline_fingerprint
-from uiface_diffusers.identities import make_identities
-from uiface_diffusers.options import expand_home, json_object
-from uiface_diffusers.training_utils import add_optimizer_arguments, parse_recipe, run_script, schedule_settings
+from uiface_diffusers.generation import make_identities
+from uiface_diffusers.training.options import add_optimizer_arguments, parse_recipe, run_script
+from uiface_diffusers.training.schedules import schedule_settings
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1000\n"
-
-
-def complaint(*argv: object) -> str:
-    """What `uiface` writes to stderr before it ends with an error."""
-    written = io.StringIO()
-    with redirect_stderr(written), pytest.raises(SystemExit) as ended:
-        cli.main([str(word) for word in argv])
-    assert ended.value.code not in (0, None)
-    message = written.getvalue() + (ended.value.code if isinstance(ended.value.code, str) else "")
-    assert "Traceback" not in message
-    return message
 
 
 @pytest.mark.parametrize(
@@ -189,19 +177,19 @@ def test_options_of_the_published_model_are_checked(tmp_path):
 def test_options_that_a_schedule_reads_are_fixed():
     def settings(*argv: str) -> dict:
         parser = argparse.ArgumentParser()
-        parser.add_argument("--max_train_steps", type=int, default=10)
+        parser.add_argument("--max-train-steps", type=int, default=10)
         add_optimizer_arguments(parser, 0.1, "cosine_warm_restarts")
         return schedule_settings(parser.parse_args(argv))
 
     plain = settings()
-    assert settings("--lr_restart_steps", "7") != plain != settings("--lr_restart_factor", "3")
-    assert settings("--learning_rate", "1") != plain != settings("--lr_scheduler", "constant")
+    assert settings("--lr-restart-steps", "7") != plain != settings("--lr-restart-factor", "3")
+    assert settings("--learning-rate", "1") != plain != settings("--lr-scheduler", "constant")
     # not read by it
-    assert settings("--lr_warmup_steps", "7") == settings("--max_train_steps", "20") == plain
-    cosine = settings("--lr_scheduler", "cosine")
-    assert settings("--lr_scheduler", "cosine", "--lr_warmup_steps", "7") != cosine
-    assert settings("--lr_scheduler", "cosine", "--max_train_steps", "20") != cosine
-    assert settings("--lr_scheduler", "cosine", "--lr_restart_steps", "7") == cosine
+    assert settings("--lr-warmup-steps", "7") == settings("--max-train-steps", "20") == plain
+    cosine = settings("--lr-scheduler", "cosine")
+    assert settings("--lr-scheduler", "cosine", "--lr-warmup-steps", "7") != cosine
+    assert settings("--lr-scheduler", "cosine", "--max-train-steps", "20") != cosine
+    assert settings("--lr-scheduler", "cosine", "--lr-restart-steps", "7") == cosine
 
 
 def imports(path) -> set[tuple[str, bool]]:
@@ -230,11 +218,12 @@ def test_what_is_imported_is_declared():
     always, train = names(project["dependencies"]), names(project["optional-dependencies"]["train"])
     distributions = packages_distributions()
     missing, used = [], set()
-    for path in sorted((REPOSITORY / "uiface_diffusers").rglob("*.py")):
+    packages = ("uiface_cli", "uiface_diffusers")
+    for path in sorted(path for package in packages for path in (REPOSITORY / package).rglob("*.py")):
         # the training scripts' share needs the extra, and so do plots
-        needs_extra = path.name in ("training_utils.py", "plots.py")
+        needs_extra = path.parent.name == "training" or path.name == "plots.py"
         for module, late in imports(path):
-            if module in sys.stdlib_module_names or module == "uiface_diffusers":
+            if module in sys.stdlib_module_names or module in packages:
                 continue
             named = {name.lower().replace("_", "-") for name in distributions.get(module, [module])}
             used |= named

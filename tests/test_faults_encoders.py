@@ -127,7 +127,7 @@ def test_pictures_without_a_range_are_refused(encoder):
     with pytest.raises(ValueError, match="photograph 0: .*uint8 in 0..255 or uint16 .* float64"):
         encoder.embed([face])
     with pytest.raises(ValueError, match="uint8 in 0..255, this one is float64"):
-        encoder.features([face])
+        encoder([face])
     with pytest.raises(ValueError, match=r"\(3, 112, 112\)"):
         rgb_bytes(np.zeros((3, 112, 112), np.uint8))
     with pytest.raises(ValueError, match="floating point"):

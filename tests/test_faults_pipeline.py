@@ -8,11 +8,12 @@ import math
 import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from conftest import BETAS, DDIM, tiny_components
+from conftest import BETAS, DDIM, max_difference, stock_pipeline, stock_unet, tiny_components
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -30,8 +31,6 @@ from diffusers import (
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
-from test_pipeline import max_difference, stock_unet
-from test_sampling_cost import stock_pipeline
 
 import uiface_diffusers.latents
 from uiface_diffusers import IdentityBank, UIFacePipeline, generate_dataset
@@ -54,6 +53,24 @@ COURSES = [
 ]
 
 
+def in_threads(*functions) -> list:
+    """What the functions return, each in a thread of its own, which alternate within a step. Raises their errors."""
+    start = threading.Barrier(len(functions))
+
+    def run(function):
+        torch.set_num_threads(1)
+        start.wait(60)
+        return function()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(len(functions)) as threads:
+            return list(threads.map(run, functions))
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def thread_call(pipe, thread: int, call: int) -> torch.Tensor:
     scheduler_class, boundary, options = COURSES[thread]
     own = UIFacePipeline.from_pipe(pipe, scheduler=scheduler_class(**BETAS))
@@ -69,58 +86,15 @@ def thread_call(pipe, thread: int, call: int) -> torch.Tensor:
 def test_calls_in_threads_are_bit_identical_to_those_alone(tiny_pipeline, stock):
     pipe = stock_pipeline(tiny_pipeline) if stock else tiny_pipeline
     before = dict(pipe.unet.attn_processors)
-    alone = [[thread_call(pipe, thread, call) for call in range(5)] for thread in range(4)]
-    together, errors, start = [[None] * 5 for _ in range(4)], [], threading.Barrier(4)
 
-    def run(thread: int) -> None:
-        try:
-            torch.set_num_threads(1)
-            start.wait()
-            for call in range(5):
-                together[thread][call] = thread_call(pipe, thread, call)
-        except Exception as error:
-            errors.append(error)
+    def calls(thread: int) -> list[torch.Tensor]:
+        return [thread_call(pipe, thread, call) for call in range(5)]
 
-    threads = [threading.Thread(target=run, args=(thread,)) for thread in range(4)]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)  # threads alternate within a step
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
-    assert not errors
-    for ours, expected in zip(together, alone, strict=True):
+    alone = [calls(thread) for thread in range(4)]
+    for ours, expected in zip(in_threads(*(functools.partial(calls, i) for i in range(4))), alone, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
     after = pipe.unet.attn_processors
     assert before.keys() == after.keys() and all(after[name] is before[name] for name in before)
-
-
-def in_threads(*functions) -> list:
-    """What the functions return, each in a thread of its own, which alternate within a step."""
-    results, start = [None] * len(functions), threading.Barrier(len(functions))
-
-    def run(i: int) -> None:
-        try:
-            torch.set_num_threads(1)
-            start.wait(60)
-            results[i] = functions[i]()
-        except Exception as error:
-            results[i] = error
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(functions))]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
-    return results
 
 
 @pytest.mark.parametrize("options", [{}, {"torch_dtype": torch.float32}])
@@ -168,8 +142,8 @@ def test_a_second_call_while_one_is_running_is_refused(tiny_pipeline, shares):
         finally:
             refused.set()
 
-    images, error = in_threads(first, beside)
-    assert error is None and torch.equal(images, expected)
+    images, _ = in_threads(first, beside)
+    assert torch.equal(images, expected)
     assert torch.equal(tiny_pipeline(EMBEDS[0], **call).images, expected)
 
 
@@ -238,25 +212,22 @@ def test_processors_that_a_callback_sets_stay(tiny_pipeline):
 
 
 def test_rows_of_other_threads_are_not_counted(tiny_pipeline, tmp_path):
-    """`generate_dataset` reports UNet rows per image; another thread may use the UNet at the same time."""
+    """`generate_dataset` reports UNet rows per image; another thread may use the UNet at the same time, here within
+    each of the data set's own calls."""
     bank = IdentityBank(EMBEDS[:2], "toy")
     options = {"images_per_identity": 2, "size": 16, "num_inference_steps": 4, "boundary": 500}
     expected = generate_dataset(tiny_pipeline, bank, tmp_path / "alone", **options).unet_rows_per_image
-    done = threading.Event()
+    generating, others = threading.get_ident(), []
+    with ThreadPoolExecutor(1) as thread:
 
-    def use() -> None:
-        context = torch.zeros(1, 1, 32)
-        while not done.is_set():
-            tiny_pipeline.unet(torch.zeros(1, 4, 8, 8), 500, context)
+        def use(unet, arguments) -> None:
+            if threading.get_ident() == generating:
+                call = thread.submit(unet, torch.zeros(1, 4, 8, 8), 500, torch.zeros(1, 1, 32))
+                others.append(len(call.result().sample))
 
-    thread = threading.Thread(target=use)
-    thread.start()
-    try:
+        tiny_pipeline.unet.register_forward_pre_hook(use)
         report = generate_dataset(tiny_pipeline, bank, tmp_path / "beside", **options)
-    finally:
-        done.set()
-        thread.join()
-    assert report.unet_rows_per_image == expected
+    assert others and report.unet_rows_per_image == expected
 
 
 # --- the model's own defaults ----------------------------------------------------------------------------------------

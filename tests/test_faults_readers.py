@@ -17,7 +17,8 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_sources import RecordWriter, image_record, write_faces
+from records import RecordWriter, image_record
+from written_files import POINTER, picture, write, write_faces, write_records, write_tar
 
 from uiface_diffusers import cli
 from uiface_diffusers.data import FaceCache, convert_dataset
@@ -28,31 +29,6 @@ from uiface_diffusers.data.sources import open_source, unreadable_reason
 from uiface_diffusers.faces import UnusableFaceError
 from uiface_diffusers.files import complete_file, iterate_lines, read_lines
 from uiface_diffusers.pictures import rgb_bytes
-
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 5\n"
-
-
-def picture(value: int = 1, kind: str = "png", size: int = 8) -> bytes:
-    buffer = io.BytesIO()
-    PIL.Image.new("RGB", (size, size), (value, 0, 255 - value)).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def write(root: Path, files: dict[str, bytes]) -> Path:
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content)
-    return root
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
 
 
 def identities(source) -> dict[str, int]:
@@ -175,17 +151,6 @@ def test_paths_are_taken_literally(tmp_path, monkeypatch):
 
 
 # RecordIO
-
-
-def write_records(path: Path, labels: list[float], keys: list[int] | None = None) -> Path:
-    """Pictures without InsightFace's record 0, as im2rec and DCFace's tool write them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = RecordWriter(path)
-    for number, label in enumerate(labels):
-        key = number if keys is None else keys[number]
-        writer.write(key, image_record(float(label), key, picture(number)))
-    writer.close()
-    return path
 
 
 def test_dcface_has_its_identities_in_a_list(tmp_path):

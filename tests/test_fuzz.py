@@ -12,9 +12,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import REPOSITORY, tiny_components, write_toy_pack
-from test_faults_cli import complaint
-from test_faults_readers import picture, write, write_records, write_tar
+from conftest import REPOSITORY, complaint, tiny_components, write_toy_pack
+from written_files import picture, write, write_records, write_tar
 
 from uiface_diffusers import IdentityBank, UIFacePipeline, cli, generate_dataset
 from uiface_diffusers.data import FaceCache, prepare_faces
@@ -22,7 +21,8 @@ from uiface_diffusers.data.sources import open_source
 from uiface_diffusers.evaluation import load_recognizer
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.files import read_json, read_lines, read_torch, why_unreadable
-from uiface_diffusers.identities import import_identities, make_identities
+from uiface_diffusers.generation import make_identities
+from uiface_diffusers.identities import import_identities
 from uiface_diffusers.models.face_recognition import IResNetConfig, IResNetImageProcessor, IResNetModel
 
 spec = importlib.util.spec_from_file_location("fuzz", REPOSITORY / "benchmarks" / "fuzz.py")

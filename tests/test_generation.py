@@ -1,7 +1,7 @@
 import io
-import multiprocessing
+import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import webdataset
-from conftest import TINY_UNET, tiny_components
+from conftest import FIXTURES, TINY_UNET, complaint, tiny_components
+from killed import run_until_complete
 
 from uiface_diffusers import (
     IdentityBank,
@@ -25,12 +26,14 @@ from uiface_diffusers import (
     cli,
     default_checkpoint,
     generate_dataset,
-    generation,
     sample_identities,
 )
 from uiface_diffusers.data.sources import open_source
 from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.generation import default_batch_size
+from uiface_diffusers.generation.plan import Part
+from uiface_diffusers.generation.resume import locked
 from uiface_diffusers.identities import DistinctIdentities, perturb_embeddings
 from uiface_diffusers.seeds import image_generator, noise_generator
 
@@ -125,51 +128,55 @@ def test_what_is_there_is_not_made_again(tiny_pipeline, tmp_path):
                          for x in (before, after)))  # fmt: skip
 
 
-@pytest.mark.parametrize(("output_format", "kills"), [("imagefolder", 5), ("webdataset", 1)])
+@pytest.mark.parametrize(("output_format", "kills"), [("imagefolder", (1, 7, 10)), ("webdataset", (9,))])
 def test_killed_again_and_again_the_folder_is_the_same(tmp_path, output_format, kills):
-    """SIGKILL after a random number of written images; then the run goes on."""
+    """SIGKILL after some more images: in the first batch, within a later one, after a resume; then the run goes on."""
     pipe = UIFacePipeline(**tiny_components())
     pipe.save_pretrained(tmp_path / "model")
     bank(4).save(tmp_path / "bank.safetensors")
     options = ["--images-per-identity", "15", "--batch-size", "4", "--size", "16", "--num-inference-steps", "6"]
     options += ["--identities", str(tmp_path / "bank.safetensors"), "--output-format", output_format]
-    # processes of their own that have imported everything already
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["uiface_diffusers.cli", "uiface_diffusers"])
-
-    def start(output: str) -> multiprocessing.Process:
-        process = context.Process(
-            target=cli.main, args=(["generate", str(tmp_path / "model"), *options, "--output", output],)
-        )
-        process.start()
-        return process
-
+    command = ["generate", str(tmp_path / "model"), *options, "--output"]
     whole, killed, made = tmp_path / "whole", tmp_path / "killed", []
-    process = start(str(whole))
-    process.join()
-    assert process.exitcode == 0
-    generator = np.random.default_rng(0)
-    for _ in range(kills):
+    cli.main([*command, str(whole)])
+    for images in kills:
         before = {path: path.stat().st_mtime_ns for path in killed.glob("images/*/*.png")}
-        target = len(before) + int(generator.integers(1, 12))
-        process = start(str(killed))
-        while len(list(killed.glob("images/*/*.png"))) < target and process.is_alive():
-            pass
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+        run_until_complete([*command, str(killed)], ".png", images)
         after = {path: path.stat().st_mtime_ns for path in killed.glob("images/*/*.png")}
         # again: those only whose row was not written, of the batch in flight
         made.append(sum(after.get(path) != time for path, time in before.items()))
-    process = start(str(killed))
-    process.join()
-    assert process.exitcode == 0
+    cli.main([*command, str(killed)])
     assert max(made) <= 4 and set(contents(killed)) == set(contents(whole))
     if output_format == "imagefolder":
         assert_same_images(read(killed), read(whole))
         assert contents(killed)["generation.json"] == contents(whole)["generation.json"]
     rows, expected = metadata(killed), metadata(whole)
     assert [{**row, "size": 0} for row in rows] == [{**row, "size": 0} for row in expected]
+
+
+def test_a_folder_of_the_first_version_goes_on(tiny_pipeline, tmp_path):
+    """Part 0 of 2, made before the settings were an object: nothing of it is made again, and it stays as it was."""
+    options = {"identity_perturbation": (0.8, 1), "guidance_scale": 3, "size": 8, **FAST}
+    shutil.copytree(FIXTURES / "begun_data_set", tmp_path / "begun")
+    file = tmp_path / "begun" / "generation.json"
+    text = file.read_text()
+    model = json.loads(text)["settings"]["model"]
+    text = text.replace(model, pipeline_fingerprint(tiny_pipeline))  # other releases of torch may draw other weights
+    file.write_text(text)
+    before = contents(tmp_path / "begun")
+    report = generate_dataset(tiny_pipeline, bank(), tmp_path / "begun", 3, shard=(1, 2), **options)
+    assert (report.made, report.complete) == (4, True)
+    after = contents(tmp_path / "begun")
+    assert [name for name in before if after.get(name) != before[name]] == ["journal/0-of-2.jsonl"]
+    # of a folder that is begun now: the same text, but for the versions of the libraries
+    generate_dataset(tiny_pipeline, bank(), tmp_path / "whole", 3, **options)
+    whole = (tmp_path / "whole" / "generation.json").read_text()
+    assert whole.split('"versions"')[0] == text.split('"versions"')[0]
+    new = {name: image for name, image in read(tmp_path / "begun").items() if f"images/{name}" not in before}
+    assert_same_images(new, {name: image for name, image in read(tmp_path / "whole").items() if name in new})
+    assert [row["seed"] for row in metadata(tmp_path / "begun")] == [
+        row["seed"] for row in metadata(tmp_path / "whole")
+    ]
 
 
 def test_two_processes_share_the_work(tiny_pipeline, tmp_path):
@@ -324,7 +331,7 @@ def test_mistakes_are_named_before_anything_is_lost(tiny_pipeline, toy_root, tmp
 
 
 def test_two_runs_into_one_folder_by_mistake(tiny_pipeline, tmp_path):
-    with generation._locked(tmp_path, (0, 1)):
+    with locked(tmp_path, Part(0, 1)):
         with pytest.raises(RuntimeError, match="another process is generating .*0-of-1"):
             generate_dataset(tiny_pipeline, bank(), tmp_path, 1, **FAST)
         with pytest.raises(RuntimeError, match="another process"):
@@ -450,13 +457,4 @@ def test_the_embedded_checkpoint_is_what_it_says():
 
 
 def test_generate_names_the_problem(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "uiface_diffusers.cli",
-        "generate",
-        "--identities",
-        str(tmp_path / "no.safetensors"),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 1 and "no.safetensors is missing" in result.stderr
+    assert "no.safetensors is missing" in complaint("generate", "--identities", tmp_path / "no.safetensors")

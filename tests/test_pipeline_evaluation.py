@@ -64,6 +64,36 @@ def test_pipelines_are_measured_once_and_compared(root, backbone, capsys):
         cosines += (judge.embed_pictures(faces) @ photograph.T).flatten().tolist()
     assert result["identity/unseen/judge"]["own"] == pytest.approx(np.mean(cosines), abs=1e-5)
 
+    # pairs of the bank's faces, and the nearest training face, by hand
+    faces = [
+        pipe(
+            torch.eye(3, 16)[[i]],
+            2,
+            num_inference_steps=3,
+            generator=[image_generator(0, f"{i:06d}", n) for n in (0, 1)],
+        )
+        for i in range(2)
+    ]
+    judged = torch.cat([judge.embed_pictures(out.images) for out in faces])
+    genuine, impostor = judged[[0, 2]] * judged[[1, 3]], judged[:2] @ judged[2:].T
+    verified = result["verification/judge"]
+    assert verified["genuine"] == pytest.approx(genuine.sum(dim=1).mean().item(), abs=1e-5)
+    assert verified["impostor"] == pytest.approx(impostor.mean().item(), abs=1e-5)
+    encoder = FaceEncoder("toy", str(root / "packs"), det_size=160)
+    known = FaceCache(root / "cache").embeddings().embeddings
+    near = torch.cat([encoder.embed_pictures(out.images) for out in faces]) @ known.T
+    found = result["nearest_training_face"]["generated"]
+    assert found["mean"] == pytest.approx(near.amax(dim=1).mean().item(), abs=1e-5)
+    assert found["max"] == pytest.approx(near.max().item(), abs=1e-5)
+    boundaries = [timestep for out in faces for timestep in out.boundary_timesteps.tolist()]
+    quartiles = result["boundary_quartiles"]
+    assert quartiles[0] <= min(boundaries) and max(boundaries) <= quartiles[-1]
+    # one face of each identity first
+    grid, size = np.asarray(PIL.Image.open(root / "out" / "step-4" / "faces.png")), faces[0].images[0].width
+    shown = [grid[:, start : start + size].astype(int) for start in range(0, 4 * size, size)]
+    expected = [np.asarray(faces[i].images[n], int) for n in range(2) for i in range(2)]
+    assert all(abs(a - b).max() <= 1 for a, b in zip(shown, expected, strict=True))
+
     measured = (root / "out" / "step-1" / "result.json").read_bytes()
     evaluate.main([*pipelines, *options(root, backbone)])
     again = capsys.readouterr().out

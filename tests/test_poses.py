@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import TOY_POINTS, draw_person, write_toy_pack
 
+from uiface_diffusers import cli
 from uiface_diffusers.data import FaceCache, prepare_faces
 from uiface_diffusers.faces import (
     FRONTAL_NOSE,
@@ -113,7 +112,7 @@ def test_prepare_keeps_landmarks_and_poses(tmp_path):
     assert np.abs(stored.mean(axis=0) - TEMPLATE.mean(axis=0)).max() < 1e-3  # least squares: equal centers
 
 
-def test_min_in_frame_skips_and_names(tmp_path):
+def test_min_in_frame_skips_and_names(tmp_path, capsys):
     """Points so wide apart that the template of a disc near the edge is partly outside of the photograph."""
     write_toy_pack(tmp_path, points=1.4 * np.array(TOY_POINTS))
     encoder = FaceEncoder("toy", str(tmp_path), det_size=160)
@@ -133,9 +132,9 @@ def test_min_in_frame_skips_and_names(tmp_path):
 
     arguments = ["--encoder", "toy", "--encoder-root", str(tmp_path), "--det-size", "160", "--image-size", "16"]
     arguments += ["--output", str(tmp_path / "cut"), "--min-in-frame", "0.85"]
-    command = [sys.executable, "-m", "uiface_diffusers.cli", "prepare", str(tmp_path / "source"), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "skipped 1: out of frame" in result.stdout and "0 of 2 look sideways (|yaw| > 0.25)" in result.stdout
+    cli.main(["prepare", str(tmp_path / "source"), *arguments])
+    printed = capsys.readouterr().out
+    assert "skipped 1: out of frame" in printed and "0 of 2 look sideways (|yaw| > 0.25)" in printed
     report = json.loads((tmp_path / "cut" / "report.json").read_text())
     assert report["skipped"] == {
         "a/44.png": f"out of frame: {1 - outside[0]:.3f} of the template is within the photograph"

@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from uiface_diffusers import IdentityBank, UIFacePipeline, generate_dataset
 from uiface_diffusers.data import FaceCache, cache_latents, prepare_faces
 from uiface_diffusers.faces import FaceEncoder
-from uiface_diffusers.identities import make_identities
+from uiface_diffusers.generation import make_identities
 
 sys.path.insert(0, str(REPOSITORY / "training"))
 
@@ -272,8 +272,8 @@ def faces(tmp_path_factory, toy_root, toy_photographs) -> Path:
     return folder
 
 
-RARELY = ["--checkpointing_steps", "1000", "--logging_steps", "1000", "--validation_steps", "0", "--report_to", "none"]
-RARELY += ["--max_grad_norm", "1", "--max_train_steps", "100", "--train_batch_size", "4", "--max_train_hours", "1"]
+RARELY = ["--checkpointing-steps", "1000", "--logging-steps", "1000", "--validation-steps", "0", "--report-to", "none"]
+RARELY += ["--max-grad-norm", "1", "--max-train-steps", "100", "--train-batch-size", "4", "--max-train-hours", "1"]
 
 
 @pytest.mark.parametrize("losses", [False, True], ids=["plain", "identity and LPIPS"])
@@ -284,13 +284,13 @@ def test_a_step_of_train_waits_for_nothing(faces, toy_root, backbone, losses, tm
     vae.save_pretrained(tmp_path / "vae")
     cache_latents(FaceCache(faces), vae)
     unet = {k: v for k, v in TINY_UNET.items() if k not in ("in_channels", "out_channels", "sample_size")}
-    options = ["--train_data", str(faces), "--vae", str(tmp_path / "vae"), "--unet", json.dumps(unet), *RARELY]
-    options += ["--output_dir", str(tmp_path / "run"), "--prediction_type", "v_prediction", "--snr_gamma", "5"]
+    options = ["--train-data", str(faces), "--vae", str(tmp_path / "vae"), "--unet", json.dumps(unet), *RARELY]
+    options += ["--output-dir", str(tmp_path / "run"), "--prediction-type", "v_prediction", "--snr-gamma", "5"]
     if losses:
         pytest.importorskip("onnx2torch")
         pytest.importorskip("lpips")
-        options += ["--encoder_root", str(toy_root), "--identity_weight", "0.3", "--decoded_samples", "2"]
-        options += ["--lpips_weight", "0.1", "--lpips_backbone", str(backbone), "--decoded_noise", "low"]
+        options += ["--encoder-root", str(toy_root), "--identity-weight", "0.3", "--decoded-samples", "2"]
+        options += ["--lpips-weight", "0.1", "--lpips-backbone", str(backbone), "--decoded-noise", "low"]
     assert not any(waits_of_training(script, options))
 
 
@@ -302,9 +302,9 @@ def test_a_step_of_train_autoencoder_waits_for_nothing(faces, toy_root, backbone
     blocks = {f"{part}_block_out_channels": [16, 16] for part in ("encoder", "decoder")}
     blocks |= {f"num_{part}_blocks": [1, 1] for part in ("encoder", "decoder")}
     config = json.dumps({"_class_name": "AutoencoderTiny", **blocks})
-    options = ["--train_data", str(faces), "--autoencoder", config, "--lpips_backbone", str(backbone), *RARELY]
-    options += ["--output_dir", str(tmp_path / "run"), "--adversarial_weight", "0.1", "--facial_features"]
-    options += ["--identity_weight", "0.5", "--identity_encoder", "toy", "--encoder_root", str(toy_root)]
+    options = ["--train-data", str(faces), "--autoencoder", config, "--lpips-backbone", str(backbone), *RARELY]
+    options += ["--output-dir", str(tmp_path / "run"), "--adversarial-weight", "0.1", "--facial-features"]
+    options += ["--identity-weight", "0.5", "--identity-encoder", "toy", "--encoder-root", str(toy_root)]
     assert not any(waits_of_training(script, options))
 
 
@@ -319,6 +319,6 @@ def test_a_step_of_train_face_recognition_waits_for_nothing(head, tmp_path):
             picture = PIL.Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8))
             picture.save(tmp_path / "faces" / f"person_{identity}" / f"{index}.png")
     config = json.dumps({"layers": 18, "width": 4, "embedding_dim": 16, "image_size": 32, "dropout": 0.1})
-    options = ["--train_data", str(tmp_path / "faces"), "--recognizer", config, "--head", head, *RARELY]
-    options += ["--output_dir", str(tmp_path / "run")]
+    options = ["--train-data", str(tmp_path / "faces"), "--recognizer", config, "--head", head, *RARELY]
+    options += ["--output-dir", str(tmp_path / "run")]
     assert not any(waits_of_training(script, options))

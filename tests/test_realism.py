@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.preprocessing import StandardScaler
-from test_evaluate import figures, write_set
+from toy_sets import figures, write_set
 
 from uiface_diffusers import cli
 from uiface_diffusers.evaluation import (

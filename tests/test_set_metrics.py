@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from slow_references import slow_share
 from torch import nn
 
 from uiface_diffusers.evaluation import (
@@ -155,19 +156,6 @@ def test_strangers_pass_for_one_person_when_each_is_part_of_the_mean():
     labels = torch.arange(200) // 5
     assert intra_class_consistency(embeddings, labels)[0] == 1.0
     assert intra_class_consistency(embeddings, labels, leave_one_out=True)[0] == 0.0
-
-
-def slow_share(points: np.ndarray, centers: np.ndarray, k: int) -> float:
-    """Kynkaanniemi et al. 2019, equations 1 and 2, word by word."""
-    radii = []
-    for i, center in enumerate(centers):
-        others = sorted(np.linalg.norm(center - other) for j, other in enumerate(centers) if j != i)
-        radii.append(others[k - 1])
-    inside = [
-        any(np.linalg.norm(point - center) <= radius for center, radius in zip(centers, radii, strict=True))
-        for point in points
-    ]
-    return sum(inside) / len(points)
 
 
 def feature_sets(kind: str) -> tuple[torch.Tensor, torch.Tensor]:

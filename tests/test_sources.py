@@ -1,5 +1,3 @@
-import io
-import struct
 import tarfile
 
 import numpy as np
@@ -7,45 +5,13 @@ import PIL.Image
 import pytest
 import webdataset
 from conftest import draw_person
+from records import MAGIC, RecordWriter, image_record
+from written_files import write_faces
 
 from uiface_diffusers.data import FaceCache, prepare_faces
 from uiface_diffusers.data.recordio import RecordReader
 from uiface_diffusers.data.sources import open_source
 from uiface_diffusers.faces import FaceEncoder
-
-MAGIC = b"\x0a\x23\xd7\xce"
-
-
-class RecordWriter:
-    """MXNet's RecordIO with an index, written after dmlc-core's description."""
-
-    def __init__(self, path):
-        self.path, self.index = path, []
-        self.file = open(path, "wb")
-
-    def write(self, key: int, data: bytes) -> None:
-        self.index.append(f"{key}\t{self.file.tell()}\n")
-        # cut where the magic number stands at a multiple of four
-        parts, start = [], 0
-        for position in range(0, len(data) - 3, 4):
-            if data[position : position + 4] == MAGIC:
-                parts.append(data[start:position])
-                start = position + 4
-        parts.append(data[start:])
-        for i, part in enumerate(parts):
-            flag = 0 if len(parts) == 1 else 1 if i == 0 else 3 if i == len(parts) - 1 else 2
-            self.file.write(MAGIC + (flag << 29 | len(part)).to_bytes(4, "little") + part + b"\0" * (-len(part) % 4))
-
-    def close(self) -> None:
-        self.file.close()
-        self.path.with_suffix(".idx").write_text("".join(self.index))
-
-
-def image_record(label: float | list[float], number: int, content: bytes) -> bytes:
-    """Both forms of the header: one label within, or flag and label array behind."""
-    if isinstance(label, list):
-        return struct.pack("<IfQQ", len(label), 0.0, number, 0) + struct.pack(f"<{len(label)}f", *label) + content
-    return struct.pack("<IfQQ", 0, label, number, 0) + content
 
 
 def test_recordio_gives_back_ten_thousand_records(tmp_path):
@@ -69,25 +35,6 @@ def test_recordio_gives_back_ten_thousand_records(tmp_path):
         expected = label if isinstance(label, list) and label else [label if isinstance(label, float) else 0.0]
         assert (record.labels.tolist(), record.id, record.content) == (expected, key, content)
         assert reader.read_label(key) == expected[0]
-
-
-def write_faces(path, label_arrays: bool, broken: bool = False) -> list[np.ndarray]:
-    """Six faces of three people as InsightFace writes them: record 0 says where the pictures end, behind them come the
-    identities' records."""
-    writer, faces = RecordWriter(path), []
-    writer.write(0, image_record([7.0, 10.0], 0, b""))
-    for key in range(1, 7):
-        face = np.asarray(draw_person((key * 40, 0, 200), ((56, 56, 44),), size=(112, 112)))
-        faces.append(face)
-        png = io.BytesIO()
-        PIL.Image.fromarray(face).save(png, "png")
-        content = b"no picture" if broken and key == 2 else png.getvalue()
-        identity = float((key - 1) // 2)
-        writer.write(key, image_record([identity, 0.5] if label_arrays else identity, key, content))
-    for identity in range(3):
-        writer.write(7 + identity, image_record([1.0 + 2 * identity, 3.0 + 2 * identity], 7 + identity, b""))
-    writer.close()
-    return faces
 
 
 @pytest.mark.parametrize("label_arrays", [False, True])

@@ -12,57 +12,33 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
-from conftest import REPOSITORY, TINY_UNET, Outcome, run_script, tiny_autoencoder, write_toy_pack
+from accelerate import Accelerator
+from conftest import TINY_UNET, tiny_autoencoder, write_toy_pack
+from diffusers import DDPMScheduler
 from filelock import FileLock
 from hub_server import HubServer
 from safetensors.torch import load_file
+from tiny_training import TRAIN, Oracle, options_of, train, train_script, write_workspace
 
 from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline, UIFaceUNet2DModel
 from uiface_diffusers.convert_original import NOISE_SCHEDULE
 from uiface_diffusers.data import FaceCache, LatentSet, cache_latents, prepare_faces
 from uiface_diffusers.evaluation import load_lpips
 from uiface_diffusers.faces import FaceEncoder
-from uiface_diffusers.training_utils import facial_feature_weights, sampling_weights
-
-TRAIN = REPOSITORY / "training" / "train.py"
-sys.path.insert(0, str(TRAIN.parent))
-import train as train_script  # noqa: E402
+from uiface_diffusers.seeds import mix_seed
+from uiface_diffusers.training import denoising
+from uiface_diffusers.training.datasets import LatentFaces
+from uiface_diffusers.training.losses import draw_rows, facial_feature_weights, jitter
+from uiface_diffusers.training.order import EndlessBatchSampler, sampling_weights
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, toy_root, toy_photographs):
-    """Prepared faces, a first stage and a recipe of a tiny training."""
-    root = tmp_path_factory.mktemp("train")
-    encoder = FaceEncoder("toy", str(toy_root), det_size=160)
-    prepare_faces(toy_photographs, root / "cache", encoder, image_size=16)
-    tiny_autoencoder().save_pretrained(root / "vae")
-    unet = {k: v for k, v in TINY_UNET.items() if k not in ("in_channels", "out_channels", "sample_size")}
-    recipe = {
-        "train_data": [str(root / "cache")],
-        "vae": str(root / "vae"),
-        "unet": {k: list(v) if isinstance(v, tuple) else v for k, v in unet.items()},
-        "train_batch_size": 4,
-        "max_train_steps": 60,
-        "learning_rate": 1e-3,
-        "checkpointing_steps": 7,
-        "validation_steps": 0,
-        "report_to": "none",
-    }
-    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return root
-
-
-def options_of(workspace: Path, output: str, *options: str) -> list[str]:
-    return ["--config", str(workspace / "recipe.yaml"), "--output_dir", str(workspace / output), *options]
+    return write_workspace(tmp_path_factory.mktemp("train"), toy_root, toy_photographs)
 
 
 def command(workspace: Path, output: str, *options: str, launch: tuple[str, ...] = ()) -> list[str]:
     return [sys.executable, *launch, str(TRAIN), *options_of(workspace, output, *options)]
-
-
-def train(workspace: Path, output: str, *options: str) -> Outcome:
-    return run_script(train_script.main, options_of(workspace, output, *options))
 
 
 def launch(*args, **kwargs) -> subprocess.CompletedProcess:
@@ -110,11 +86,11 @@ def test_saves_a_pipeline(uninterrupted, workspace):
 
 
 def test_sigkill_and_resume_gives_the_same_parameters(uninterrupted, workspace):
-    """Killed at a random step, before or after a checkpoint, perhaps while one is written."""
+    """Killed at a step between two checkpoints."""
     process = subprocess.Popen(
         command(workspace, "killed"), stderr=subprocess.PIPE, env={**environment(), "TQDM_MININTERVAL": "0"}
     )
-    kill_at = int(np.random.default_rng().integers(8, 45))
+    kill_at = 26
     seen = b""
     while f"| {kill_at}/60".encode() not in seen and process.poll() is None:
         seen += process.stderr.read1()
@@ -123,7 +99,7 @@ def test_sigkill_and_resume_gives_the_same_parameters(uninterrupted, workspace):
     assert process.returncode == -signal.SIGKILL, seen.decode()
     checkpoints = sorted(int(p.name.split("-")[1]) for p in (workspace / "killed").glob("checkpoint-*"))
     assert checkpoints and not (workspace / "killed" / "model_index.json").exists()
-    result = train(workspace, "killed", "--resume_from_checkpoint", "latest")
+    result = train(workspace, "killed", "--resume-from-checkpoint", "latest")
     assert result.returncode == 0, result.stderr
     assert f"| {checkpoints[-1]}/60" in result.stderr
     assert_equal_parameters(workspace / "killed", uninterrupted)
@@ -132,11 +108,11 @@ def test_sigkill_and_resume_gives_the_same_parameters(uninterrupted, workspace):
 def test_an_unfinished_checkpoint_is_not_resumed(uninterrupted, workspace):
     """What a kill within the writing of a checkpoint, or within the removal of an old one, leaves behind."""
     folder = workspace / "part"
-    assert train(workspace, "part", "--max_train_steps", "14").returncode == 0
+    assert train(workspace, "part", "--max-train-steps", "14").returncode == 0
     for name in ("optimizer.bin", "training.json"):
         (folder / "checkpoint-14" / name).unlink()
     (folder / "checkpoint-14").rename(folder / "checkpoint.part")
-    result = train(workspace, "part", "--resume_from_checkpoint", "latest")
+    result = train(workspace, "part", "--resume-from-checkpoint", "latest")
     assert result.returncode == 0 and "| 7/60" in result.stderr, result.stderr
     assert_equal_parameters(folder, uninterrupted)
 
@@ -153,13 +129,13 @@ def test_checkpoints_hold_no_pickled_weights(uninterrupted):
 
 
 def test_workers_change_nothing(uninterrupted, workspace):
-    result = train(workspace, "workers", "--dataloader_num_workers", "2")
+    result = train(workspace, "workers", "--dataloader-num-workers", "2")
     assert result.returncode == 0, result.stderr
     assert_equal_parameters(workspace / "workers", uninterrupted)
 
 
 def test_another_seed_gives_other_parameters(uninterrupted, workspace):
-    result = train(workspace, "seed", "--seed", "1", "--max_train_steps", "2")
+    result = train(workspace, "seed", "--seed", "1", "--max-train-steps", "2")
     assert result.returncode == 0, result.stderr
     assert not torch.equal(
         parameters(workspace / "seed")["empty_context/embedding"],
@@ -175,7 +151,7 @@ LAUNCH_TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
 def test_accelerate_launch_trains(workspace):
     launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
     launcher += ("--mixed_precision", "no", "--dynamo_backend", "no")
-    result = launch(workspace, "launched", "--max_train_steps", "3", launch=launcher)
+    result = launch(workspace, "launched", "--max-train-steps", "3", launch=launcher)
     assert result.returncode == 0, result.stderr
     assert [p.name for p in (workspace / "launched").glob("checkpoint*")] == ["checkpoint-3"]
     UIFacePipeline.from_pretrained(workspace / "launched")
@@ -184,15 +160,15 @@ def test_accelerate_launch_trains(workspace):
 def test_two_processes_train_one_model(workspace):
     """One set of files and the same parameters as without a resume; the schedule goes on by optimizer steps, not by
     processes."""
-    options = ("--validation_steps", "4", "--validation_inference_steps", "2", "--checkpointing_steps", "3")
-    options += ("--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "8", "--logging_steps", "1")
-    whole = launch(workspace, "two_whole", *options, "--max_train_steps", "6", launch=LAUNCH_TWO)
+    options = ("--validation-steps", "4", "--validation-inference-steps", "2", "--checkpointing-steps", "3")
+    options += ("--lr-scheduler", "constant_with_warmup", "--lr-warmup-steps", "8", "--logging-steps", "1")
+    whole = launch(workspace, "two_whole", *options, "--max-train-steps", "6", launch=LAUNCH_TWO)
     assert whole.returncode == 0, whole.stderr
-    options += ("--report_to", "tensorboard")
-    result = launch(workspace, "two", *options, "--max_train_steps", "3", launch=LAUNCH_TWO)
+    options += ("--report-to", "tensorboard")
+    result = launch(workspace, "two", *options, "--max-train-steps", "3", launch=LAUNCH_TWO)
     assert result.returncode == 0, result.stderr
-    options += ("--resume_from_checkpoint", "latest")
-    result = launch(workspace, "two", *options, "--max_train_steps", "6", launch=LAUNCH_TWO)
+    options += ("--resume-from-checkpoint", "latest")
+    result = launch(workspace, "two", *options, "--max-train-steps", "6", launch=LAUNCH_TWO)
     assert result.returncode == 0, result.stderr
     assert "samples=48" in result.stderr and result.stderr.count("pipeline saved") == 1
     folder = workspace / "two"
@@ -216,11 +192,11 @@ def scalars(path: Path, name: str) -> list:
 
 def test_the_average_follows_the_published_decay(workspace):
     """After step n the average keeps 1 - n ** -0.75 of itself."""
-    options = ("--max_train_steps", "4", "--checkpointing_steps", "1", "--checkpoints_total_limit", "9")
+    options = ("--max-train-steps", "4", "--checkpointing-steps", "1", "--checkpoints-total-limit", "9")
     result = train(workspace, "averages", *options)
     assert result.returncode == 0, result.stderr
     pipe = UIFacePipeline.from_pretrained(workspace / "averages")
-    model = train_script.ConditionalDenoiser(pipe.unet, pipe.identity_projector, pipe.empty_context)
+    model = denoising.ConditionalDenoiser(pipe.unet, pipe.identity_projector, pipe.empty_context)
     average = {}
     for step in range(1, 5):
         folder, decay = workspace / "averages" / f"checkpoint-{step}", 1 - step**-0.75
@@ -237,27 +213,27 @@ def test_the_gradients_of_two_batches_are_averaged(workspace, by):
     """A step of two batches, one per process or one after the other, against the same step by hand: both batches, mean
     gradient, one AdamW step."""
     if by == "processes":
-        result = launch(workspace, by, "--max_train_steps", "1", launch=LAUNCH_TWO)
+        result = launch(workspace, by, "--max-train-steps", "1", launch=LAUNCH_TWO)
     else:
-        result = train(workspace, by, "--max_train_steps", "1", "--gradient_accumulation_steps", "2")
+        result = train(workspace, by, "--max-train-steps", "1", "--gradient-accumulation-steps", "2")
     assert result.returncode == 0 and "samples=8" in result.stderr, result.stderr
     theirs = load_file(workspace / by / "checkpoint-1" / "model.safetensors")
 
     cache = FaceCache(workspace / "cache")
     vae = tiny_autoencoder()
-    dataset = train_script.LatentFaces(LatentSet(cache_latents(cache, vae)), cache.embeddings().embeddings)
+    dataset = LatentFaces(LatentSet(cache_latents(cache, vae)), cache.embeddings().embeddings)
     torch.manual_seed(0)
     unet = UIFaceUNet2DModel(**TINY_UNET)
     unet.zero_init_residual_branches()
-    model = train_script.ConditionalDenoiser(unet, IdentityProjector(16, 32), EmptyContext(32))
-    scheduler = train_script.DDPMScheduler(**NOISE_SCHEDULE)
+    model = denoising.ConditionalDenoiser(unet, IdentityProjector(16, 32), EmptyContext(32))
+    scheduler = DDPMScheduler(**NOISE_SCHEDULE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(train_script.mix_seed(0, 0))).tolist()
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(mix_seed(0, 0))).tolist()
     for batch in range(2):
         latents, embeds = dataset.__getitems__(order[4 * batch : 4 * batch + 4])
         rank, part = (batch, 0) if by == "processes" else (0, batch)
-        torch.manual_seed(train_script.mix_seed(0, 0, rank, part))
-        loss = train_script.denoising_loss(model, scheduler, latents, embeds, 0.2, None)
+        torch.manual_seed(mix_seed(0, 0, rank, part))
+        loss = denoising.denoising_loss(model, scheduler, latents, embeds, 0.2, None)
         (loss.losses.mean() / 2).backward()
     optimizer.step()
     ours = model.state_dict()
@@ -268,22 +244,10 @@ def test_the_gradients_of_two_batches_are_averaged(workspace, by):
         assert torch.allclose(ours[name][clear], theirs[name][clear], atol=1e-5), name
 
 
-class Oracle(torch.nn.Module):
-    """Knows the noise and sees what it is asked."""
-
-    def __init__(self, answer):
-        super().__init__()
-        self.answer, self.asked = answer, None
-
-    def forward(self, noisy, timesteps, identity_embeds, is_empty):
-        self.asked = {"noisy": noisy, "timesteps": timesteps, "embeds": identity_embeds, "is_empty": is_empty}
-        return self.answer(noisy, timesteps)
-
-
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_objective(prediction_type):
     """The loss is zero for the right prediction, and the mean square of the error otherwise."""
-    scheduler = train_script.DDPMScheduler(**NOISE_SCHEDULE, prediction_type=prediction_type)
+    scheduler = DDPMScheduler(**NOISE_SCHEDULE, prediction_type=prediction_type)
     face = torch.randn(1, 1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     latents, embeds = face.expand(512, 2, -1, -1, -1).contiguous(), torch.randn(512, 8)
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
@@ -295,12 +259,12 @@ def test_objective(prediction_type):
 
     torch.manual_seed(1)
     oracle = Oracle(right)
-    loss = train_script.denoising_loss(oracle, scheduler, latents, embeds, 0.2, None)
+    loss = denoising.denoising_loss(oracle, scheduler, latents, embeds, 0.2, None)
     assert loss.losses.shape == (512,) and loss.losses.max() < 1e-4
     # of the predicted noise, the clean latents are had back but where they have nearly vanished
     clear = loss.timesteps < 600 if prediction_type == "epsilon" else slice(None)
     assert (loss.denoised - face[0])[clear].abs().max() < 1e-3
-    wrong = train_script.denoising_loss(
+    wrong = denoising.denoising_loss(
         Oracle(lambda *args: right(*args) + 0.5), scheduler, latents, embeds, 0.2, None
     ).losses
     assert torch.allclose(wrong, torch.full((512,), 0.25), atol=1e-2)
@@ -309,17 +273,17 @@ def test_objective(prediction_type):
     # min-SNR (Hang et al. 2023, sec. 3.4): min(snr, gamma) / snr, for the velocity / (snr + 1)
     torch.manual_seed(1)
     oracle = Oracle(lambda *args: right(*args) + 0.5)
-    weighted = train_script.denoising_loss(oracle, scheduler, latents, embeds, 0.2, 5.0).losses
+    weighted = denoising.denoising_loss(oracle, scheduler, latents, embeds, 0.2, 5.0).losses
     snr = alpha_bar / (1 - alpha_bar)
     weight = snr.clamp(max=5) / (snr if prediction_type == "epsilon" else snr + 1)
     assert torch.allclose(weighted, 0.25 * weight[oracle.asked["timesteps"]], atol=1e-2)
 
 
 def test_both_flips_are_trained():
-    scheduler = train_script.DDPMScheduler(**NOISE_SCHEDULE)
+    scheduler = DDPMScheduler(**NOISE_SCHEDULE)
     latents = torch.stack([torch.full((400, 1, 2, 2), 3.0), torch.full((400, 1, 2, 2), -3.0)], 1)
     oracle = Oracle(lambda noisy, timesteps: noisy)
-    train_script.denoising_loss(oracle, scheduler, latents, torch.zeros(400, 4), 0.0, None)
+    denoising.denoising_loss(oracle, scheduler, latents, torch.zeros(400, 4), 0.0, None)
     early = oracle.asked["timesteps"] < 100
     signs = oracle.asked["noisy"][early].mean(dim=(1, 2, 3)).sign()
     assert 0.2 < (signs > 0).float().mean() < 0.8
@@ -327,15 +291,15 @@ def test_both_flips_are_trained():
 
 def test_the_log_tells_quarters_and_contexts_apart():
     """Against sums by hand, over two steps; a loss that is not finite is counted but left out."""
-    accelerator = train_script.Accelerator(cpu=True)
-    log = train_script.LossLog(1000, torch.device("cpu"))
+    accelerator = Accelerator(cpu=True)
+    log = denoising.DenoisingLog(1000, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     losses, timesteps = torch.rand(2, 40, generator=generator), torch.randint(1000, (2, 40), generator=generator)
     is_empty = torch.rand(2, 40, generator=generator) < 0.3
     losses[0, 5] = float("nan")
     timesteps[0, 5], is_empty[0, 5] = 999, True
     for row in zip(losses, timesteps, is_empty, strict=True):
-        log.add(train_script.DenoisingLoss(*row, denoised=None, latents=None))
+        log.add(denoising.DenoisingLoss(*row, denoised=None, latents=None))
     means, finite = log.take(accelerator)
     ok = losses.isfinite()
     expected = {"loss": ok, "loss/empty": ok & is_empty, "loss/identity": ok & ~is_empty}
@@ -344,11 +308,9 @@ def test_the_log_tells_quarters_and_contexts_apart():
     for name, chosen in expected.items():
         assert means[name] == pytest.approx(losses[chosen].mean().item(), abs=1e-6), name
     for cosines, lpips in (([0.5, 0.9], [0.2, 0.4]), ([0.0, 0.1], [0.0, 0.2])):
-        loss = train_script.DenoisingLoss(
-            torch.ones(3), torch.zeros(3, dtype=int), torch.ones(3, dtype=bool), None, None
-        )
+        loss = denoising.DenoisingLoss(torch.ones(3), torch.zeros(3, dtype=int), torch.ones(3, dtype=bool), None, None)
         counts = torch.tensor([True, cosines[0] == 0.0])
-        log.add(loss, train_script.FaceLosses(torch.tensor(cosines), counts, torch.tensor(lpips)))
+        log.add(loss, denoising.FaceLosses(torch.tensor(cosines), counts, torch.tensor(lpips)))
     means = {"loss": 1.0, "loss/quarter_1": 1.0, "loss/empty": 1.0, "identity_cosine": pytest.approx(0.2)}
     means["lpips"] = pytest.approx(0.2)
     assert log.take(accelerator) == (means, 1.0)
@@ -360,7 +322,7 @@ def six_denoised_faces(side: int = 8) -> tuple:
     denoised, identities = torch.randn(6, 4, side, side, requires_grad=True), F.normalize(torch.randn(6, 16))
     is_empty = torch.tensor([True, False, False, True, False, False])
     clean = torch.randn(6, 4, side, side)
-    loss = train_script.DenoisingLoss(torch.zeros(6), torch.zeros(6, dtype=int), is_empty, denoised, clean)
+    loss = denoising.DenoisingLoss(torch.zeros(6), torch.zeros(6, dtype=int), is_empty, denoised, clean)
     return vae, loss, identities
 
 
@@ -371,15 +333,15 @@ def test_the_denoised_face_is_compared_with_the_identity_it_was_given(toy_root):
 
     def seeded(loss):
         torch.manual_seed(1)
-        return train_script.face_losses(vae, encoder.to_torch(), None, loss, identities, 3)
+        return denoising.face_losses(vae, encoder.to_torch(), None, loss, identities, 3)
 
     found = seeded(loss)
     assert found.has_identity.all() and found.lpips.abs().max() == 0
     torch.manual_seed(1)
-    rows = train_script.draw_rows((~loss.is_empty).float(), 3)
+    rows = draw_rows((~loss.is_empty).float(), 3)
     assert set(rows.tolist()) < {1, 2, 4, 5}
     faces = vae.decode(loss.denoised.detach()[rows] / vae.config.scaling_factor).sample
-    pixels = F.interpolate(train_script.jitter(faces), (112, 112), mode="bilinear", antialias=True)
+    pixels = F.interpolate(jitter(faces), (112, 112), mode="bilinear", antialias=True)
     session = encoder.recognizer.session
     features = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})[0]
     expected = (F.normalize(torch.from_numpy(features)) * identities[rows]).sum(dim=1)
@@ -397,13 +359,13 @@ def test_lpips_of_the_denoised_face(backbone):
     vae, loss, identities = six_denoised_faces(side=32)
     perceptual = load_lpips("alex", backbone)
     perceptual.spatial = True
-    found = train_script.face_losses(vae, None, perceptual, loss, identities, 6).lpips
+    found = denoising.face_losses(vae, None, perceptual, loss, identities, 6).lpips
     faces, clean = (vae.decode(each / vae.config.scaling_factor).sample for each in (loss.denoised, loss.latents))
     weights = facial_feature_weights(faces.shape[-1])
     expected = (perceptual(clean, faces) * weights).mean(dim=(1, 2, 3))
     assert torch.allclose(found.sort().values, expected.sort().values, atol=1e-5)
     same = loss._replace(denoised=loss.latents)
-    assert train_script.face_losses(vae, None, perceptual, same, identities, 6).lpips.abs().max() < 1e-6
+    assert denoising.face_losses(vae, None, perceptual, same, identities, 6).lpips.abs().max() < 1e-6
 
 
 def test_weights_lie_on_eyes_and_mouth():
@@ -417,12 +379,12 @@ def test_weights_lie_on_eyes_and_mouth():
 def test_rows_are_drawn_in_proportion_to_their_weights():
     torch.manual_seed(0)
     weights = torch.tensor([0.0, 1.0, 3.0, 0.0])
-    first = torch.stack([train_script.draw_rows(weights, 1) for _ in range(2000)])
+    first = torch.stack([draw_rows(weights, 1) for _ in range(2000)])
     assert torch.bincount(first.flatten(), minlength=4)[[0, 3]].sum() == 0
     assert (first == 2).float().mean() == pytest.approx(0.75, abs=0.03)
     # a fixed number: rows of weight 0 come last
-    assert train_script.draw_rows(weights, 3)[:2].sort().values.tolist() == [1, 2]
-    assert len(train_script.draw_rows(weights, 9)) == 4
+    assert draw_rows(weights, 3)[:2].sort().values.tolist() == [1, 2]
+    assert len(draw_rows(weights, 9)) == 4
 
 
 def test_jittered_faces_stay_where_they_are():
@@ -430,7 +392,7 @@ def test_jittered_faces_stay_where_they_are():
     face = torch.ones(64, 3, 64, 64)
     face[:, :, :, :32] = 0.5
     torch.manual_seed(0)
-    moved = train_script.jitter(face)
+    moved = jitter(face)
     assert moved.shape == face.shape and moved.min() >= 0.5 - 1e-6
     left, right = moved[..., :26].mean(dim=(1, 2, 3)), moved[..., 38:].mean(dim=(1, 2, 3))
     mirrored = left > right
@@ -441,7 +403,7 @@ def test_jittered_faces_stay_where_they_are():
 def test_timesteps_of_logit_normal():
     """The share of timesteps below each decile is that of the distribution (Esser et al. 2024, eq. 19)."""
     torch.manual_seed(0)
-    drawn = train_script.TIMESTEP_SAMPLING["logit_normal"](20_000, 1000, torch.device("cpu"))
+    drawn = denoising.TIMESTEP_SAMPLING["logit_normal"](20_000, 1000, torch.device("cpu"))
     assert drawn.min() >= 0 and drawn.max() <= 999 and drawn.dtype == torch.int64
     for t in range(100, 1000, 100):
         z = (math.log(t / (1000 - t)) + 0.5) / 1.2
@@ -449,10 +411,10 @@ def test_timesteps_of_logit_normal():
 
 
 def test_the_identity_loss_trains(workspace, toy_root):
-    options = ("--prediction_type", "v_prediction", "--max_train_steps", "3", "--report_to", "tensorboard")
-    options += ("--encoder_root", str(toy_root))
+    options = ("--prediction-type", "v_prediction", "--max-train-steps", "3", "--report-to", "tensorboard")
+    options += ("--encoder-root", str(toy_root))
     for weight in ("0", "0.5"):
-        result = train(workspace, f"identity_{weight}", *options, "--identity_weight", weight)
+        result = train(workspace, f"identity_{weight}", *options, "--identity-weight", weight)
         assert result.returncode == 0, result.stderr
     first, second = (parameters(workspace / f"identity_{weight}") for weight in ("0", "0.5"))
     assert any(not torch.equal(first[name], second[name]) for name in first)
@@ -462,14 +424,14 @@ def test_the_identity_loss_trains(workspace, toy_root):
     events = EventAccumulator(str(workspace / "identity_0.5" / "logs" / "train"))
     events.Reload()
     assert -1 <= events.Scalars("identity_cosine")[-1].value <= 1
-    result = train(workspace, "identity_epsilon", "--encoder_root", str(toy_root), "--identity_weight", "1")
-    assert result.returncode == 2 and "--prediction_type v_prediction" in result.stderr
+    result = train(workspace, "identity_epsilon", "--encoder-root", str(toy_root), "--identity-weight", "1")
+    assert result.returncode == 2 and "--prediction-type v_prediction" in result.stderr
 
 
 def test_compiled_training_gives_about_the_same_parameters(workspace, toy_root, backbone):
     """Denoiser, recognizer and LPIPS as accelerate is told to compile; here without code generation."""
-    options = ("--prediction_type", "v_prediction", "--max_train_steps", "2", "--encoder_root", str(toy_root))
-    options += ("--identity_weight", "0.5", "--decoded_samples", "2", "--learning_rate", "1e-4")
+    options = ("--prediction-type", "v_prediction", "--max-train-steps", "2", "--encoder-root", str(toy_root))
+    options += ("--identity-weight", "0.5", "--decoded-samples", "2", "--learning-rate", "1e-4")
     result = train(workspace, "dynamo_no", *options)
     assert result.returncode == 0, result.stderr
     result = subprocess.run(
@@ -488,12 +450,12 @@ def test_compiled_training_gives_about_the_same_parameters(workspace, toy_root, 
 def test_balanced_sampling_gives_every_identity_its_share():
     identities = torch.tensor([0] * 90 + [1] * 9 + [2])
     weights = 1 / torch.bincount(identities)[identities].double()
-    sampler = train_script.EndlessBatchSampler(100, 50, seed=0, weights=weights)
+    sampler = EndlessBatchSampler(100, 50, seed=0, weights=weights)
     batches = iter(sampler)
     counts = sum(torch.bincount(identities[next(batches)], minlength=3) for _ in range(60))
     assert counts.sum() == 3000 and (counts - 1000).abs().max() < 100
     # a resumed run draws the same
-    resumed = iter(train_script.EndlessBatchSampler(100, 50, seed=0, start=60, weights=weights))
+    resumed = iter(EndlessBatchSampler(100, 50, seed=0, start=60, weights=weights))
     assert next(resumed) == next(batches)
 
 
@@ -540,7 +502,7 @@ def test_weights_without_side_views_are_as_before():
 def test_shares_that_the_faces_do_not_allow_are_refused():
     names, lengths, poses = pose_fixture()
     poses[100:, 0] = 0
-    with pytest.raises(ValueError, match=r"\[1, 3\], --side_view_share 0.5\) .*\[100, 60\] faces with \[12, 0\] side"):
+    with pytest.raises(ValueError, match=r"\[1, 3\], --side-view-share 0.5\) .*\[100, 60\] faces with \[12, 0\] side"):
         sampling_weights(names, lengths, poses, shares=[1, 3], side_view_share=0.5)
     with pytest.raises(ValueError, match=r"with \[0, 0\] side views: choose others"):
         sampling_weights(names, lengths, np.zeros((160, 2)), side_view_share=0.1)
@@ -550,20 +512,19 @@ def test_side_view_share_trains(workspace, toy_photographs, tmp_path):
     """A cache of faces that look ahead and one of side views, which a detector of its own finds."""
     write_toy_pack(tmp_path, points=[(-2, -2), (2, -2), (1.5, 0), (-1.6, 2), (1.6, 2)])
     prepare_faces(toy_photographs, tmp_path / "side", FaceEncoder("toy", str(tmp_path), det_size=160), image_size=16)
-    data = ("--train_data", str(workspace / "cache"), str(tmp_path / "side"), "--max_train_steps", "2")
-    result = train(workspace, "side", *data, "--side_view_share", "0.3", "--balanced_sampling")
+    data = ("--train-data", str(workspace / "cache"), str(tmp_path / "side"), "--max-train-steps", "2")
+    result = train(workspace, "side", *data, "--side-view-share", "0.3", "--balanced-sampling")
     assert result.returncode == 0, result.stderr
     (checkpoint,) = (workspace / "side").glob("checkpoint-*")
     assert json.loads((checkpoint / "training.json").read_text())["fixed"]["side_view_share"] == 0.3
-    resume = ("--resume_from_checkpoint", "latest", "--side_view_share", "0.5", "--balanced_sampling")
+    resume = ("--resume-from-checkpoint", "latest", "--side-view-share", "0.5", "--balanced-sampling")
     result = train(workspace, "side", *data, *resume)
     assert result.returncode != 0 and "side_view_share: 0.3 then, 0.5 now" in result.stderr
 
-    args = train_script.parse_args(options_of(workspace, "side_weights", *data, "--side_view_share", "0.3"))
+    args = train_script.parse_args(options_of(workspace, "side_weights", *data, "--side-view-share", "0.3"))
     caches = [FaceCache(folder) for folder in args.train_data]
-    _, names, weights, _ = train_script.load_training_data(
-        args, caches, train_script.Accelerator(cpu=True), tiny_autoencoder()
-    )
+    _, sampler, names, _ = train_script.load_training_data(args, caches, Accelerator(cpu=True), tiny_autoencoder())
+    weights = sampler.weights
     assert len(names) == 48 and weights[24:].sum() / weights.sum() == pytest.approx(0.3)
 
 
@@ -573,14 +534,14 @@ def test_side_view_share_needs_poses(workspace, toy_root, tmp_path):
         PIL.Image.new("RGB", (112, 112), (0, 0, 255)).save(tmp_path / "a" / f"{index}.png")
     encoder = FaceEncoder("toy", str(toy_root), det_size=160)
     prepare_faces(tmp_path, workspace / "aligned", encoder, image_size=16, aligned=True)
-    result = train(workspace, "no_poses", "--train_data", str(workspace / "aligned"), "--side_view_share", "0.3")
+    result = train(workspace, "no_poses", "--train-data", str(workspace / "aligned"), "--side-view-share", "0.3")
     assert result.returncode != 0 and "needs head poses, which these caches lack" in result.stderr
     assert not list((workspace / "aligned").glob("latents-*"))  # refused before anything is encoded
 
 
 def test_denoiser_follows_the_context_it_is_told():
     torch.manual_seed(0)
-    model = train_script.ConditionalDenoiser(
+    model = denoising.ConditionalDenoiser(
         UIFaceUNet2DModel(**TINY_UNET), IdentityProjector(16, 32), EmptyContext(32)
     ).eval()
     noisy, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([5, 900])
@@ -592,13 +553,13 @@ def test_denoiser_follows_the_context_it_is_told():
 @pytest.mark.parametrize(
     "options",
     [
-        ("--mixed_precision", "bf16"),
-        ("--gradient_checkpointing", "--channels_last"),
-        ("--prediction_type", "v_prediction", "--snr_gamma", "5", "--lr_scheduler", "cosine", "--max_grad_norm", "1"),
+        ("--mixed-precision", "bf16"),
+        ("--gradient-checkpointing", "--channels-last"),
+        ("--prediction-type", "v_prediction", "--snr-gamma", "5", "--lr-scheduler", "cosine", "--max-grad-norm", "1"),
     ],
 )
 def test_options_train_and_save(workspace, options):
-    result = train(workspace, "options_" + options[0].strip("-"), *options, "--max_train_steps", "2")
+    result = train(workspace, "options_" + options[0].strip("-"), *options, "--max-train-steps", "2")
     assert result.returncode == 0, result.stderr
     pipe = UIFacePipeline.from_pretrained(workspace / ("options_" + options[0].strip("-")))
     pipe.set_progress_bar_config(disable=True)
@@ -607,12 +568,12 @@ def test_options_train_and_save(workspace, options):
 
 def test_a_hundred_steps_twice_are_two_hundred(workspace):
     """Two workers, balanced identities, clipped gradients; the second half in a process of its own."""
-    options = ("--dataloader_num_workers", "2", "--balanced_sampling", "--max_grad_norm", "1")
-    options += ("--checkpointing_steps", "100", "--gradient_accumulation_steps", "2")
+    options = ("--dataloader-num-workers", "2", "--balanced-sampling", "--max-grad-norm", "1")
+    options += ("--checkpointing-steps", "100", "--gradient-accumulation-steps", "2")
     for steps in ("100", "200"):
-        result = train(workspace, "halves", *options, "--max_train_steps", steps, "--resume_from_checkpoint", "latest")
+        result = train(workspace, "halves", *options, "--max-train-steps", steps, "--resume-from-checkpoint", "latest")
         assert result.returncode == 0, result.stderr
-    result = train(workspace, "two_hundred", *options, "--max_train_steps", "200")
+    result = train(workspace, "two_hundred", *options, "--max-train-steps", "200")
     assert result.returncode == 0, result.stderr
     assert_equal_parameters(workspace / "halves", workspace / "two_hundred")
 
@@ -622,29 +583,29 @@ def test_starts_from_a_pipeline(uninterrupted, workspace):
     pipe = UIFacePipeline.from_pretrained(uninterrupted)
     own = {"guidance_scale": 1.5, "boundary_threshold": 0.01, "latest_boundary": 300, "injection_strength": 0.25}
     UIFacePipeline(**pipe.components, **own).save_pretrained(workspace / "start")
-    options = ("--init_from", str(workspace / "start"), "--vae", "", "--unet", "{}", "--max_train_steps", "2")
-    result = train(workspace, "from", *options, "--learning_rate", "0")
+    options = ("--init-from", str(workspace / "start"), "--vae", "", "--unet", "{}", "--max-train-steps", "2")
+    result = train(workspace, "from", *options, "--learning-rate", "0")
     assert result.returncode == 0, result.stderr
     assert_equal_parameters(workspace / "from", uninterrupted, "[!c]*")
     assert UIFacePipeline.from_pretrained(workspace / "from").default_sampling() == own
-    result = train(workspace, "from_other", *options, "--prediction_type", "v_prediction")
+    result = train(workspace, "from_other", *options, "--prediction-type", "v_prediction")
     assert result.returncode != 0 and "'prediction_type': 'epsilon'" in result.stderr
 
 
 def test_snapshots_and_validation_cosine(workspace, toy_root):
     """The cosine in the log is that of the pictures in the grid."""
     options = (
-        "--snapshot_steps",
+        "--snapshot-steps",
         "2",
-        "--max_train_steps",
+        "--max-train-steps",
         "4",
-        "--validation_steps",
+        "--validation-steps",
         "4",
-        "--report_to",
+        "--report-to",
         "tensorboard",
     )
-    options += ("--validation_inference_steps", "2", "--validation_seeds", "3")
-    result = train(workspace, "snapshots", *options, "--encoder_root", str(toy_root))
+    options += ("--validation-inference-steps", "2", "--validation-seeds", "3")
+    result = train(workspace, "snapshots", *options, "--encoder-root", str(toy_root))
     assert result.returncode == 0, result.stderr
     folder = workspace / "snapshots"
     assert_equal_parameters(folder / "step-0000004", folder, "[!cs]*")
@@ -654,7 +615,7 @@ def test_snapshots_and_validation_cosine(workspace, toy_root):
     # a kill between checkpoint and snapshot
     shutil.rmtree(folder / "step-0000004")
     shutil.move(folder / "validation" / "step-0000004.png", folder / "grid.png")
-    result = train(workspace, "snapshots", *options, "--resume_from_checkpoint", "latest", "--report_to", "none")
+    result = train(workspace, "snapshots", *options, "--resume-from-checkpoint", "latest", "--report-to", "none")
     assert result.returncode == 0, result.stderr
     assert_equal_parameters(folder / "step-0000004", folder, "[!cs]*")
     assert (folder / "grid.png").read_bytes() == (folder / "validation" / "step-0000004.png").read_bytes()
@@ -673,8 +634,8 @@ def test_snapshots_and_validation_cosine(workspace, toy_root):
 def test_pushes_at_checkpoints_and_survives_a_failed_upload(workspace, tmp_path):
     with HubServer(tmp_path / "hub") as hub:
         hub.fail_uploads = 1
-        options = ("--push_to_hub", "--hub_model_id", "tester/trained", "--hub_private", "--license", "mit")
-        run = command(workspace, "pushed", *options, "--max_train_steps", "8", "--checkpointing_steps", "4")
+        options = ("--push-to-hub", "--hub-model-id", "tester/trained", "--hub-private", "--license", "mit")
+        run = command(workspace, "pushed", *options, "--max-train-steps", "8", "--checkpointing-steps", "4")
         env = {**environment(), **hub.environment(tmp_path / "home")}
         result = subprocess.run(run, capture_output=True, text=True, env=env)
         assert result.returncode == 0, result.stderr
@@ -692,14 +653,14 @@ def test_reports_to_wandb(workspace, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(workspace))
-    options = ("--report_to", "wandb", "--max_train_steps", "2", "--validation_steps", "2")
-    result = train(workspace, "wandb_run", *options, "--validation_inference_steps", "2")
+    options = ("--report-to", "wandb", "--max-train-steps", "2", "--validation-steps", "2")
+    result = train(workspace, "wandb_run", *options, "--validation-inference-steps", "2")
     assert result.returncode == 0, result.stderr
     assert len(list((workspace / "wandb").glob("offline-run-*/*.wandb"))) == 1
 
 
 def test_a_time_limit_saves_and_stops(workspace):
-    result = train(workspace, "limit", "--max_train_hours", "0")
+    result = train(workspace, "limit", "--max-train-hours", "0")
     assert result.returncode == 0, result.stderr
     assert [p.name for p in (workspace / "limit").glob("checkpoint*")] == ["checkpoint-1"]
     UIFacePipeline.from_pretrained(workspace / "limit")
@@ -708,11 +669,11 @@ def test_a_time_limit_saves_and_stops(workspace):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--resume_from_checkpoint", "nowhere"), "nowhere is no checkpoint"),
+        (("--resume-from-checkpoint", "nowhere"), "nowhere is no checkpoint"),
         (("--unet", '{"block_out_channels": [32], "attention_levels": []}'), "`attention_levels` has 0 entries"),
-        (("--train_data", "nowhere"), "no cache of prepared faces"),
-        (("--train_batch_size", "64"), "24 faces do not fill 1 batch(es) of 64: lower --train_batch_size"),
-        (("--checkpointing_steps", "0"), "--checkpointing_steps: '0' is not a whole number from 1 on"),
+        (("--train-data", "nowhere"), "no cache of prepared faces"),
+        (("--train-batch-size", "64"), "24 faces do not fill 1 batch(es) of 64: lower --train-batch-size"),
+        (("--checkpointing-steps", "0"), "--checkpointing-steps: '0' is not a whole number from 1 on"),
         (("--config", "nowhere.yaml"), "--config nowhere.yaml cannot be read"),
     ],
 )
@@ -726,23 +687,23 @@ def test_two_trainings_do_not_share_a_folder(workspace):
     with FileLock(workspace / "locked" / ".lock"):
         result = train(workspace, "locked")
     assert result.returncode != 0 and "another training works in" in result.stderr
-    result = train(workspace, "locked", "--max_train_steps", "1")
+    result = train(workspace, "locked", "--max-train-steps", "1")
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "go on with --resume_from_checkpoint latest"),
-        (("--resume_from_checkpoint", "latest", "--seed", "3"), "seed: 0 then, 3 now"),
-        (("--resume_from_checkpoint", "latest", "--learning_rate", "1"), "learning_rate: 0.001 then, 1.0 now"),
-        (("--resume_from_checkpoint", "latest", "--lr_restart_steps", "7"), "lr_restart_steps: 10000 then, 7 now"),
-        (("--resume_from_checkpoint", "latest", "--lr_restart_factor", "3"), "lr_restart_factor: 2 then, 3 now"),
+        ((), "go on with --resume-from-checkpoint latest"),
+        (("--resume-from-checkpoint", "latest", "--seed", "3"), "seed: 0 then, 3 now"),
+        (("--resume-from-checkpoint", "latest", "--learning-rate", "1"), "learning_rate: 0.001 then, 1.0 now"),
+        (("--resume-from-checkpoint", "latest", "--lr-restart-steps", "7"), "lr_restart_steps: 10000 then, 7 now"),
+        (("--resume-from-checkpoint", "latest", "--lr-restart-factor", "3"), "lr_restart_factor: 2 then, 3 now"),
         (
-            ("--resume_from_checkpoint", "latest", "--lr_scheduler", "cosine"),
+            ("--resume-from-checkpoint", "latest", "--lr-scheduler", "cosine"),
             "lr_scheduler: cosine_warm_restarts then",
         ),
-        (("--resume_from_checkpoint", "latest", "--train_data", "OTHER"), "train_data: "),
+        (("--resume-from-checkpoint", "latest", "--train-data", "OTHER"), "train_data: "),
     ],
 )
 def test_an_earlier_training_is_not_overwritten(uninterrupted, workspace, toy_root, toy_photographs, options, message):

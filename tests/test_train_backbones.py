@@ -5,12 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
 from diffusers import FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel
-from test_train import Oracle, options_of, train_script, workspace  # noqa: F401
+from tiny_training import Oracle, train, write_workspace
 
 from uiface_diffusers import UIFacePipeline
-from uiface_diffusers.objectives import OBJECTIVES, FlowPrediction, new_sampler, objective_of, training_scheduler
+from uiface_diffusers.training.denoising import DenoisingLog, denoising_loss
+from uiface_diffusers.training.objectives import (
+    OBJECTIVES,
+    FlowPrediction,
+    new_sampler,
+    objective_of,
+    training_scheduler,
+)
 
 SMALL = {
     "num_attention_heads": 2,
@@ -22,24 +28,25 @@ SMALL = {
 PIXART = ("--denoiser", "pixart", "--unet", "{}", "--transformer", json.dumps(SMALL))
 
 
-def train(workspace, output: str, *options: str):  # noqa: F811
-    return run_script(train_script.main, options_of(workspace, output, *options))
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, toy_root, toy_photographs):
+    return write_workspace(tmp_path_factory.mktemp("train"), toy_root, toy_photographs)
 
 
 @pytest.mark.parametrize("prediction", OBJECTIVES)
-def test_a_transformer_learns(workspace, prediction, monkeypatch):  # noqa: F811
+def test_a_transformer_learns(workspace, prediction, monkeypatch):
     """A hundred steps with every prediction. What is saved samples, and goes on."""
-    means, take = [], train_script.LossLog.take
+    means, take = [], DenoisingLog.take
 
     def keep(log, accelerator):
         logs, finite = take(log, accelerator)
         means.append(logs["loss"])
         return logs, finite
 
-    monkeypatch.setattr(train_script.LossLog, "take", keep)
-    steps = ("--max_train_steps", "100", "--logging_steps", "20", "--checkpointing_steps", "100")
+    monkeypatch.setattr(DenoisingLog, "take", keep)
+    steps = ("--max-train-steps", "100", "--logging-steps", "20", "--checkpointing-steps", "100")
     folder = workspace / prediction
-    result = train(workspace, prediction, *PIXART, *steps, "--prediction_type", prediction)
+    result = train(workspace, prediction, *PIXART, *steps, "--prediction-type", prediction)
     assert result.returncode == 0, result.stderr
     assert len(means) == 5 and means[-1] < 0.8 * means[0]
     pipe = UIFacePipeline.from_pretrained(folder)
@@ -49,7 +56,7 @@ def test_a_transformer_learns(workspace, prediction, monkeypatch):  # noqa: F811
     images = pipe(np.eye(16, dtype=np.float32)[:2], num_inference_steps=4, output_type="np").images
     assert images.shape == (2, 16, 16, 3) and np.isfinite(images).all()
     # goes on from there
-    more = ("--init_from", str(folder), "--prediction_type", prediction, "--max_train_steps", "1", "--unet", "{}")
+    more = ("--init-from", str(folder), "--prediction-type", prediction, "--max-train-steps", "1", "--unet", "{}")
     result = train(workspace, f"{prediction}-more", *more)
     assert result.returncode == 0, result.stderr
 
@@ -63,7 +70,7 @@ def test_a_transformer_learns(workspace, prediction, monkeypatch):  # noqa: F811
         ((*PIXART[:4], "--transformer", '{"norm_type": "ada_norm_zero"}'), "makes no network"),
     ],
 )
-def test_wrong_options_of_a_transformer_are_refused(workspace, options, message):  # noqa: F811
+def test_wrong_options_of_a_transformer_are_refused(workspace, options, message):
     result = train(workspace, "wrong", *options)
     assert result.returncode != 0 and message in result.stderr
 
@@ -82,7 +89,7 @@ def test_objective_of_flow_matching():
     for error, snr_gamma in ((0.0, None), (0.5, None), (0.5, 5.0)):
         torch.manual_seed(1)
         oracle = Oracle(lambda *args, error=error: right(*args) + error)
-        loss = train_script.denoising_loss(oracle, scheduler, latents, embeds, 0.2, snr_gamma)
+        loss = denoising_loss(oracle, scheduler, latents, embeds, 0.2, snr_gamma)
         times = oracle.asked["timesteps"]
         assert times.min() >= 1 and times.max() <= 1000 and (times - 1 == loss.timesteps).all()
         level = times / 1000

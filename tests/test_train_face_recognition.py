@@ -19,8 +19,9 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from conftest import REPOSITORY
 from hub_server import HubServer
+from records import RecordWriter, image_record
 from safetensors.torch import load_file
-from test_sources import RecordWriter, image_record
+from toy_faces import IDENTITIES, SIZE, toy_face, write_benchmark, write_faces
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
@@ -29,32 +30,15 @@ from uiface_diffusers.data import FaceCache, labeled_faces, prepare_faces
 from uiface_diffusers.data.image_folder import ImageRow, pack_shard, write_metadata
 from uiface_diffusers.data.labeled_faces import LabeledFaces, check_faces
 from uiface_diffusers.evaluation import load_recognizer, verify_benchmarks
+from uiface_diffusers.evaluation.recognizers import ModelRecognizer
 from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.training.datasets import Augmentation
+from uiface_diffusers.training.order import NumberedBatches
+from uiface_diffusers.training.schedules import make_lr_scheduler, multi_step
 
 SCRIPT = REPOSITORY / "training" / "train_face_recognition.py"
 sys.path.insert(0, str(SCRIPT.parent))
 import train_face_recognition as script  # noqa: E402
-
-IDENTITIES, IMAGES, SIZE = 8, 12, 32
-
-
-def toy_face(identity: int, index: int, size: int = SIZE) -> PIL.Image.Image:
-    """A coarse pattern of the identity's colors, shifted, dimmed, with noise."""
-    pattern = np.random.default_rng(identity).integers(40, 216, (5, 5, 3), dtype=np.uint8)
-    generator = np.random.default_rng((identity, index))
-    face = PIL.Image.fromarray(pattern).resize((size + 8, size + 8), PIL.Image.Resampling.BICUBIC)
-    x, y = (int(value) for value in generator.integers(0, 8, 2))
-    face = np.asarray(face.crop((x, y, x + size, y + size)), np.float32) * generator.uniform(0.6, 1.1)
-    return PIL.Image.fromarray((face + generator.normal(0, 10, face.shape)).clip(0, 255).astype(np.uint8))
-
-
-def write_faces(root: Path, identities: int = IDENTITIES, images: int = IMAGES, size: int = SIZE) -> Path:
-    for identity in range(identities):
-        folder = root / f"person_{identity}"
-        folder.mkdir(parents=True)
-        for index in range(images):
-            toy_face(identity, index, size).save(folder / f"{index:04d}.png")
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +59,7 @@ def workspace(tmp_path_factory) -> Path:
 
 
 def options_of(workspace: Path, output: str, *options: str) -> list[str]:
-    return ["--config", str(workspace / "recipe.yaml"), "--output_dir", str(workspace / output), *options]
+    return ["--config", str(workspace / "recipe.yaml"), "--output-dir", str(workspace / output), *options]
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +103,9 @@ def test_saves_a_recognizer_for_the_auto_classes(uninterrupted):
     assert isinstance(model, IResNetModel) and not any(info.values())
     faces = [np.asarray(toy_face(0, index)) for index in range(3)]
     inputs = AutoImageProcessor.from_pretrained(uninterrupted)(faces, return_tensors="pt")
-    assert np.allclose(model(**inputs).embeddings.detach(), model.embed_faces(np.stack(faces)), atol=1e-5)
+    assert np.allclose(
+        model(**inputs).embeddings.detach(), load_recognizer(uninterrupted, device="cpu")(np.stack(faces)), atol=1e-5
+    )
     # the head's weights are in the checkpoints only
     saved = load_file(uninterrupted / "model.safetensors")
     assert saved.keys() == model.state_dict().keys()
@@ -135,14 +121,14 @@ def test_learns_to_tell_people_apart(workspace):
 
     def separation(model: IResNetModel) -> float:
         faces = np.stack([np.asarray(toy_face(i, 100 + j)) for i in range(IDENTITIES) for j in range(4)])
-        embeddings = model.embed_faces(faces)
+        embeddings = ModelRecognizer(model, script.image_processor(model), "toy")(faces)
         embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
         same = np.kron(np.eye(IDENTITIES), np.ones((4, 4))).astype(bool)
         pairs = np.triu(np.ones_like(same), 1)
         cosines = embeddings @ embeddings.T
         return float((cosines[same & pairs][:, None] > cosines[~same & pairs]).mean())
 
-    options = ("--train_batch_size", "32", "--max_train_steps", "80", "--lr_milestones", "20")
+    options = ("--train-batch-size", "32", "--max-train-steps", "80", "--lr-milestones", "20")
     trained = separation(AutoModel.from_pretrained(train(workspace, "learned", *options)))
     torch.manual_seed(0)
     fresh = separation(IResNetModel(IResNetConfig(layers=18, width=4, embedding_dim=16, image_size=SIZE)))
@@ -150,11 +136,11 @@ def test_learns_to_tell_people_apart(workspace):
 
 
 def test_sigkill_and_resume_gives_the_same_parameters(uninterrupted, workspace):
-    """With two workers, killed at a random step; an uninterrupted run without workers has the same weights."""
-    options = ("--dataloader_num_workers", "2")
+    """With two workers, killed between two checkpoints; an uninterrupted run without workers has the same weights."""
+    options = ("--dataloader-num-workers", "2")
     command = [sys.executable, str(SCRIPT), *options_of(workspace, "killed", *options)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "TQDM_MININTERVAL": "0"})
-    kill_at = int(np.random.default_rng().integers(8, 30))
+    kill_at = 17
     seen = b""
     while f"| {kill_at}/36".encode() not in seen and process.poll() is None:
         seen += process.stderr.read1()
@@ -163,7 +149,7 @@ def test_sigkill_and_resume_gives_the_same_parameters(uninterrupted, workspace):
     assert process.returncode == -signal.SIGKILL, seen.decode()
     folder = workspace / "killed"
     assert list(folder.glob("checkpoint-*")) and not (folder / "config.json").exists()
-    train(workspace, "killed", *options, "--resume_from_checkpoint", "latest")
+    train(workspace, "killed", *options, "--resume-from-checkpoint", "latest")
     ours, theirs = last_checkpoint(folder), last_checkpoint(uninterrupted)
     assert ours.keys() == theirs.keys() and len(ours) > 100
     assert [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])] == []
@@ -176,7 +162,7 @@ def test_the_last_epoch_is_known_after_a_resume(uninterrupted, workspace):
     shutil.copytree(uninterrupted, folder)
     for step in (36, 35):
         (folder / "train_results.json").unlink()
-        train(workspace, "ended", "--resume_from_checkpoint", str(folder / f"checkpoint-{step}"))
+        train(workspace, "ended", "--resume-from-checkpoint", str(folder / f"checkpoint-{step}"))
         results = json.loads((folder / "train_results.json").read_text())
         assert results == pytest.approx(expected, rel=1e-5), step
         shutil.rmtree(folder / "checkpoint-36")
@@ -185,13 +171,13 @@ def test_the_last_epoch_is_known_after_a_resume(uninterrupted, workspace):
 def test_two_processes_train_as_two_batches(workspace):
     """The same faces, augmented the same way, in two processes or one after the other: equal steps up to rounding.
     Batch norm's running statistics differ: the main process has seen half of the faces."""
-    options = ("--train_batch_size", "4", "--max_train_steps", "3")
+    options = ("--train-batch-size", "4", "--max-train-steps", "3")
     options += ("--recognizer", f'{{"layers": 18, "width": 4, "embedding_dim": 16, "image_size": {SIZE}}}')
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     result = train_elsewhere(workspace, "two", *options, launch=launch)
     assert result.stderr.count("recognizer saved") == 1 and result.stderr.count("96 checked") == 1
     two = last_checkpoint(workspace / "two")
-    one = last_checkpoint(train(workspace, "one", *options, "--gradient_accumulation_steps", "2"))
+    one = last_checkpoint(train(workspace, "one", *options, "--gradient-accumulation-steps", "2"))
     torch.manual_seed(0)
     fresh = IResNetModel(IResNetConfig(layers=18, width=4, embedding_dim=16, image_size=SIZE))
     for name, parameter in fresh.named_parameters():
@@ -203,35 +189,35 @@ def test_two_processes_train_as_two_batches(workspace):
     assert results[0] == pytest.approx(results[1], rel=1e-3)
     # the sums of both are in the checkpoint, and counted once
     (workspace / "two" / "train_results.json").unlink()
-    train_elsewhere(workspace, "two", *options, "--resume_from_checkpoint", "latest", launch=launch)
+    train_elsewhere(workspace, "two", *options, "--resume-from-checkpoint", "latest", launch=launch)
     assert json.loads((workspace / "two" / "train_results.json").read_text()) == pytest.approx(results[1], rel=1e-5)
 
 
 def test_options_train_and_save(workspace):
-    options = ("--mixed_precision", "bf16", "--channels_last", "--head", "adaface", "--max_grad_norm", "5")
-    options += ("--lr_warmup_steps", "2", "--max_train_steps", "2", "--checked_faces", "10")
+    options = ("--mixed-precision", "bf16", "--channels-last", "--head", "adaface", "--max-grad-norm", "5")
+    options += ("--lr-warmup-steps", "2", "--max-train-steps", "2", "--checked-faces", "10")
     folder = train(workspace, "options", *options)
     assert all(tensor.isfinite().all() for tensor in last_checkpoint(folder).values())
     assert "head.deviation" in last_checkpoint(folder)
     AutoModel.from_pretrained(folder)
-    stopped = train(workspace, "stopped", "--max_train_hours", "0", "--head", "cosface", "--lr_scheduler", "cosine")
+    stopped = train(workspace, "stopped", "--max-train-hours", "0", "--head", "cosface", "--lr-scheduler", "cosine")
     assert [path.name for path in stopped.glob("checkpoint*")] == ["checkpoint-1"]
     with pytest.raises(ValueError, match="train_batch_size: 8 then, 16 now"):
-        train(workspace, "stopped", "--train_batch_size", "16", "--resume_from_checkpoint", "latest")
+        train(workspace, "stopped", "--train-batch-size", "16", "--resume-from-checkpoint", "latest")
     # what the optimizer's saved state would overrule without a word
     with pytest.raises(ValueError, match=r"head: cosface then, adaface now; learning_rate: 0.1 then, 0.01 now"):
-        changed = ("--head", "adaface", "--learning_rate", "0.01")
-        train(workspace, "stopped", *changed, "--resume_from_checkpoint", "latest")
+        changed = ("--head", "adaface", "--learning-rate", "0.01")
+        train(workspace, "stopped", *changed, "--resume-from-checkpoint", "latest")
     with pytest.raises(ValueError, match="lr_warmup_steps: 0 then, 5 now"):
-        changed = ("--head", "cosface", "--lr_scheduler", "cosine", "--lr_warmup_steps", "5")
-        train(workspace, "stopped", *changed, "--resume_from_checkpoint", "latest")
+        changed = ("--head", "cosface", "--lr-scheduler", "cosine", "--lr-warmup-steps", "5")
+        train(workspace, "stopped", *changed, "--resume-from-checkpoint", "latest")
 
 
 def test_a_resume_with_other_pictures_of_the_same_names_is_refused(workspace):
     data = workspace / "own_faces"
     shutil.copytree(workspace / "faces", data)
-    train(workspace, "pictures", "--train_data", str(data), "--max_train_steps", "1")
-    resume = ("--resume_from_checkpoint", "latest", "--max_train_steps", "2", "--train_data")
+    train(workspace, "pictures", "--train-data", str(data), "--max-train-steps", "1")
+    resume = ("--resume-from-checkpoint", "latest", "--max-train-steps", "2", "--train-data")
     # a moved folder is the same
     train(workspace, "pictures", *resume, str(data.rename(workspace / "moved_faces")))
     picture = min((workspace / "moved_faces").glob("*/*.png"))
@@ -243,34 +229,23 @@ def test_a_resume_with_other_pictures_of_the_same_names_is_refused(workspace):
 def test_a_schedule_that_is_bent_by_more_steps_is_warned_of(workspace, caplog):
     """The learning rate of cosine and linear depends on the last step; that of the others does not."""
     for schedule in ("linear", "multi_step"):
-        folder, options = f"bent_{schedule}", ("--lr_scheduler", schedule)
-        train(workspace, folder, *options, "--max_train_steps", "1")
+        folder, options = f"bent_{schedule}", ("--lr-scheduler", schedule)
+        train(workspace, folder, *options, "--max-train-steps", "1")
         caplog.clear()
-        train(workspace, folder, *options, "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
+        train(workspace, folder, *options, "--max-train-steps", "2", "--resume-from-checkpoint", "latest")
         assert ("max_train_steps: 1 then, 2 now" in caplog.text) == (schedule == "linear")
     caplog.clear()
     train(
         workspace,
         "bent_linear",
-        "--lr_scheduler",
+        "--lr-scheduler",
         "linear",
-        "--max_train_steps",
+        "--max-train-steps",
         "2",
-        "--resume_from_checkpoint",
+        "--resume-from-checkpoint",
         "latest",
     )
     assert "max_train_steps" not in caplog.text
-
-
-def write_benchmark(path: Path, pairs: int = 20) -> None:
-    """Pairs of one person and of two in turn, as InsightFace's `.bin`."""
-    images = []
-    for i in range(pairs):
-        for identity, index in ((i % 5, i), ((i % 5 + i % 2), i + 100)):
-            buffer = io.BytesIO()
-            toy_face(identity, index, 112).save(buffer, "png")
-            images.append(buffer.getvalue())
-    path.write_bytes(pickle.dumps((images, [i % 2 == 0 for i in range(pairs)])))
 
 
 def test_benchmarks_and_log(workspace, tmp_path):
@@ -280,8 +255,8 @@ def test_benchmarks_and_log(workspace, tmp_path):
     for name, pairs in (("lfw", 20), ("calfw", 30)):
         write_benchmark(bins / f"{name}.bin", pairs)
     data = write_faces(tmp_path / "faces", identities=2, images=2, size=112)
-    options = ("--train_data", str(data), "--train_batch_size", "4", "--max_train_steps", "3", "--logging_steps", "1")
-    options += ("--report_to", "tensorboard", "--benchmarks", str(bins), "--validation_steps", "2")
+    options = ("--train-data", str(data), "--train-batch-size", "4", "--max-train-steps", "3", "--logging-steps", "1")
+    options += ("--report-to", "tensorboard", "--benchmarks", str(bins), "--validation-steps", "2")
     options += ("--recognizer", '{"layers": 18, "width": 4, "embedding_dim": 16}')
     folder = train(workspace, "benchmarks", *options)
     results = verify_benchmarks(load_recognizer(folder), bins)
@@ -299,7 +274,7 @@ def test_benchmarks_and_log(workspace, tmp_path):
     # a kill between the last checkpoint and its validation
     accuracies = json.loads((folder / "accuracies.json").read_text())
     (folder / "accuracies.json").write_text(json.dumps({"2": accuracies["2"]}))
-    train(workspace, "benchmarks", *options, "--resume_from_checkpoint", "latest")
+    train(workspace, "benchmarks", *options, "--resume-from-checkpoint", "latest")
     assert json.loads((folder / "accuracies.json").read_text()) == accuracies
     with pytest.raises(ValueError, match="benchmarks have faces of 112 pixels, the recognizer takes 32"):
         train(workspace, "small", "--benchmarks", str(bins))
@@ -318,7 +293,7 @@ def test_benchmarks_and_log(workspace, tmp_path):
 def test_what_was_learned_is_said(workspace, caplog):
     """Loss and accuracy of the last epoch's 12 steps, whatever is logged and saved in between; and a recipe by which
     nothing is learned is no silent result."""
-    options = ("--logging_steps", "1", "--report_to", "tensorboard", "--learning_rate", "0.02", "--margin", "0")
+    options = ("--logging-steps", "1", "--report-to", "tensorboard", "--learning-rate", "0.02", "--margin", "0")
     folder = train(workspace, "learned_is_said", *options)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -331,10 +306,10 @@ def test_what_was_learned_is_said(workspace, caplog):
         assert results[name] == pytest.approx(sum(steps) / 12, rel=1e-5)
     assert results["accuracy"] > 0.05 and "hardly any" not in caplog.text
 
-    train(workspace, "unlearned", "--learning_rate", "1e-9")
-    assert "hardly any of its 8 identities apart" in caplog.text and "--max_grad_norm" in caplog.text
+    train(workspace, "unlearned", "--learning-rate", "1e-9")
+    assert "hardly any of its 8 identities apart" in caplog.text and "--max-grad-norm" in caplog.text
     # a run that is stopped before its end has no result
-    stopped = train(workspace, "early", "--learning_rate", "1e-9", "--max_train_hours", "0")
+    stopped = train(workspace, "early", "--learning-rate", "1e-9", "--max-train-hours", "0")
     assert not (stopped / "train_results.json").exists()
 
 
@@ -342,7 +317,7 @@ def test_a_loss_that_is_not_finite_is_never_saved(workspace):
     """Whatever the precision: batch norm's averages would keep it."""
     for precision in ("no", "bf16"):
         folder = f"diverged_{precision}"
-        options = ("--learning_rate", "1e30", "--mixed_precision", precision, "--checkpointing_steps", "1")
+        options = ("--learning-rate", "1e30", "--mixed-precision", precision, "--checkpointing-steps", "1")
         with pytest.raises(RuntimeError, match="the loss is not finite at step"):
             train(workspace, folder, *options)
         for checkpoint in (workspace / folder).glob("checkpoint-*"):
@@ -365,8 +340,8 @@ def test_caches_of_photographs_are_trained_on(workspace, toy_root, toy_photograp
 def test_pushes_and_survives_a_failed_upload(workspace, tmp_path):
     with HubServer(tmp_path / "hub") as hub:
         hub.fail_uploads = 1
-        options = ("--push_to_hub", "--hub_model_id", "tester/recognizer", "--hub_private", "--license", "mit")
-        options += ("--max_train_steps", "2", "--checkpointing_steps", "1")
+        options = ("--push-to-hub", "--hub-model-id", "tester/recognizer", "--hub-private", "--license", "mit")
+        options += ("--max-train-steps", "2", "--checkpointing-steps", "1")
         result = train_elsewhere(workspace, "pushed", *options, **hub.environment(tmp_path / "home"))
         assert "tester/recognizer was not pushed to the Hub; the training goes on." in result.stderr
         files = hub.files("tester/recognizer")
@@ -380,13 +355,13 @@ def test_pushes_and_survives_a_failed_upload(workspace, tmp_path):
 
 def test_recipe_is_the_papers():
     recipe = REPOSITORY / "training" / "configs" / "fr_ir50_arcface.yaml"
-    args = script.parse_args(["--config", str(recipe), "--train_data", "data", "--output_dir", "out"])
+    args = script.parse_args(["--config", str(recipe), "--train-data", "data", "--output-dir", "out"])
     assert (args.recognizer, args.head, args.margin, args.scale) == ({"layers": 50}, "arcface", 0.5, 64)
     assert (args.epochs, args.train_batch_size, args.learning_rate) == (40, 512, 0.1)
     assert (args.momentum, args.weight_decay) == (0.9, 5e-4)
     assert (args.flip_probability, args.crop_probability, args.crop_scale) == (0.5, 0.2, [0.2, 1.0])
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-    schedule = script.make_schedule(args, optimizer, batches_per_epoch=10)
+    schedule = make_lr_scheduler(args, optimizer, batches_per_epoch=10)
     rates = []
     for _ in range(400):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -397,16 +372,16 @@ def test_recipe_is_the_papers():
 
 
 def test_warm_up_and_accumulation():
-    factors = [script.multi_step(step, [6], 0.1, warmup_steps=4) for step in range(8)]
+    factors = [multi_step(step, [6], 0.1, warmup_steps=4) for step in range(8)]
     assert np.allclose(factors, [0.25, 0.5, 0.75, 1, 1, 1, 0.1, 0.1])
-    argv = ["--train_data", "x", "--output_dir", "y", "--lr_milestones", "3", "--gradient_accumulation_steps", "2"]
-    args = script.parse_args([*argv, "--learning_rate", "1"])
-    schedule = script.make_schedule(args, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), 5)
+    argv = ["--train-data", "x", "--output-dir", "y", "--lr-milestones", "3", "--gradient-accumulation-steps", "2"]
+    args = script.parse_args([*argv, "--learning-rate", "1"])
+    schedule = make_lr_scheduler(args, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), 5)
     assert [schedule.lr_lambdas[0](step) for step in (6, 7)] == [1, 0.1]  # 15 batches are 7 steps and a half
 
 
 def test_augmentation_depends_on_its_number_alone():
-    augment = script.Augmentation(0, SIZE, flip_probability=0.5, crop_probability=0.2, crop_scale=(0.2, 1.0))
+    augment = Augmentation(0, SIZE, flip_probability=0.5, crop_probability=0.2, crop_scale=(0.2, 1.0))
     face = torch.tensor(np.asarray(toy_face(0, 0))).permute(2, 0, 1)
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
@@ -419,7 +394,7 @@ def test_augmentation_depends_on_its_number_alone():
         kinds[kind] += 1
     # flipped or not 0.4 each, cropped 0.2: four standard deviations
     assert abs(kinds["same"] - 400) < 62 and abs(kinds["flipped"] - 400) < 62 and abs(kinds["crop"] - 200) < 51
-    other = script.Augmentation(1, SIZE, 0.5, 0.2, (0.2, 1.0))
+    other = Augmentation(1, SIZE, 0.5, 0.2, (0.2, 1.0))
     assert sum(torch.equal(a, other(face, number)) for number, a in enumerate(first[:100])) < 60
     # a crop keeps at least a fifth of the area: a gradient's range shrinks to no less
     ramp = torch.arange(SIZE).mul(8).byte().expand(3, SIZE, SIZE)
@@ -432,8 +407,7 @@ def test_faces_are_numbered_alike_for_any_number_of_processes():
     def numbers(world_size: int, batch_size: int, steps: int, start: int = 0) -> dict[int, int]:
         numbered = {}
         for rank in range(world_size):
-            sampler = script.EndlessBatchSampler(40, batch_size, 0, rank, world_size, start=start)
-            batches = iter(script.NumberedBatches(sampler))
+            batches = iter(NumberedBatches(40, batch_size, 0, rank, world_size, start=start))
             numbered |= {number: index for _ in range(steps) for index, number in next(batches)}
         return numbered
 
@@ -528,7 +502,7 @@ def test_hostile_data_is_named(workspace, tmp_path):
     PIL.Image.new("RGB", (SIZE, SIZE)).save(data / "person_2" / "0000.png")
     PIL.Image.new("RGB", (SIZE, SIZE), (255, 0, 0)).save(data / "person_2" / "0001.png")
     with pytest.raises(ValueError) as error:
-        train(workspace, "hostile", "--train_data", str(data))
+        train(workspace, "hostile", "--train-data", str(data))
     message = str(error.value)
     assert "6 of 12 faces cannot be trained on" in message
     assert f"3 unreadable, as {data}: person_1/0000.png" in message
@@ -549,7 +523,7 @@ def test_too_few_people_and_single_faces(tmp_path, caplog, workspace):
     assert check_faces(LabeledFaces([data], SIZE))["single"] == 1
     assert LabeledFaces([data], SIZE, min_images=2).num_identities == 2
     with caplog.at_level("INFO"):
-        train(workspace, "single", "--train_data", str(data), "--max_train_steps", "1")
+        train(workspace, "single", "--train-data", str(data), "--max-train-steps", "1")
     assert "1 of 3 identities have a single face" in caplog.text
     with pytest.raises(ValueError, match="4 faces of one identity, two are needed"):
         LabeledFaces([write_faces(tmp_path / "alone", identities=1, images=4)], SIZE)
@@ -572,7 +546,7 @@ def test_unfinished_generation_is_refused(forms, tmp_path):
     ("options", "message"),
     [
         (("--recognizer", '{"layer": 18}'), "--recognizer has unknown options: layer"),
-        (("--train_batch_size", "1"), "--train_batch_size has to be 2 at least"),
+        (("--train-batch-size", "1"), "--train-batch-size has to be 2 at least"),
         (("--epochs", "0"), "--epochs: '0' is not a whole number from 1 on"),
         (("--head", "softmax"), "argument --head"),
     ],

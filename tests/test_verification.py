@@ -21,8 +21,9 @@ from uiface_diffusers.evaluation import (
     verification_table,
     verify_benchmarks,
 )
+from uiface_diffusers.evaluation.recognizers import ModelRecognizer
 from uiface_diffusers.evaluation.verification import fold_accuracies, roc, true_accept_interval, true_accept_rate
-from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.faces import FaceEncoder, unit_embeddings
 
 
 def test_equal_error_rate_by_brute_force():
@@ -213,6 +214,18 @@ def benchmarks(tmp_path):
     return tmp_path / "benchmarks"
 
 
+class Embedder:
+    """A function of faces as a recognizer."""
+
+    name, fingerprint = "noise", "0" * 12
+
+    def __init__(self, function, image_size=112):
+        self.function, self.image_size = function, image_size
+
+    def __call__(self, faces):
+        return self.function(faces)
+
+
 def features_of(face: np.ndarray) -> np.ndarray:
     """Not the same of the mirror image, and not linear."""
     return (face.astype(np.float64).reshape(8, 14, 8, 14, 3).mean(axis=(1, 3)).reshape(-1) / 50) ** 3
@@ -226,7 +239,7 @@ def test_benchmarks_are_verified_by_face_and_mirror_image(benchmarks):
         seen.extend(face.tobytes() for face in faces)
         return np.stack([features_of(face) for face in faces]).astype(np.float32)
 
-    results = verify_benchmarks(embed, benchmarks)
+    results = verify_benchmarks(Embedder(embed), benchmarks)
     assert list(results) == ["a", "b"]
     images, same = pickle.loads((benchmarks / "a.bin").read_bytes())
     faces = [np.asarray(PIL.Image.open(io.BytesIO(image))) for image in images]
@@ -236,16 +249,16 @@ def test_benchmarks_are_verified_by_face_and_mirror_image(benchmarks):
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     assert np.allclose(results["a"].genuine, (unit[::2] * unit[1::2]).sum(axis=1)[same], atol=1e-6)
     assert len(set(seen)) == len(seen)  # a picture of several pairs is embedded once
-    (alone,) = verify_benchmarks(embed, benchmarks / "b.bin").values()
+    (alone,) = verify_benchmarks(Embedder(embed), benchmarks / "b.bin").values()
     assert alone.to_dict() == results["b"].to_dict()
 
 
 def test_all_benchmarks_are_read_before_the_first_is_measured(benchmarks):
     (benchmarks / "z.bin").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="z.bin cannot be read"):
-        verify_benchmarks(lambda faces: pytest.fail("measured"), benchmarks)
+        verify_benchmarks(Embedder(lambda faces: pytest.fail("measured")), benchmarks)
     with pytest.raises(ValueError, match="has no .bin files"):
-        verify_benchmarks(lambda faces: pytest.fail("measured"), benchmarks.parent)
+        verify_benchmarks(Embedder(lambda faces: pytest.fail("measured")), benchmarks.parent)
 
 
 def test_the_table_leaves_out_what_so_few_pairs_cannot_tell():
@@ -268,6 +281,34 @@ def test_packs_give_features_that_are_not_normalized(toy_root):
     assert np.allclose(features / lengths, encoder.embed_aligned(list(faces)), atol=1e-6)
     with pytest.raises(ValueError, match="`absent`"):
         load_recognizer("absent", toy_root)
+
+
+def test_faces_have_the_size_that_the_recognizer_takes(benchmarks):
+    sizes = set()
+
+    def embed(faces):
+        sizes.add(faces.shape[1:])
+        return faces[:, ::8, ::8].reshape(len(faces), -1).astype(np.float32)
+
+    verify_benchmarks(Embedder(embed, 64), benchmarks / "a.bin")
+    assert sizes == {(64, 64, 3)}
+
+
+def test_recognizers_of_both_kinds_say_what_they_are(toy_root):
+    """The protocol's name, fingerprint and image size; other weights, another fingerprint."""
+    pack, model = FaceEncoder("toy", str(toy_root)), ToyModel(ToyConfig())
+    processor = ViTImageProcessor(size={"height": 112, "width": 112})
+    ours = ModelRecognizer(model, processor, "ours")
+    for recognizer in (pack, ours):
+        assert recognizer.image_size == 112 and len(recognizer.fingerprint) == 12
+        faces = np.random.default_rng(0).integers(0, 256, (3, 112, 112, 3), np.uint8)
+        features = recognizer(faces)
+        assert features.dtype == np.float32 and np.array_equal(features, recognizer(list(faces)))
+        unit = unit_embeddings(recognizer, faces, batch_size=2)
+        assert np.allclose(unit, features / np.linalg.norm(features, axis=1, keepdims=True), atol=1e-6)
+    before = ours.fingerprint
+    model.linear.bias.data += 1
+    assert (pack.name, ours.name) == ("toy", "ours") and ours.fingerprint != before
 
 
 class ToyConfig(PretrainedConfig):

@@ -19,14 +19,13 @@ from pathlib import Path
 
 import torch
 
+from uiface_cli.options import expand_home, json_object, real, whole
 from uiface_diffusers import IdentityBank, UIFacePipeline, sample_identities
 from uiface_diffusers.encoders import check_same_encoder, projector_mark
 from uiface_diffusers.evaluation.people import People
 from uiface_diffusers.files import write_json
-from uiface_diffusers.hub import IDENTITIES
-from uiface_diffusers.identities import keep_distinct, largest_cosines
-from uiface_diffusers.options import expand_home, json_object, real, whole
-from uiface_diffusers.training_utils import run_script
+from uiface_diffusers.identities import IDENTITIES, keep_distinct, largest_cosines
+from uiface_diffusers.training.options import run_script
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

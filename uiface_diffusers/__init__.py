@@ -6,7 +6,7 @@ only in modules that are already imported. The face recognizer registers with tr
 
 from .checkpoints import default_checkpoint
 from .convert_original import convert_original_state_dict
-from .generation import generate_dataset
+from .generation import generate_dataset, make_identities
 from .identities import IdentityBank, sample_identities
 from .models import (
     EmptyContext,
@@ -33,5 +33,6 @@ __all__ = [
     "convert_original_state_dict",
     "default_checkpoint",
     "generate_dataset",
+    "make_identities",
     "sample_identities",
 ]

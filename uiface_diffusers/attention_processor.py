@@ -92,6 +92,20 @@ class UIFaceAttnProcessor:
     def __init__(self, name: str = "", replaced: AttnProcessor | AttnProcessor2_0 | None = None):
         self.name, self.replaced = name, replaced or AttnProcessor2_0()
 
+    def _query_key_value(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        context: torch.Tensor,
+        row_plan: RowPlan,
+        injection_strength: float,
+        recorder: AttentionMapRecorder | None,
+        state: AttentionState,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What each row attends with and to, `(rows, heads, positions or tokens, dim)`: from hidden states
+        `(rows, positions, channels)` and a context `(rows, tokens, channels)`."""
+        raise NotImplementedError
+
     def __call__(
         self,
         attn: Attention,
@@ -148,10 +162,19 @@ def _key(attn: Attention, context: torch.Tensor) -> torch.Tensor:
 class SelfInjectionAttnProcessor(UIFaceAttnProcessor):
     """Self-attention in which the identity rows attend as their empty rows do: softmax(Q_e K_e^T) V (sec. 3.4).
 
-    Their own queries and keys are not computed, no attention map is materialized.
+    Their own queries and keys are not computed, and no attention map is materialized.
     """
 
-    def _query_key_value(self, attn, hidden_states, context, row_plan, injection_strength, recorder, state):
+    def _query_key_value(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        context: torch.Tensor,
+        row_plan: RowPlan,
+        injection_strength: float,
+        recorder: AttentionMapRecorder | None,
+        state: AttentionState,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         value = _heads(attn, attn.to_v(context))
         if not row_plan.self_injection:
             return _query(attn, hidden_states), _key(attn, context), value
@@ -179,16 +202,27 @@ class CrossInjectionAttnProcessor(UIFaceAttnProcessor):
         with torch.autocast(key.device.type, enabled=False):
             return key, value, key_covariance(key) if with_covariance else None
 
-    def _query_key_value(self, attn, hidden_states, context, row_plan, injection_strength, recorder, state):
+    def _query_key_value(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        context: torch.Tensor,
+        row_plan: RowPlan,
+        injection_strength: float,
+        recorder: AttentionMapRecorder | None,
+        state: AttentionState,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         query, injects = _query(attn, hidden_states), row_plan.cross_injection
         if state.contexts is None:
             key, value, covariance = self.encode_contexts(attn, context, injects)
         else:
-            key, value = (each[row_plan.contexts] for each in state.contexts[:2])
-            covariance = state.contexts[2][row_plan.contexts] if injects else None
+            keys, values, covariances = state.contexts
+            key, value = keys[row_plan.contexts], values[row_plan.contexts]
+            covariance = covariances[row_plan.contexts] if injects and covariances is not None else None
         if recorder is not None and row_plan.recorded is not None:
             recorder.record(query[row_plan.recorded], key[row_plan.recorded], attn.scale)
         if injects:
+            assert covariance is not None, "the contexts were encoded without covariances"
             with torch.autocast(query.device.type, enabled=False):
                 std = logit_std(query, covariance)
                 empty_std = state.kept if row_plan.reuses_empty else std[: len(row_plan.empty)]
@@ -216,7 +250,7 @@ def two_stage_processors(unet: AttentionMixin) -> dict[str, UIFaceAttnProcessor]
             which may compute something else; or it has projections of its own for the context (`added_kv_proj_dim`) or
             a spatial norm, which the method does not define.
     """
-    processors = {}
+    processors: dict[str, UIFaceAttnProcessor] = {}
     # names inside a compiled module, as `set_attn_processor` sees them
     for name, module in unwrapped(unet).named_modules():
         if not hasattr(module, "get_processor"):
@@ -273,24 +307,24 @@ def installed_processors(unet: AttentionMixin) -> Iterator[None]:
     Raises:
         ValueError: see `two_stage_processors`.
     """
-    unet = unwrapped(unet)
+    model = unwrapped(unet)
     with _lock:
-        calls, installed = _installed.get(unet, (0, {}))
-        for name, processor in two_stage_processors(unet).items():
-            module = unet.get_submodule(name.removesuffix(".processor"))
+        calls, installed = _installed.get(model, (0, {}))
+        for name, processor in two_stage_processors(model).items():
+            module = model.get_submodule(name.removesuffix(".processor"))
             if not isinstance(module.get_processor(), UIFaceAttnProcessor):
                 module.set_processor(processor)
                 installed[name] = processor
-        _installed[unet] = (calls + 1, installed)
+        _installed[model] = (calls + 1, installed)
     try:
         yield
     finally:
         with _lock:
-            calls, installed = _installed.pop(unet)
+            calls, installed = _installed.pop(model)
             if calls > 1:
-                _installed[unet] = (calls - 1, installed)
+                _installed[model] = (calls - 1, installed)
             else:
                 for name, processor in installed.items():
-                    module = unet.get_submodule(name.removesuffix(".processor"))
+                    module = model.get_submodule(name.removesuffix(".processor"))
                     if module.get_processor() is processor:
                         module.set_processor(processor.replaced)

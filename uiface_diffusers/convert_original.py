@@ -44,7 +44,8 @@ def original_unet_config(model_config: Mapping[str, Any]) -> dict[str, Any]:
     """`UIFaceUNet2DModel`'s configuration from the reference's own options (`sample_size` is not among them).
 
     Args:
-        model_config: the reference's option names, as `initial_channels`, `channel_multipliers`, `is_attention`.
+        model_config: by the reference's option names, such as `initial_channels`, `channel_multipliers` or
+            `is_attention`.
 
     Raises:
         ValueError: an option has a value that the reference's identity-conditioned UNet does not have.
@@ -106,22 +107,24 @@ def _module_names(unet: UIFaceUNet2DModel) -> dict[str, str]:
             pairs[f"{old}.proj_out"] = f"{new}.to_out.0"
         names.update({f"{theirs}.{old}": f"{ours}.{new}" for old, new in pairs.items()})
 
-    def add_block(block, theirs: str, ours: str, resnet: str = "res") -> None:
-        add_resnet(f"{theirs}.{resnet}", f"{ours}.resnet", block.resnet.conv_shortcut is not None)
-        if block.attention is not None:
+    modules = dict(unet.named_modules())
+
+    def add_block(theirs: str, ours: str, resnet: str = "res") -> None:
+        add_resnet(f"{theirs}.{resnet}", f"{ours}.resnet", f"{ours}.resnet.conv_shortcut" in modules)
+        if f"{ours}.attention" in modules:
             add_attention(f"{theirs}.attn", f"{ours}.attention")
 
     for side, sampler in (("down", "downsampler"), ("up", "upsampler")):
         position = 0
         for level, level_block in enumerate(getattr(unet, f"{side}_blocks")):
-            for index, block in enumerate(level_block.blocks):
-                add_block(block, f"{side}.{position}", f"{side}_blocks.{level}.blocks.{index}")
+            for index in range(len(level_block.blocks)):
+                add_block(f"{side}.{position}", f"{side}_blocks.{level}.blocks.{index}")
                 position += 1
             if getattr(level_block, sampler) is not None:
                 names[f"{side}.{position}.conv"] = f"{side}_blocks.{level}.{sampler}.conv"
                 position += 1
-    for index, block in enumerate(unet.mid_block.blocks):
-        add_block(block, "middle", f"mid_block.blocks.{index}", resnet=f"res{index + 1}")
+    for index in range(len(unet.mid_block.blocks)):
+        add_block("middle", f"mid_block.blocks.{index}", resnet=f"res{index + 1}")
     return names
 
 
@@ -217,7 +220,7 @@ def convert_original_state_dict(
 
 
 def convert_first_stage(state_dict: Mapping[str, torch.Tensor]) -> VQModel:
-    """Converts CompVis' VQ first stage (latent-diffusion, `VQModelInterface`), as VQ-f4.
+    """Converts CompVis' VQ first stage (latent-diffusion, `VQModelInterface`), such as VQ-f4.
 
     Args:
         state_dict: of the whole model; names start with `encoder.`, `decoder.`, `quantize.`, `quant_conv.` or
@@ -296,12 +299,12 @@ def convert_original(
 
     Args:
         unet: the denoiser's file.
-        output: the folder.
+        output: the folder to write to.
         vq_encoder, vq_decoder: CompVis' first stage in two files (encoder and `quant_conv`; decoder, `quantize` and
-            `post_quant_conv`), or twice the same file with all of it.
+            `post_quant_conv`), or the same file with all of it, twice.
         vq_model: instead of the two, folder or Hub repository of a diffusers `VQModel`. Without a first stage, the
             folder loads by `UIFacePipeline.from_pretrained(output, vae=...)`.
-        model_config: the reference's options; those of the published weights if not given.
+        model_config: the reference's options; by default, those of the published weights.
         sample_size (`int`, defaults to 32): height and width of the latents.
         identity_encoder: name of the recognizer whose embeddings the weights belong to.
 
@@ -320,11 +323,11 @@ def convert_original(
     unet_model, identity_projector, empty_context = components
     unet_model.register_to_config(sample_size=sample_size)
     identity_projector.register_to_config(identity_encoder=identity_encoder)
-    vae = None
+    vae: VQModel | None = None
     if vq_model is not None:
         vae = VQModel.from_pretrained(vq_model)
         vae.register_to_config(scaling_factor=1.0)
-    elif vq_encoder is not None:
+    elif vq_encoder is not None and vq_decoder is not None:
         vae = convert_first_stage({**load_original(vq_encoder), **load_original(vq_decoder)})
     scheduler = DDIMScheduler(**NOISE_SCHEDULE, **SAMPLER)
     pipeline = UIFacePipeline(vae, unet_model, scheduler, identity_projector, empty_context)

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import UnionType
 from typing import Any
 from uuid import uuid4
 
@@ -52,8 +53,13 @@ def complete_file(path: str | os.PathLike) -> Iterator[Path]:
 
 MAX_NAME = 255  # bytes of a name in a folder, on nearly all file systems
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-# the first bytes -> what unpacks it
-COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
+# suffix -> the first bytes, and what unpacks it
+COMPRESSED = {
+    ".gz": (b"\x1f\x8b", "gunzip"),
+    ".bz2": (b"BZh", "bunzip2"),
+    ".xz": (b"\xfd7zXZ\0", "unxz"),
+    ".zst": (b"\x28\xb5\x2f\xfd", "unzstd"),
+}
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -110,7 +116,7 @@ def why_unreadable(path: str | os.PathLike, error: object) -> str:
     # a safetensors file may start with b"\x80", too: the length of what follows
     if start.startswith((b"PK\x03\x04", b"\x80")) and start[8:9] != b"{" and path.suffix not in (".npz", ".bin"):
         return f"{path} is a zip archive or a pickle, such as torch.save writes"
-    for mark, program in COMPRESSED.items():
+    for mark, program in COMPRESSED.values():
         if start.startswith(mark) and start[8:9] != b"{":
             return f"{path} is compressed: unpack it with {program} (`{program} < {path.name} > UNPACKED`)"
     return f"{path} is damaged, cut short or of another kind: {brief(error)}"
@@ -122,59 +128,50 @@ def brief(error: object, most: int = 300) -> str:
     return line if len(line) <= most else f"{line[:most]}..."
 
 
-def paragraph(error: object, most: int = 10) -> str:
-    """An error's text for the command line: without empty lines, and at most so many of the others."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    more = [f"  ... and {len(lines) - most} more lines"] if len(lines) > most else []
-    return "\n".join(lines[:most] + more)
-
-
 def read_lines(path: str | os.PathLike) -> list[str]:
     """The lines of a text file in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark.
 
     Raises:
         ValueError: it is missing, or has another encoding; the message names the line.
     """
-    path = local_path(path)
-    content = path.read_bytes() if path.is_file() else LFS_POINTER
-    if content.startswith(LFS_POINTER):
-        raise ValueError(f"no list: {why_unreadable(path, 'no text')}.")
-    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
-    try:
-        text = content.decode(encoding)
-        if "\0" in text:
-            raise UnicodeDecodeError(encoding, content, content.index(0), content.index(0) + 1, "a zero byte")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"{path}, line {line}, is not {encoding.removesuffix('-sig').upper()} (byte"
-            f" 0x{content[error.start]:02x}): save it as UTF-8, for example by `iconv -f LATIN1 -t UTF-8`."
-        ) from error
-    # not `splitlines`, which also cuts at characters that names may have
-    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n") if text else []
+    return list(iterate_lines(path))
 
 
 def iterate_lines(path: str | os.PathLike) -> Iterator[str]:
     """The lines of `read_lines`, one by one: for files with millions of lines.
 
     Raises:
-        ValueError: as of `read_lines`.
+        ValueError: see `read_lines`.
     """
-    path = local_path(path)
-    with open(path, "rb") as file:
-        start = file.read(len(LFS_POINTER))
+    path, start = local_path(path), LFS_POINTER
+    if path.is_file():
+        with open(path, "rb") as content:
+            start = content.read(len(LFS_POINTER))
     if start == LFS_POINTER:
-        raise ValueError(f"{why_unreadable(path, 'no text')}.")
+        raise ValueError(f"no list: {why_unreadable(path, 'no text')}.")
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8")
     try:
         with open(path, encoding=encoding) as file:
-            for line in file:
+            for line in file:  # not `splitlines`, which also cuts at characters that names may have
                 if "\0" in line:
                     raise UnicodeError("a zero byte")
                 yield line.removesuffix("\n")
-    except UnicodeError:
-        read_lines(path)  # its error names the line
-        raise
+    except UnicodeError as error:
+        raise ValueError(f"{path}, {_undecodable(path.read_bytes(), encoding)}") from error
+
+
+def _undecodable(content: bytes, encoding: str) -> str:
+    """Where a text is not of an encoding, or has a zero byte, and what to do."""
+    try:
+        content.decode(encoding)
+        place = content.index(0)
+    except UnicodeDecodeError as error:
+        place = error.start
+    line = content[:place].count(b"\n") + 1
+    return (
+        f"line {line}, is not {encoding.removesuffix('-sig').upper()} (byte 0x{content[place]:02x}): save it as UTF-8,"
+        " for example by `iconv -f LATIN1 -t UTF-8`."
+    )
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -230,7 +227,7 @@ def read_safetensors(path: str | os.PathLike, wanted: Collection[str] = ()) -> d
         wanted: names that have to be among them.
 
     Raises:
-        ValueError: as of `open_safetensors`, or a tensor is not in it.
+        ValueError: see `open_safetensors`; or a tensor is not in it.
     """
     with open_safetensors(path) as file:
         missing = sorted(set(wanted) - set(file.keys()))
@@ -250,7 +247,7 @@ def check_safetensors(folder: Path) -> None:
             pass
 
 
-def read_entries(path: Path, **kinds: type) -> list[Any]:
+def read_entries(path: Path, **kinds: type | UnionType) -> list[Any]:
     """The values of some entries of a JSON object, by their names and types.
 
     Raises:
@@ -292,9 +289,9 @@ def check_settings(path: Path, settings: dict[str, Any], if_known: Collection[st
     Args:
         path: the file; its folder is made.
         settings: of JSON's types; tuples count as lists.
-        if_known: settings that are compared only where both have a value. A file without one, as earlier versions
-            wrote it, is warned of.
-        notes: go into the file but are not compared, as versions.
+        if_known: settings that are compared only where both have a value. A file without one, from an earlier
+            version, is warned of.
+        notes: go into the file but are not compared, such as versions.
 
     Raises:
         ValueError: the file has other settings, or is damaged.

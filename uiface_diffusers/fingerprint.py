@@ -55,7 +55,7 @@ def model_fingerprint(component: Any) -> str:
     weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in weights.items()}
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()[:12]
 
 
@@ -63,7 +63,7 @@ def weights_fingerprint(module: torch.nn.Module) -> str:
     """Twelve hexadecimal digits of the weights of a module that has no configuration."""
     digest = hashlib.sha256()
     for tensor in _state_dict(unwrapped(module)).values():
-        digest.update(tensor.detach().float().cpu().contiguous().numpy())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()[:12]
 
 

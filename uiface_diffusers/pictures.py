@@ -1,13 +1,53 @@
-"""From any picture to RGB bytes: the one way for files, `PIL.Image.Image` and arrays."""
+"""From any picture to RGB bytes, and from bytes to [-1, 1] and back: the one place for both."""
 
 import os
+from collections.abc import Sequence
+from typing import BinaryIO, cast
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+import torch
+
+Picture = PIL.Image.Image | np.ndarray | str | os.PathLike
 
 
-def rgb_bytes(picture: PIL.Image.Image | np.ndarray | str | os.PathLike) -> np.ndarray:
+def scale_to_unit_range(values: torch.Tensor) -> torch.Tensor:
+    """[0, 255] to [-1, 1], in the floating point type of the values; of bytes in float32."""
+    return values / 127.5 - 1
+
+
+def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
+    """Bytes to [-1, 1] in float32; what is floating point already is in [-1, 1] and stays as it is."""
+    return scale_to_unit_range(pixels.float()) if pixels.dtype == torch.uint8 else pixels
+
+
+def from_unit_range(pixels: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] to [0, 255], in floating point: not rounded, not clamped."""
+    return (pixels + 1) * 127.5
+
+
+def to_bytes(pixels: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] to bytes, rounded; what lies outside is clamped."""
+    return from_unit_range(pixels).round().clamp(0, 255).byte()
+
+
+def load_photograph(path: str | os.PathLike | BinaryIO) -> np.ndarray:
+    """Reads a picture's file, or an open one, as `rgb_bytes` does: `(height, width, 3)` RGB bytes.
+
+    Raises:
+        OSError: the file is missing, truncated or not a picture.
+    """
+    try:
+        with PIL.Image.open(path) as image:
+            return rgb_bytes(image)
+    except OSError:
+        raise
+    except Exception as error:  # damaged files raise nearly anything in Pillow's plug-ins
+        raise OSError(f"{path} cannot be read: {error}") from error
+
+
+def rgb_bytes(picture: Picture) -> np.ndarray:
     """A picture as people see it: turned as its EXIF tag says, transparent parts on white, 16 bits scaled to 8, gray,
     palette and CMYK converted.
 
@@ -25,8 +65,7 @@ def rgb_bytes(picture: PIL.Image.Image | np.ndarray | str | os.PathLike) -> np.n
             point, or integers beyond 16 bits.
     """
     if isinstance(picture, str | os.PathLike):
-        with PIL.Image.open(picture) as opened:
-            return rgb_bytes(opened)
+        return load_photograph(picture)
     if isinstance(picture, PIL.Image.Image):
         return np.array(_to_rgb(PIL.ImageOps.exif_transpose(picture)))
     array = np.asarray(picture)
@@ -44,9 +83,11 @@ def rgb_bytes(picture: PIL.Image.Image | np.ndarray | str | os.PathLike) -> np.n
     return np.array(_to_rgb(PIL.Image.fromarray(array[..., 0] if array.ndim == 3 and channels == (1,) else array)))
 
 
-def is_picture(value: object) -> bool:
-    """Whether this is one picture that `rgb_bytes` takes, and not several."""
-    return isinstance(value, PIL.Image.Image | str | os.PathLike) or getattr(value, "ndim", None) in (2, 3)
+def as_pictures(pictures: Picture | Sequence[Picture]) -> list[Picture]:
+    """One picture that `rgb_bytes` takes, or several, as a list."""
+    if isinstance(pictures, PIL.Image.Image | str | os.PathLike) or getattr(pictures, "ndim", None) in (2, 3):
+        return [cast(Picture, pictures)]
+    return list(cast(Sequence[Picture], pictures))
 
 
 def _to_8_bits(values: np.ndarray) -> np.ndarray:

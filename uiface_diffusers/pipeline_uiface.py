@@ -17,7 +17,7 @@ import diffusers
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoModel, DiffusionPipeline, PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers import AutoModel, DiffusionPipeline, ModelMixin, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
@@ -35,7 +35,6 @@ from .identities import IdentityBank
 from .latents import FirstStage, decode_latents
 from .models.empty_context import EmptyContext
 from .models.identity_projector import IdentityProjector
-from .models.unet_uiface import UIFaceUNet2DModel
 from .two_stage import TwoStageSampler
 from .two_stage.boundary import boundary_rule
 from .two_stage.schedulers import (
@@ -51,14 +50,16 @@ from .two_stage.schedulers import (
 
 INJECTIONS = (None, "self", "cross", "both")
 # arguments of the call whose defaults are the model's own: entries of the pipeline's configuration
-PAPER_DEFAULTS = {
+PAPER_DEFAULTS: dict[str, float] = {
     "guidance_scale": 2.0,
     "boundary_threshold": 0.006,
     "latest_boundary": 500,
     "injection_strength": 0.5,
 }
 MODEL_DEFAULTS = tuple(PAPER_DEFAULTS)
-# those of the pipelines in which denoisers were first seen
+# from and to; the others may be any finite number
+LIMITS = {"latest_boundary": (0.0,), "injection_strength": (0.0, 1.0)}
+# the defaults of the pipeline in which each denoiser was first seen
 _known_defaults: WeakKeyDictionary[torch.nn.Module, dict[str, float]] = WeakKeyDictionary()
 
 EXAMPLE_DOC_STRING = """
@@ -81,7 +82,8 @@ EXAMPLE_DOC_STRING = """
 class UIFacePipelineOutput(BaseOutput):
     """
     Args:
-        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): B pictures, or latents, by `output_type`.
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): B pictures or latents; `output_type` says
+            which.
         boundary_timesteps (`torch.LongTensor` of shape `(B,)`): the first timestep that each sample predicts from its
             identity; -1 for a sample that never does. As in the call, of the paper's noise schedule.
     """
@@ -90,7 +92,7 @@ class UIFacePipelineOutput(BaseOutput):
     boundary_timesteps: torch.Tensor
 
 
-# of a single call: identities, noise, and what becomes of the result
+# what belongs to a single call: identities, noise, and the form of the result
 CALL_ARGUMENTS = {
     "identity_embeds",
     "num_images_per_prompt",
@@ -124,7 +126,7 @@ def one_call_at_a_time(call: Callable) -> Callable:
     """Refuses a call of a pipeline while another call of it, or with its scheduler, is running."""
 
     @functools.wraps(call)
-    def exclusive_call(self, *args, **kwargs):
+    def exclusive_call(self: "UIFacePipeline", *args: Any, **kwargs: Any) -> Any:
         used = {id(self), id(self.scheduler)}
         with _running_lock:
             if used & _running:
@@ -151,13 +153,13 @@ class UIFacePipeline(DiffusionPipeline):
     branch.
 
     Args:
-        vae ([`AutoencoderKL`], [`AutoencoderTiny`] or [`VQModel`]): the first stage.
-        unet ([`UIFaceUNet2DModel`], [`UNet2DConditionModel`] or [`PixArtTransformer2DModel`]): the denoiser; it must
-            have cross-attention.
+        vae ([`AutoencoderKL`], [`AutoencoderTiny`] or [`VQModel`]): the first stage; `None` for a
+            pipeline that is only saved, or gives latents.
+        unet ([`ModelMixin`]): the denoiser, of `uiface_diffusers.denoisers.SUPPORTED`; it must have cross-attention.
         scheduler ([`SchedulerMixin`]): one of `uiface_diffusers.two_stage.schedulers.SUPPORTED`, with epsilon or v
             prediction, or of its `FLOW`, with the velocity of flow matching.
         identity_projector ([`IdentityProjector`]): identity embedding -> identity context.
-        empty_context ([`EmptyContext`]): the learned context of nobody.
+        empty_context ([`EmptyContext`]): the learned context without an identity.
         guidance_scale, boundary_threshold, latest_boundary, injection_strength (*optional*): this model's defaults
             for the call's arguments; the paper's if not given. They are saved with the pipeline, and `from_pipe` keeps
             them. `components` does not have them: `UIFacePipeline(**pipe.components)` warns if the model's own differ
@@ -167,13 +169,19 @@ class UIFacePipeline(DiffusionPipeline):
         ValueError: components that do not belong together or cannot be sampled from, or defaults out of range.
     """
 
-    model_cpu_offload_seq = "identity_projector->empty_context->unet->vae"
+    vae: FirstStage
+    unet: ModelMixin
+    scheduler: Any  # diffusers' schedulers have no typed class in common
+    identity_projector: IdentityProjector
+    empty_context: EmptyContext
+
+    model_cpu_offload_seq = "identity_projector->empty_context->unet->vae"  # type: ignore[assignment]  # `None` there
     _callback_tensor_inputs = ["latents", "stage_two"]
 
     def __init__(
         self,
-        vae: FirstStage,
-        unet: UIFaceUNet2DModel | UNet2DConditionModel | PixArtTransformer2DModel,
+        vae: FirstStage | None,
+        unet: ModelMixin,
         scheduler: KarrasDiffusionSchedulers,
         identity_projector: IdentityProjector,
         empty_context: EmptyContext,
@@ -184,11 +192,10 @@ class UIFacePipeline(DiffusionPipeline):
     ):
         super().__init__()
         self._check_components(vae, unet, identity_projector, empty_context)
-        given = dict(
-            zip(MODEL_DEFAULTS, (guidance_scale, boundary_threshold, latest_boundary, injection_strength), strict=True)
-        )
-        self._check_defaults(**given)
-        given = {name: plain_numbers(value) for name, value in given.items() if value is not None}
+        values = (guidance_scale, boundary_threshold, latest_boundary, injection_strength)
+        self._check_defaults(*values)
+        pairs = zip(MODEL_DEFAULTS, values, strict=True)
+        given = {name: plain_numbers(value) for name, value in pairs if value is not None}
         self.register_modules(
             vae=vae,
             unet=unet,
@@ -200,7 +207,7 @@ class UIFacePipeline(DiffusionPipeline):
         self.image_processor = VaeImageProcessor()
 
     @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs) -> str:
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
         """Downloads configurations and safetensors weights of a pipeline on the Hub and returns their folder.
 
         Stock diffusers refuses components of another package without code in the repository; here the package is
@@ -208,7 +215,7 @@ class UIFacePipeline(DiffusionPipeline):
         `local_files_only`, `token`, and components that need not be downloaded.
 
         Raises:
-            OSError: it cannot be had; the message says why and what to do.
+            OSError: the download failed; the message says why and what to do.
         """
         names = ("revision", "variant", "cache_dir", "force_download", "local_files_only", "token")
         components, _ = cls._get_signature_keys(cls)
@@ -217,16 +224,16 @@ class UIFacePipeline(DiffusionPipeline):
         return download_pipeline(pretrained_model_name, **options, passed_components=passed)
 
     @classmethod
-    def load_config(cls, pretrained_model_name_or_path, **kwargs):
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         config = super().load_config(pretrained_model_name_or_path, **kwargs)
         return own_class_names(config, cls.__name__) if isinstance(config, dict) else config
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "UIFacePipeline":
-        """A pipeline that shares the models of another one, with its defaults; for example one per thread.
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "UIFacePipeline":
+        """A pipeline that shares the models of another one and has its defaults; for example one per thread.
 
         The scheduler is copied, because it holds the state of a call. The models keep their dtype if none is given:
-        diffusers' own `from_pipe` would cast them to float32, also for the pipeline they are shared with.
+        diffusers' own `from_pipe` would cast them to float32, in the other pipeline as well.
 
         Args:
             pipeline: the other one.
@@ -250,22 +257,22 @@ class UIFacePipeline(DiffusionPipeline):
         identity_dim: int = 512,
         num_tokens: int = 8,
         identity_encoder: str | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> "UIFacePipeline":
-        """A starting point for fine-tuning: denoiser, first stage and scheduler of a stock pipeline, as Stable
+        """A starting point for fine-tuning: denoiser, first stage and scheduler of a stock pipeline such as Stable
         Diffusion, with a fresh identity projector and empty context in place of the text.
 
         Args:
             pretrained_model_name_or_path: folder or Hub repository with `unet` (`UNet2DConditionModel`), `vae` and
                 `scheduler`.
             identity_dim (`int`, defaults to 512): width of the identity embeddings.
-            num_tokens (`int`, defaults to 8): context tokens a sample. With a single one, cross-attention would have
+            num_tokens (`int`, defaults to 8): context tokens per sample. With a single one, cross-attention would have
                 nothing to choose from.
-            identity_encoder (`str`, *optional*): the recognizer of the embeddings.
-            kwargs: `revision`, `variant`, `cache_dir`, `token` and the like, of each component's `from_pretrained`.
+            identity_encoder (`str`, *optional*): the recognizer that the embeddings come from.
+            kwargs: for each component's `from_pretrained`: `revision`, `variant`, `cache_dir`, `token` and the like.
 
         Raises:
-            ValueError: the denoiser needs more than a context, as SDXL's.
+            ValueError: the denoiser needs more than a context, such as SDXL's.
         """
         index = DiffusionPipeline.load_config(pretrained_model_name_or_path, **kwargs)
         unet = UNet2DConditionModel.from_pretrained(pretrained_model_name_or_path, subfolder="unet", **kwargs)
@@ -282,7 +289,7 @@ class UIFacePipeline(DiffusionPipeline):
         projector = IdentityProjector(identity_dim, context_dim, num_tokens, identity_encoder=identity_encoder).eval()
         return cls(vae, unet, scheduler, projector, EmptyContext(context_dim, num_tokens).eval())
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]  # a pipeline is a whole repository: no `subfolder`
         self,
         repo_id: str,
         commit_message: str | None = None,
@@ -298,17 +305,17 @@ class UIFacePipeline(DiffusionPipeline):
         """Uploads the pipeline with a model card.
 
         Args:
-            repo_id: `"org/name"`; made if it does not exist.
-            commit_message: of the commit.
+            repo_id: `"org/name"`; created if it does not exist.
+            commit_message: `"Upload UIFacePipeline"` if not given.
             private: whether a new repository is private.
-            token: of the Hub; the one of `hf auth login` if not given.
+            token: for the Hub; the one of `hf auth login` if not given.
             create_pr (`bool`, defaults to `False`): open a pull request instead of committing to `main`.
             safe_serialization: has to be `True`: there are no pickles.
-            variant: of the weights' names, as `"fp16"`.
+            variant: part of the weights' file names, such as `"fp16"`.
             remote_code (`bool`, defaults to `False`): add the files with which stock
                 `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` loads it.
-            card_metadata: of the model card, as `license`, `datasets`, `base_model`. What the repository's card says
-                already stays.
+            card_metadata: for the model card, such as `license`, `datasets`, `base_model`. What the repository's card
+                already says stays.
             recipe: how it was trained, in Markdown, for the card.
 
         Returns:
@@ -328,7 +335,7 @@ class UIFacePipeline(DiffusionPipeline):
 
     @staticmethod
     def _with_defaults(unet: torch.nn.Module | None, given: dict[str, float]) -> dict[str, float]:
-        """The paper's defaults for those that are not given. Warns if the model's own differ."""
+        """Those given, and the paper's for the others. Warns if the model's own differ."""
         defaults = PAPER_DEFAULTS | given
         if unet is None:
             return defaults
@@ -346,7 +353,12 @@ class UIFacePipeline(DiffusionPipeline):
         return defaults
 
     @staticmethod
-    def _check_components(vae, unet, identity_projector, empty_context) -> None:
+    def _check_components(
+        vae: FirstStage | None,
+        unet: ModelMixin | None,
+        identity_projector: IdentityProjector | None,
+        empty_context: EmptyContext | None,
+    ) -> None:
         if unet is not None:
             attended_dim = denoiser_kind(unet).context_dim(unet)
         if vae is not None and unet is not None and vae.config.latent_channels != unet.config.in_channels:
@@ -368,35 +380,30 @@ class UIFacePipeline(DiffusionPipeline):
                 raise ValueError(f"`identity_projector` gives {tokens[0]} tokens, `empty_context` {tokens[1]}.")
 
     @staticmethod
-    def _check_defaults(guidance_scale, boundary_threshold, latest_boundary, injection_strength) -> None:
-        """`None` is what was not given."""
-        for name, value, limits in (
-            ("guidance_scale", guidance_scale, ()),
-            ("boundary_threshold", boundary_threshold, ()),
-            ("latest_boundary", latest_boundary, (0,)),
-            ("injection_strength", injection_strength, (0, 1)),
-        ):
+    def _check_defaults(*values: float | None) -> None:
+        """Values of `MODEL_DEFAULTS` in their order; `None` for one that was not given."""
+        for name, value in zip(MODEL_DEFAULTS, values, strict=True):
             if value is not None:
-                _check_number(name, value, *limits)
+                _check_number(name, value, *LIMITS.get(name, ()))
 
     def check_inputs(
         self,
-        identity_embeds,
-        num_images_per_prompt,
-        num_inference_steps,
-        guidance_scale,
-        boundary,
-        boundary_threshold,
-        latest_boundary,
-        guide_from_boundary,
-        injection,
-        injection_strength,
-        guidance_interval,
-        reuse_empty_branch,
-        generator,
-        latents,
-        output_type,
-        callback_on_step_end_tensor_inputs,
+        identity_embeds: torch.Tensor | None,
+        num_images_per_prompt: int,
+        num_inference_steps: int,
+        guidance_scale: float | None,
+        boundary: str | int | None,
+        boundary_threshold: float | None,
+        latest_boundary: int | None,
+        guide_from_boundary: bool,
+        injection: str | None,
+        injection_strength: float | None,
+        guidance_interval: tuple[float, float] | None,
+        reuse_empty_branch: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str] | None,
     ) -> None:
         # components may have been exchanged
         self._check_components(self.vae, self.unet, self.identity_projector, self.empty_context)
@@ -407,7 +414,7 @@ class UIFacePipeline(DiffusionPipeline):
             "reuse_empty_branch": reuse_empty_branch,
         }.items():
             _check_count(name, value)
-        is_timestep = isinstance(boundary, Integral) and not isinstance(boundary, bool) and boundary >= 0
+        is_timestep = isinstance(boundary, Integral) and not isinstance(boundary, bool) and int(boundary) >= 0
         is_adaptive = isinstance(boundary, str) and boundary == "adaptive"
         if boundary is not None and not is_adaptive and not is_timestep:
             raise ValueError(
@@ -486,7 +493,7 @@ class UIFacePipeline(DiffusionPipeline):
             raise ValueError(
                 f"the pipeline's call has no argument {unknown[0]!r} that could be given here: {sorted(defaults)}."
             )
-        single = {"generator": None, "latents": None, "output_type": "latent"}
+        single: dict[str, Any] = {"generator": None, "latents": None, "output_type": "latent"}
         single |= {"num_images_per_prompt": 1, "callback_on_step_end_tensor_inputs": None}
         self.check_inputs(identity_embeds=identity_embeds, **single, **defaults | sampling)
 
@@ -534,7 +541,7 @@ class UIFacePipeline(DiffusionPipeline):
             raise ValueError(f"`identity_embeds` is zero in row(s) {zero}: a zero vector has no direction.")
         return embeds / norm
 
-    def default_sampling(self, num_inference_steps: int = 50) -> dict[str, float | int]:
+    def default_sampling(self, num_inference_steps: int = 50) -> dict[str, float]:
         """The call's default values of `guidance_scale`, `boundary_threshold` (in proportion to the width of a step),
         `latest_boundary` and `injection_strength`.
 
@@ -546,7 +553,7 @@ class UIFacePipeline(DiffusionPipeline):
         defaults["boundary_threshold"] *= 50 / int(num_inference_steps)
         return defaults
 
-    def prepare_sampling(self, num_inference_steps, *given) -> tuple[float, ...]:
+    def prepare_sampling(self, num_inference_steps: int, *given: float | None) -> tuple[float, ...]:
         """The values of `MODEL_DEFAULTS` in their order: those `given`, or the model's own where one is `None`."""
         defaults = self.default_sampling(num_inference_steps)
         pairs = zip(MODEL_DEFAULTS, given, strict=True)
@@ -564,7 +571,7 @@ class UIFacePipeline(DiffusionPipeline):
         Args:
             identity_embeds (`torch.Tensor` of shape `(batch, identity_dim)`): of unit length.
             num_images_per_prompt (`int`, defaults to 1): samples per identity.
-            device, dtype (*optional*): of the context; the pipeline's device, the projector's dtype if not given.
+            device, dtype (*optional*): of the context; by default, the pipeline's device and the projector's dtype.
 
         Returns:
             `torch.Tensor` of shape `(batch * num_images_per_prompt, num_tokens, context_dim)`.
@@ -573,25 +580,37 @@ class UIFacePipeline(DiffusionPipeline):
         context = self.identity_projector(identity_embeds, return_dict=False)[0].to(dtype)
         return context.repeat_interleave(num_images_per_prompt, dim=0)
 
-    def prepare_contexts(self, identity_embeds, num_images_per_prompt, device) -> torch.Tensor:
-        """The empty context, then every sample's own: `(1 + B, num_tokens, context_dim)`, or `(1, ...)` of nobody."""
+    def prepare_contexts(
+        self, identity_embeds: torch.Tensor | None, num_images_per_prompt: int, device: torch.device
+    ) -> torch.Tensor:
+        """The empty context, then every sample's own: `(1 + B, num_tokens, context_dim)`; the empty one alone, without
+        identities."""
         contexts = self.empty_context(1, return_dict=False)[0].to(device=device, dtype=self.unet.dtype)
         if identity_embeds is None:
             return contexts
         own = self.encode_identity(identity_embeds, num_images_per_prompt, device, self.unet.dtype)
         return torch.cat([contexts, own])
 
-    def prepare_timesteps(self, num_inference_steps, device) -> tuple[torch.Tensor, torch.Tensor]:
+    def prepare_timesteps(self, num_inference_steps: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """The scheduler's timesteps on the CPU, where it looks them up, and the denoiser's on its device."""
         set_timesteps(self.scheduler, num_inference_steps)
         return self.scheduler.timesteps, denoiser_timesteps(self.scheduler).to(device)
 
-    def prepare_extra_step_kwargs(self, generator) -> dict[str, Any]:
-        """Not every scheduler's step takes a generator."""
+    def prepare_extra_step_kwargs(self, generator: torch.Generator | list[torch.Generator] | None) -> dict[str, Any]:
+        """The generator, for a scheduler whose step takes one."""
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         return {"generator": generator} if takes_generator else {}
 
-    def prepare_latents(self, batch_size, dtype, device, generator, latents=None) -> torch.Tensor:
+    def prepare_latents(
+        self,
+        batch_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The start noise `(B, channels, height, width)`, as wide as the scheduler wants it: `latents`, or drawn from
+        `generator`."""
         if latents is None:
             size = self.unet.config.sample_size
             height, width = (size, size) if isinstance(size, int) else size
@@ -642,47 +661,47 @@ class UIFacePipeline(DiffusionPipeline):
 
         Args:
             identity_embeds (`torch.Tensor`, `np.ndarray`, `list` or `IdentityBank`, *optional*): `(batch, 512)` face
-                recognition embeddings, one `(512,)` vector, or a list of such vectors. Another length than 1 is
-                normalized. `None` follows the empty context to the end: faces of nobody in particular.
+                recognition embeddings, one `(512,)` vector, or a list of such vectors; they are normalized. `None`
+                follows the empty context to the end: faces of nobody in particular.
             num_images_per_prompt (`int`, defaults to 1): samples per identity; those of one identity are neighbors.
             num_inference_steps (`int`, defaults to 50): steps of the scheduler.
             guidance_scale (`float`, *optional*, the paper's is 2.0): diffusers' scale, the paper's w plus 1:
-                e_empty + guidance_scale * (e_identity - e_empty). 1 is no guidance. This, `boundary_threshold`,
-                `latest_boundary` and `injection_strength` are those of `pipe.config` if not given.
+                e_empty + guidance_scale * (e_identity - e_empty). 1 is no guidance. By default, this,
+                `boundary_threshold`, `latest_boundary` and `injection_strength` are those of `pipe.config`.
             boundary (`str`, `int` or `None`, defaults to `"adaptive"`): `"adaptive"` finds each sample's boundary in
                 its cross-attention (paper, sec. 3.3); a timestep is the same boundary for all, the first timestep
                 predicted from the identity; `None` is the single stage that the paper compares with: the identity with
                 guidance from the first step on, nothing injected.
             boundary_threshold (`float`, *optional*, the paper's is 0.006): the adaptive boundary is reached when the
-                attention maps of two steps differ by less, as a mean absolute difference of maps in [0, 1]. The one
-                of `pipe.config` is meant for 50 steps, and taken in proportion to the width of a step.
+                attention maps of two steps differ by less: the mean absolute difference of maps in [0, 1]. The one of
+                `pipe.config` is for 50 steps; it is scaled with the width of a step.
             latest_boundary (`int`, *optional*, the paper's is 500): below this timestep every sample follows its
-                identity, whether the adaptive boundary was reached or not. Of a fixed boundary it only says from where
-                the guidance and the cross-attention injection act.
+                identity, whether it reached the adaptive boundary or not. With a fixed boundary, it only says below
+                which timestep guidance and cross-attention injection act.
             guide_from_boundary (`bool`, defaults to `False`): `False` is the reference code: guidance and
-                cross-attention injection only below `latest_boundary`, between a sample's boundary and that the bare
-                identity with self-attention injection. `True` is the paper's reading: both from the sample's boundary.
+                cross-attention injection act below `latest_boundary` only; between a sample's boundary and that
+                timestep, its identity is followed with self-attention injection alone. `True` is the paper's reading:
+                both act from the sample's boundary on.
             injection (`str`, *optional*, defaults to `"both"`): attention injected from the empty branch: `"self"`,
                 `"cross"`, `"both"` or `None` (paper, sec. 3.4).
             injection_strength (`float`, *optional*, the paper's is 0.5): of the cross-attention injection, in [0, 1].
-            guidance_interval (`tuple[float, float]`, *optional*): an approximation that saves rows: only in steps at
-                timesteps from the first, the lower one, to the second is stage two guided and injected into; outside,
-                it is the bare identity branch (after Kynkaanniemi et al. 2024, arXiv 2404.07724).
+            guidance_interval (`tuple[float, float]`, *optional*): an approximation that saves rows: stage two has
+                guidance and injection only at timesteps from the first, the lower one, to the second. Elsewhere, it is
+                the identity's prediction alone (after Kynkaanniemi et al. 2024, arXiv 2404.07724).
             reuse_empty_branch (`int`, defaults to 1): an approximation that saves rows: where every sample of any
                 batch is in stage two and guided (below `latest_boundary`; from a fixed boundary with
-                `guide_from_boundary`; always in the single stage), the empty branch runs in every so many steps only.
-                What it gave to guidance (e_identity - e_empty) and injection is kept for the steps between. 1 is
-                exact.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): one, or one per sample. With one a
-                sample, a sample does not depend on the others in its batch.
-            latents (`torch.Tensor` of shape `(B, channels, height, width)`, *optional*): the start noise, drawn from
-                `generator` in float32 if not given.
+                `guide_from_boundary`; always in the single stage), the empty branch runs once in this many steps. The
+                steps between reuse what it gave to guidance (e_identity - e_empty) and injection. 1 is exact.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): one, or one per sample. With one per
+                sample, no sample depends on the others in its batch.
+            latents (`torch.Tensor` of shape `(B, channels, height, width)`, *optional*): the start noise; by default,
+                drawn from `generator` in float32.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (`(B, height, width, 3)` in [0, 1]), `"pt"`
                 (`(B, 3, height, width)` in [0, 1]) or `"latent"` (float32, whatever the UNet's dtype).
             return_dict (`bool`, defaults to `True`): a tuple `(images, boundary_timesteps)` when `False`.
             callback_on_step_end (`Callable`, *optional*): called as `callback(pipe, step, timestep, callback_kwargs)`
-                after every step, with the scheduler's timestep, a tensor on the CPU; what it returns under
-                `"latents"` is taken over. One of diffusers' `PipelineCallback`s says itself which tensors it takes.
+                after every step, with the scheduler's timestep, a tensor on the CPU; the `"latents"` that it returns
+                replace the call's. Diffusers' `PipelineCallback` objects say themselves which tensors they take.
             callback_on_step_end_tensor_inputs (`list[str]`): of `latents` and `stage_two`, the `(B,)` booleans of the
                 samples that followed their identity in this step.
 
@@ -692,7 +711,7 @@ class UIFacePipeline(DiffusionPipeline):
             [`UIFacePipelineOutput`] or `tuple`: the pictures and each sample's boundary timestep.
 
         Raises:
-            ValueError: before the first step, with the name of the argument that does not fit.
+            ValueError: an argument does not fit; raised before the first step, with its name.
             RuntimeError: another call of this pipeline, or of one with the same scheduler, is running.
         """
         # 1. inputs
@@ -719,12 +738,12 @@ class UIFacePipeline(DiffusionPipeline):
         )
         num_images_per_prompt, num_inference_steps = int(num_images_per_prompt), int(num_inference_steps)
         boundary, reuse_empty_branch = plain_numbers(boundary), int(reuse_empty_branch)
-        guidance_scale, boundary_threshold, latest_boundary, injection_strength = self.prepare_sampling(
+        scale, threshold, latest, strength = self.prepare_sampling(
             num_inference_steps, guidance_scale, boundary_threshold, latest_boundary, injection_strength
         )
-        self._guidance_scale, self._interrupt = guidance_scale, False
+        self._guidance_scale, self._interrupt = scale, False
         device, has_identities = self._execution_device, identity_embeds is not None
-        batch_size = (len(identity_embeds) if has_identities else 1) * num_images_per_prompt
+        batch_size = (1 if identity_embeds is None else len(identity_embeds)) * num_images_per_prompt
 
         # 2. contexts, timesteps, start noise
         contexts = self.prepare_contexts(identity_embeds, num_images_per_prompt, device)
@@ -737,11 +756,11 @@ class UIFacePipeline(DiffusionPipeline):
         step_kwargs = self.prepare_extra_step_kwargs(generator)
 
         # 3. denoise
-        rule = boundary_rule(boundary, batch_size, latest_boundary, guide_from_boundary, boundary_threshold)
+        rule = boundary_rule(boundary, batch_size, latest, guide_from_boundary, threshold)
         sampler = TwoStageSampler(
-            rule, has_identities, guidance_scale, injection, guidance_interval, reuse_empty_branch, device
+            rule, has_identities, scale, injection, guidance_interval, reuse_empty_branch, device
         )
-        denoiser = denoiser_kind(self.unet)(self.unet, contexts, device, sampler.injects_cross, injection_strength)
+        denoiser = denoiser_kind(self.unet)(self.unet, contexts, device, sampler.injects_cross, strength)
         with installed_processors(self.unet), self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:

@@ -1,5 +1,8 @@
 """Takes the shapes out of a network that onnx2torch translated."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import fx, nn
 
@@ -11,17 +14,20 @@ class _Shapes(fx.Interpreter):
         super().__init__(network)
         self.of: dict[fx.Node, torch.Size] = {}
 
-    def run_node(self, node: fx.Node):
+    def run_node(self, node: fx.Node) -> Any:
         output = super().run_node(node)
         if isinstance(output, torch.Tensor):
             self.of[node] = output.shape
         return output
 
 
+Operation = Callable[[torch.Tensor], torch.Tensor | tuple[torch.Tensor, ...]]
+
+
 class _Fixed(nn.Module):
     """An operation of one tensor whose other arguments are known."""
 
-    def __init__(self, operation):
+    def __init__(self, operation: Operation):
         super().__init__()
         self.operation = operation
 
@@ -57,7 +63,9 @@ def _is_constant(argument: object) -> bool:
     return isinstance(argument, fx.Node) and argument.op == "get_attr"
 
 
-def _operation(module: nn.Module, node: fx.Node, shape_of: dict[fx.Node, torch.Size], constants: list[list[int]]):
+def _operation(
+    module: nn.Module, node: fx.Node, shape_of: dict[fx.Node, torch.Size], constants: list[list[int]]
+) -> Operation | None:
     """What `module` does at its constants, as a function of its first argument; None for one that is left as it is."""
     match type(module).__name__:
         case "OnnxReshape" | "OnnxSqueezeDynamicAxes" | "OnnxUnsqueezeDynamicAxes" if constants:
@@ -70,9 +78,9 @@ def _operation(module: nn.Module, node: fx.Node, shape_of: dict[fx.Node, torch.S
             (sizes,) = constants
             return lambda tensor: tensor.split(sizes, dim=module.axis)
         case "OnnxSlice":
-            starts, ends, axes, *steps = constants
-            steps = steps[0] if steps else [1] * len(starts)
-            index = [slice(None)] * len(shape_of[node.args[0]])
+            starts, ends, axes, *given = constants
+            steps = given[0] if given else [1] * len(starts)
+            index = [slice(None)] * len(shape_of[node.all_input_nodes[0]])
             for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
                 index[axis] = slice(start, end, step)
             return (lambda tensor: tensor[tuple(index)]) if min(steps) > 0 else None

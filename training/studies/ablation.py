@@ -5,17 +5,17 @@
         --benchmarks benchmarks --encoder edgeface --judge judge --encoder_root insightface \
         --lpips_backbone alexnet_features.safetensors --work runs/ablation
 
-Every arm is generated (image n of an identity starts from the same noise in all of them) and measured as `uiface
-evaluate` does, in `--groups` of other identities each: the spread of a figure is that over the groups, and the same
-identities stand against each other in two arms. A small recognizer is trained on all groups together from scratch with
-each of `--seeds`, and verified on `--benchmarks`. `real` is an arm, too: as many real people with as many faces each,
-who do not look like one of the benchmarks. Recall and precision are against real faces of other people again. Both
-are written first: what is missing there is named before the long work.
+Every arm is generated and then measured as `uiface evaluate` does. Image n of an identity starts from the same noise
+in all arms. The identities are split into `--groups`, which are measured separately: the spread of a figure is that
+over the groups, and two arms are compared group by group. A small recognizer is trained from scratch on all groups
+together, with each of `--seeds`, and verified on `--benchmarks`. The arm `real` has as many real people with as many
+faces each, none of whom look like one of the benchmarks. Precision and recall compare with real faces of yet other
+people. These two sets are written first, so that what is missing is named before the long work.
 
-One arm after the other; each goes on where it was stopped, and what is finished is not done again: run the same
-command until the table is full. `--arms` and `--pieces` name the ones to work at. After every piece the table of what
-there is goes to `--results`; at the end it is printed, and some faces of all arms are drawn beside it. That small file
-is all that has to last: an arm whose figures are in it is not made again when `--work` is gone.
+Arms are made one after the other. Run the same command until the table is full: each arm goes on where it was stopped,
+and what is finished is not done again. `--arms` and `--pieces` select a part of the work. The table is written to
+`--results` after every piece; at the end it is printed, and some faces of all arms are drawn beside it. Only that
+small file has to last: an arm whose figures are in it is not made again when `--work` is gone.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -35,23 +36,23 @@ import pyarrow.parquet as pq
 import torch
 from diffusers.utils import make_image_grid
 
+from uiface_cli.options import expand_home, real, whole
 from uiface_diffusers import IdentityBank, UIFacePipeline, default_checkpoint, generate_dataset
+from uiface_diffusers.data.benchmarks import read_benchmarks
 from uiface_diffusers.evaluation import evaluate_dataset, load_lpips, load_recognizer, verify_benchmarks
 from uiface_diffusers.evaluation.people import People
-from uiface_diffusers.evaluation.verification import read_benchmarks
 from uiface_diffusers.faces import ALIGNED_SIZE, FaceEncoder, load_photograph
 from uiface_diffusers.files import check_settings, complete_file, write_json
 from uiface_diffusers.fingerprint import pipeline_fingerprint
-from uiface_diffusers.generation import bank_hash
-from uiface_diffusers.options import expand_home, real, whole
+from uiface_diffusers.identities import bank_hash
 from uiface_diffusers.seeds import NOISE_VERSION
-from uiface_diffusers.training_utils import run_script
+from uiface_diffusers.training.options import run_script
 
 TRAINING = Path(__file__).parents[1]
 # arm -> arguments of `generate_dataset`; `fixed` has the median boundary of `adaptive`, so that only the choice for
 # each sample differs, `early` is halfway from it to one stage; a pipeline's own guidance was chosen for two stages, so
 # one stage has the paper's, too, beside two stages with all settings of the paper
-ARMS = {
+ARMS: dict[str, dict[str, Any] | None] = {
     "single": {"boundary": None},
     "single_guidance_2": {"boundary": None, "guidance_scale": 2.0},
     "adaptive": {"injection": None},
@@ -142,12 +143,12 @@ def write_real_faces(args: argparse.Namespace) -> None:
         return
     people = People(args.real)
     encoder = FaceEncoder(args.encoder, args.encoder_root, det_size=160)
-    tested = [
+    faces = [
         PIL.Image.fromarray(benchmark.face(position))
         for benchmark in read_benchmarks(args.benchmarks)
         for position in range(len(benchmark.images))
     ]
-    tested = IdentityBank(encoder.embed_pictures(tested), encoder.name, [], encoder.fingerprint)
+    tested = IdentityBank(encoder.embed_pictures(faces), encoder.name, [], encoder.fingerprint)
     left_out = set(people.near(tested, args.same_person))
     print(f"{len(left_out)} real people look like one of the benchmarks and are left out: {sorted(left_out)}")
 
@@ -159,8 +160,8 @@ def write_real_faces(args: argparse.Namespace) -> None:
             f" benchmarks: take fewer than {args.num_identities} --num_identities, or fewer images of each."
         )
     chosen = [names[i * len(names) // args.num_identities] for i in range(args.num_identities)]
-    positions = {name: [] for name in chosen}
-    others = []
+    positions: dict[str, list[int]] = {name: [] for name in chosen}
+    others: list[int] = []
     for position, name in enumerate(people.bank.names):
         if name not in positions:
             others += [] if name in left_out else [position]
@@ -181,7 +182,7 @@ def write_real_faces(args: argparse.Namespace) -> None:
 def generate(args: argparse.Namespace, arm: str) -> None:
     if arm == "real":
         return  # written before everything else
-    arguments = dict(ARMS[arm])
+    arguments = dict(ARMS[arm] or {})
     if arm == "fixed":
         generate(args, "adaptive")
         arguments["boundary"] = int(statistics.median_low(boundaries_of(groups_of(args, "adaptive"))))
@@ -253,14 +254,14 @@ def figures_of(args: argparse.Namespace, report: dict) -> dict[str, float]:
 def collect(args: argparse.Namespace, default_latest: int) -> dict[str, dict[str, dict[str, float]]]:
     """What `--results` and `--work` have: arm -> figure -> its value by group; by seed, the mean accuracy over the
     benchmarks and the share of its own faces that the recognizer has learned."""
-    table, saved = {}, saved_results(args)
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    saved = saved_results(args)
     for arm in ARMS:
         row = saved.get(arm, {})
         latest_boundary = (ARMS[arm] or {}).get("latest_boundary", default_latest)
         for folder in groups_of(args, arm):
-            report, found = folder.with_name(f"evaluation-{folder.name}") / "report.json", {}
-            if report.exists():
-                found |= figures_of(args, json.loads(report.read_text()))
+            report = folder.with_name(f"evaluation-{folder.name}") / "report.json"
+            found = figures_of(args, json.loads(report.read_text())) if report.exists() else {}
             if (folder / "metadata.parquet").exists():
                 boundaries = np.array(boundaries_of([folder]))
                 found["capped"] = float((boundaries <= latest_boundary).mean())

@@ -4,34 +4,34 @@
     python training/studies/sampling_settings.py training/studies/speed.yaml --people cache/devtrain \
         --encoder_root insightface --judge judge --lpips_backbone alexnet_features.safetensors --output runs/speed
 
-The YAML file maps the name of a setting to arguments of the pipeline's call; `scheduler` names a diffusers scheduler,
-`scheduler_options` what it takes beside the pipeline's own configuration. The first setting is what the others are
-compared with. For each:
+The YAML file maps the name of each setting to arguments of the pipeline's call. `scheduler` names a diffusers
+scheduler, and `scheduler_options` its options beside the pipeline's own configuration. All are compared with the first
+setting. The figures of each:
 
-- rows: UNet rows per image; seconds per image, with decoding;
-- boundary: mean timestep from which a face follows its identity; capped: share of the faces that do so at
-  `latest_boundary`, as their attention has not come to rest before;
-- judge: cosine of the faces to the photograph of the person that they were conditioned on, by a recognizer that the
-  training has not seen; others: to the photographs of the others; EER: of pairs of the faces;
+- rows: UNet rows per image; seconds: per image, with decoding;
+- boundary: mean timestep from which a face follows its identity; capped: share of the faces that do so only at
+  `latest_boundary`, because their attention has not come to rest before;
+- judge: cosine of the faces to the photograph that they were conditioned on, by a recognizer that the training has not
+  seen; others: to the photographs of other people; EER: of pairs of the faces;
 - LPIPS: between the images of one person (diversity);
-- precision, recall: against as many real faces (Kynkaanniemi et al. 2019), features of the LPIPS backbone.
+- precision, recall: against as many real faces (Kynkaanniemi et al. 2019), on features of the LPIPS backbone.
 
-A setting whose figures are in the output folder is not computed again. Prints a table, writes `settings.json`.
+A setting whose figures are in the output folder is not computed again. Prints a table and writes `settings.json`.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import numpy as np
 import PIL.Image
 import torch
 import yaml
-from tqdm import tqdm
 
+from uiface_cli.options import expand_home, whole
 from uiface_diffusers import UIFacePipeline, default_checkpoint
 from uiface_diffusers.evaluation import (
     equal_error_rate,
@@ -40,15 +40,19 @@ from uiface_diffusers.evaluation import (
     load_lpips,
 )
 from uiface_diffusers.evaluation.diversity import identity_pairs, mean_lpips
+from uiface_diffusers.evaluation.face_set import face_pixels
 from uiface_diffusers.evaluation.features import LpipsFeatures
 from uiface_diffusers.evaluation.people import People
-from uiface_diffusers.evaluation.separability import genuine_pairs, impostor_pairs, pair_cosines
-from uiface_diffusers.faces import FaceEncoder, resize_aligned
+from uiface_diffusers.evaluation.pipelines import sample_faces
+from uiface_diffusers.evaluation.separability import grouped_cosines
+from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.files import check_settings, write_json
 from uiface_diffusers.fingerprint import pipeline_fingerprint
-from uiface_diffusers.options import expand_home, whole
-from uiface_diffusers.seeds import NOISE_VERSION, image_generator
-from uiface_diffusers.training_utils import run_script
+from uiface_diffusers.seeds import NOISE_VERSION
+from uiface_diffusers.training.options import run_script
+
+if TYPE_CHECKING:
+    import lpips
 
 FIGURES = ("rows", "seconds", "boundary", "capped", "judge", "others", "EER", "LPIPS", "precision", "recall")
 
@@ -70,27 +74,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Conditions:
-    """People spread evenly over a cache: one photograph each as condition; and real faces to compare with."""
+    """People spread evenly over a cache, with one photograph each as the condition; and real faces to compare with."""
 
     def __init__(self, args: argparse.Namespace):
         people = People([args.people])
-        positions = people.choose(args.num_people)
-        self.bank = people.bank.take(positions)
-        self.photographs = people.pictures(positions)
+        self.bank, self.photographs = people.one_photograph_each(args.num_people)
         faces, number = len(people.bank), args.num_people * args.images_per_person
         if faces < number:
             raise ValueError(f"{args.people} has {faces} faces: {number} are needed to compare as many.")
         drawn = np.random.default_rng(args.seed).permutation(faces)[:number]
-        self.real = to_pixels(people.pictures(sorted(drawn.tolist())))
+        self.real = face_pixels([np.asarray(picture) for picture in people.pictures(sorted(drawn.tolist()))])
 
 
-def to_pixels(images: Sequence[PIL.Image.Image]) -> torch.Tensor:
-    """`(N, 3, 112, 112)` in [-1, 1]."""
-    aligned = np.stack([resize_aligned(np.asarray(image)) for image in images])
-    return torch.from_numpy(aligned).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def make_pipeline(args: argparse.Namespace, setting: dict) -> UIFacePipeline:
+def make_pipeline(args: argparse.Namespace, setting: dict[str, Any]) -> UIFacePipeline:
     """The pipeline, with the setting's scheduler."""
     pipe = UIFacePipeline.from_pretrained(args.pipeline).to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
@@ -101,47 +97,46 @@ def make_pipeline(args: argparse.Namespace, setting: dict) -> UIFacePipeline:
 
 
 def sample(
-    args: argparse.Namespace, people: Conditions, setting: dict
+    args: argparse.Namespace, people: Conditions, setting: dict[str, Any]
 ) -> tuple[list[PIL.Image.Image], dict[str, float]]:
     """Images, those of a person together; rows and seconds per image, and where the boundaries were."""
-    setting = dict(setting)
-    pipe, rows, images, boundaries = make_pipeline(args, setting), [], [], []
+    options, rows = dict(setting), list[int]()
+    pipe = make_pipeline(args, options)
     pipe.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
-    numbers = [(i, n) for i in range(args.num_people) for n in range(args.images_per_person)]
     started = time.perf_counter()
-    for start in tqdm(range(0, len(numbers), args.batch_size), unit="batch", leave=False):
-        batch = numbers[start : start + args.batch_size]
-        embeddings = people.bank.take([i for i, _ in batch])
-        generators = [image_generator(args.seed, people.bank.names[i], n) for i, n in batch]
-        out = pipe(embeddings, generator=generators, **setting)
-        images += out.images
-        boundaries += out.boundary_timesteps.tolist()
-    latest = setting.get("latest_boundary", pipe.config.latest_boundary)
+    images, reached = sample_faces(pipe, people.bank, args.images_per_person, args.batch_size, args.seed, **options)
+    latest = options.get("latest_boundary", pipe.config.latest_boundary)
     return images, {
-        "rows": sum(rows) / len(numbers),
-        "seconds": (time.perf_counter() - started) / len(numbers),
-        "boundary": float(np.mean(boundaries)),
-        "capped": float(np.mean(np.array(boundaries) <= latest)),
+        "rows": sum(rows) / len(images),
+        "seconds": (time.perf_counter() - started) / len(images),
+        "boundary": float(np.mean(reached)),
+        "capped": float(np.mean(np.array(reached) <= latest)),
     }
 
 
 def measure(
-    args, people: Conditions, images: list[PIL.Image.Image], judge: FaceEncoder, perceptual
+    args: argparse.Namespace,
+    people: Conditions,
+    images: list[PIL.Image.Image],
+    judge: FaceEncoder,
+    perceptual: "lpips.LPIPS",
 ) -> dict[str, float]:
     shape = (args.num_people, args.images_per_person)
-    generated, photographs = (judge.embed_pictures(faces) for faces in (images, people.photographs))
-    identity = identity_consistency(generated.unflatten(0, shape), photographs)
-    labels = np.arange(shape[0]).repeat(shape[1])
-    cosines = [pair_cosines(generated, pairs(labels)) for pairs in (genuine_pairs, impostor_pairs)]
-    pixels = to_pixels(images)
+    generated = judge.embed_pictures(images).unflatten(0, shape)
+    identity = identity_consistency(generated, judge.embed_pictures(people.photographs))
+    pixels = face_pixels([np.asarray(image) for image in images])
     pairs = identity_pairs("", args.images_per_person, None)
-    lpips = [mean_lpips(of_person, pairs, perceptual) for of_person in pixels.unflatten(0, shape)]
     network = LpipsFeatures(perceptual)
-    features = [torch.cat([network(part) for part in images.split(64)]) for images in (people.real, pixels)]
-    precision, recall = improved_precision_recall(*features)
-    figures = {"judge": identity["own"], "others": identity["other"], "EER": equal_error_rate(*cosines)}
-    figures["LPIPS"] = float(np.mean(lpips))
-    return figures | {"precision": precision, "recall": recall}
+    theirs, ours = (torch.cat([network(part) for part in faces.split(64)]) for faces in (people.real, pixels))
+    precision, recall = improved_precision_recall(theirs, ours)
+    return {
+        "judge": identity["own"],
+        "others": identity["other"],
+        "EER": equal_error_rate(*grouped_cosines(generated)),
+        "LPIPS": float(np.mean([mean_lpips(faces, pairs, perceptual) for faces in pixels.unflatten(0, shape)])),
+        "precision": precision,
+        "recall": recall,
+    }
 
 
 def print_table(table: dict[str, dict[str, float]]) -> None:
@@ -166,13 +161,11 @@ def main(argv: list[str] | None = None) -> None:
     check_settings(args.output / "study.json", {name: str(getattr(args, name)) for name in fixed} | model)
     file = args.output / "settings.json"
     known = json.loads(file.read_text()) if file.exists() else {}
-    people = judge = perceptual = None
-    for name, setting in settings.items():
-        if known.get(name, {}).get("setting") == setting:
-            continue
-        if people is None:
-            people, judge = Conditions(args), FaceEncoder(args.judge, args.encoder_root)
-            perceptual = load_lpips("alex", args.lpips_backbone)
+    missing = {name: setting for name, setting in settings.items() if known.get(name, {}).get("setting") != setting}
+    if missing:
+        people, judge = Conditions(args), FaceEncoder(args.judge, args.encoder_root)
+        perceptual = load_lpips("alex", args.lpips_backbone)
+    for name, setting in missing.items():
         images, cost = sample(args, people, setting)
         known[name] = {"setting": setting, "figures": cost | measure(args, people, images, judge, perceptual)}
         write_json(file, known)

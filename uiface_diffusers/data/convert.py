@@ -7,6 +7,7 @@ import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 import PIL.Image
@@ -14,7 +15,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..files import MAX_NAME, local_path
-from .image_folder import IMAGES_A_SHARD, shard_name
+from .image_folder import IMAGES_A_SHARD, add_member, shard_name
 from .recordio import INEXACT, RecordWriter
 from .sources import (
     FolderSource,
@@ -111,7 +112,7 @@ def _convert(opened: PhotographSource, output: Path, part: Path, output_format: 
     }
 
 
-def _check_written(folder: Path, written: Counter) -> None:
+def _check_written(folder: Path, written: Counter[str]) -> None:
     if not written:
         raise ValueError("none of the pictures can be read.")
     found = Counter(photograph.identity for photograph in open_source(folder).photographs)
@@ -144,7 +145,8 @@ def _suffix(content: bytes) -> str:
     """By the format of a picture; `.jpg` of what Pillow does not know."""
     try:
         with PIL.Image.open(io.BytesIO(content)) as picture:
-            return SUFFIXES.get(picture.format, f".{picture.format.lower()}")
+            form = picture.format or "JPEG"
+            return SUFFIXES.get(form, f".{form.lower()}")
     except Exception:  # damaged files raise nearly anything in Pillow's plug-ins
         return ".jpg"
 
@@ -208,8 +210,8 @@ def _labels(folders: dict[str, str]) -> dict[str, int]:
     return {name: number for number, name in enumerate(names)}
 
 
-def _write_folders(source: PhotographSource, folders: dict[str, str], output: Path) -> Counter:
-    written: Counter = Counter()
+def _write_folders(source: PhotographSource, folders: dict[str, str], output: Path) -> Counter[str]:
+    written: Counter[str] = Counter()
     for folder, name, content in _pictures(source, folders):
         (output / folder).mkdir(exist_ok=True)
         (output / folder / name).write_bytes(content)
@@ -217,8 +219,9 @@ def _write_folders(source: PhotographSource, folders: dict[str, str], output: Pa
     return written
 
 
-def _write_records(source: PhotographSource, folders: dict[str, str], output: Path) -> Counter:
-    written, labels = Counter(), _labels(folders)
+def _write_records(source: PhotographSource, folders: dict[str, str], output: Path) -> Counter[str]:
+    written: Counter[str] = Counter()
+    labels = _labels(folders)
     records = RecordWriter(output / "train.rec")
     with records, open(output / "train.lst", "w", encoding="utf-8", newline="\n") as listing:
         for folder, name, content in _pictures(source, folders, by_identity=True):
@@ -228,24 +231,14 @@ def _write_records(source: PhotographSource, folders: dict[str, str], output: Pa
     return written
 
 
-def _write_shards(source: PhotographSource, folders: dict[str, str], output: Path) -> Counter:
-    written, labels, shard = Counter(), _labels(folders), None
-    try:
-        for number, (folder, name, content) in enumerate(_pictures(source, folders, key=_key)):
-            if number % IMAGES_A_SHARD == 0:
-                if shard is not None:
-                    shard.close()
-                shard = tarfile.open(output / shard_name(number // IMAGES_A_SHARD), "w")
-            key = f"{folder}/{_key(name)}"
-            for file, data in (
-                (f"{key}{PurePosixPath(name).suffix}", content),
-                (f"{key}.cls", str(labels[folder]).encode()),
-            ):
-                member = tarfile.TarInfo(file)
-                member.size = len(data)
-                shard.addfile(member, io.BytesIO(data))
-            written[folder] += 1
-    finally:
-        if shard is not None:
-            shard.close()
+def _write_shards(source: PhotographSource, folders: dict[str, str], output: Path) -> Counter[str]:
+    written: Counter[str] = Counter()
+    labels, pictures = _labels(folders), enumerate(_pictures(source, folders, key=_key))
+    for number, part in groupby(pictures, lambda picture: picture[0] // IMAGES_A_SHARD):
+        with tarfile.open(output / shard_name(number), "w") as shard:
+            for _, (folder, name, content) in part:
+                key = f"{folder}/{_key(name)}"
+                add_member(shard, f"{key}{PurePosixPath(name).suffix}", content)
+                add_member(shard, f"{key}.cls", str(labels[folder]).encode())
+                written[folder] += 1
     return written

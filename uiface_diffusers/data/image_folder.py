@@ -26,6 +26,18 @@ METADATA = "metadata.parquet"
 JOURNAL = "journal"
 
 
+@dataclass(frozen=True, slots=True)
+class ImageKey:
+    """
+    Args:
+        identity (`str`): name in the bank.
+        index (`int`): number of the image within its identity.
+    """
+
+    identity: str
+    index: int
+
+
 @dataclass(frozen=True)
 class ImageRow:
     """
@@ -49,6 +61,10 @@ class ImageRow:
     similarity: float | None
     size: int
 
+    @property
+    def key(self) -> ImageKey:
+        return ImageKey(self.identity, self.index)
+
 
 SCHEMA = pa.schema(
     [
@@ -63,7 +79,6 @@ SCHEMA = pa.schema(
         ("size", pa.int64()),
     ]
 )
-Key = tuple[str, int]
 
 
 def image_name(identity: str, index: int, image_format: str) -> str:
@@ -107,13 +122,13 @@ class Journal:
             file.write(lines.encode())
 
 
-def read_rows(output: Path) -> dict[Key, ImageRow]:
+def read_rows(output: Path) -> dict[ImageKey, ImageRow]:
     """Rows of all finished images, from the metadata and from all journals.
 
     Raises:
         ValueError: the metadata are damaged.
     """
-    rows: dict[Key, ImageRow] = {}
+    rows: dict[ImageKey, ImageRow] = {}
     names = [field.name for field in fields(ImageRow)]
     metadata = output / METADATA
     if metadata.exists():
@@ -123,13 +138,13 @@ def read_rows(output: Path) -> dict[Key, ImageRow]:
             raise ValueError(
                 f"{metadata} is damaged: restore it, or delete it and the images are made again. ({error})"
             ) from error
-        rows = {(row["identity"], row["index"]): ImageRow(**row) for row in table}
+        rows = {row.key: row for row in (ImageRow(**each) for each in table)}
     # of an image that was made again, the newest row counts
     for journal in sorted((output / JOURNAL).glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns):
         for line in journal.read_bytes().splitlines(keepends=True):
             if line.endswith(b"\n"):
                 row = ImageRow(**json.loads(line))
-                rows[row.identity, row.index] = row
+                rows[row.key] = row
     return rows
 
 
@@ -137,6 +152,12 @@ def write_metadata(output: Path, rows: Sequence[ImageRow], file_names: Sequence[
     table = [{"file_name": name, **asdict(row)} for name, row in zip(file_names, rows, strict=True)]
     with complete_file(output / METADATA) as beside:
         pq.write_table(pa.Table.from_pylist(table, SCHEMA), beside)
+
+
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
 
 
 def pack_shard(
@@ -152,8 +173,6 @@ def pack_shard(
                 members = {suffix: (images / name).read_bytes(), "cls": str(number).encode()}
                 members["json"] = json.dumps(asdict(row)).encode()
                 for end, data in members.items():
-                    member = tarfile.TarInfo(f"{key}.{end}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+                    add_member(tar, f"{key}.{end}", data)
     for name in names:
         (images / name).unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from ..files import local_path
 from .face_cache import FaceCacheSource
 from .image_folder import GENERATION
 from .sources import (
+    Photograph,
     describe_left_out,
     open_source,
     source_fingerprint,
@@ -106,7 +107,7 @@ class LabeledFaces(Dataset):
         parts = [source_fingerprint(source) for source in self.sources]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
-    def _find(self, index: int):
+    def _find(self, index: int) -> tuple[int, Photograph]:
         source = int(np.searchsorted(self.starts, index, side="right")) - 1
         return source, self.sources[source].photographs[index - self.starts[source]]
 
@@ -190,7 +191,9 @@ def check_faces(faces: LabeledFaces, max_faces: int | None = None, num_workers: 
     number = len(faces) if max_faces is None else min(max_faces, len(faces))
     indices = np.linspace(0, len(faces) - 1, number).round().astype(int).tolist()
     loader = DataLoader(_Flaws(faces), batch_size=64, sampler=indices, num_workers=num_workers, collate_fn=list)
-    counts, examples, remaining = Counter(), {}, iter(indices)
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    remaining = iter(indices)
     with tqdm(total=number, desc="check", unit="face") as progress:
         for flaws in loader:
             for flaw in flaws:

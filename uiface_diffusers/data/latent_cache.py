@@ -13,7 +13,8 @@ from tqdm import tqdm
 from ..files import complete_file, open_safetensors, read_safetensors
 from ..fingerprint import model_fingerprint
 from ..latents import FirstStage, encode_images
-from .face_cache import FaceCache
+from ..pictures import scale_to_unit_range
+from .face_cache import FaceCache, shard_rows
 
 
 @torch.no_grad()
@@ -33,21 +34,22 @@ def cache_latents(
     """
     key = model_fingerprint(vae)
     # twice as fast as contiguous convolutions, on the CPU too; a copy, so that the caller's stays as it is
-    vae = copy.deepcopy(vae).to(device, memory_format=torch.channels_last)
+    vae = copy.deepcopy(vae)
+    vae.to(device, memory_format=torch.channels_last)  # type: ignore[arg-type]  # diffusers' decorator has other types
     files = [shard.with_name(shard.name.replace("faces", f"latents-{key}")) for shard in faces.shards]
     files = [file.with_suffix(".safetensors") for file in files]
     missing = [file for file, shard in zip(files, faces.shards, strict=True) if not _is_of(file, shard)]
     with tqdm(total=len(faces), unit="face", desc="latents", disable=not missing) as progress:
         for index, (shard, file) in enumerate(zip(faces.shards, files, strict=True)):
             if file not in missing:
-                progress.update(faces.shard_length(shard))
+                progress.update(shard_rows(shard))
                 continue
             images = list(faces.shard_images(shard))
             generator = torch.Generator(device).manual_seed(index)
             latents = []
             for start in range(0, len(images), batch_size):
                 batch = torch.from_numpy(np.stack(images[start : start + batch_size]))
-                pixels = batch.to(device, vae.dtype).permute(0, 3, 1, 2) / 127.5 - 1
+                pixels = scale_to_unit_range(batch.to(device, vae.dtype).permute(0, 3, 1, 2))
                 both = [encode_images(vae, flip, generator) for flip in (pixels, pixels.flip(-1))]
                 latents.append(torch.stack(both, dim=1).half().cpu())
                 progress.update(len(batch))

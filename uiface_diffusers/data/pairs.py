@@ -250,7 +250,7 @@ def _table(path: Path, header: _Header, lines: list[tuple[int, str]]) -> list[Pa
     for number, line in lines[1:]:
         row = [word.strip() for word in next(csv.reader([line], delimiter=header.delimiter))]
         try:
-            if header.pictures is not None:
+            if header.pictures is not None and header.label is not None:
                 first, second = (_path(row[place]) for place in header.pictures)
                 pair = Pair(first, second, _same(row[header.label]))
             elif header.people is not None:

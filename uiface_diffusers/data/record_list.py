@@ -119,44 +119,53 @@ def record_identities(
             f"{records} has the label {labels[wrong]} in the record of key {wrong}: identities are whole numbers from"
             f" 0 to {INEXACT}, up to which float32 is exact."
         )
-    differ = len(set(labels.values())) > 1
     one = one or len(labels) == 1
-    file, left_out, images = find_list(records), {}, None
-    try:
-        images = None if file is None else read_image_list(file, list(labels))
-    except ValueError as error:
-        if not differ and not one:
-            raise ValueError(f"all labels in {records} are {next(iter(labels.values())):g}, and {error}") from error
-        left_out = {file.name: f"a list that does not fit ({error})"}
-    if images is None:
-        if not differ and not one:
-            raise ValueError(
-                f"all {len(labels)} pictures in {records} have the label {next(iter(labels.values())):g}: their"
-                " identities are not in it. Put the list that came with it beside it, named"
-                f" {records.with_suffix('.lst').name} or list.txt."
-            )
-        return {key: f"{int(label):07d}" for key, label in labels.items()}, left_out
-    images = {key: images[key] for key in labels}
-    folders, listed = _folders(images), {key: image.label for key, image in images.items()}
-    groups: Mapping[int, float] | None = labels if differ else None
-    if not differ and None not in listed.values() and len(set(listed.values())) > 1:
-        groups = listed
-    if groups is None and folders is not None and (one or len(set(folders.values())) > 1):
-        return folders, left_out
-    if groups is not None and folders is not None and _is_renaming(groups, folders):
-        return folders, left_out
-    if groups is None and not one:
+    told = one or len(set(labels.values())) > 1  # without a list, too
+    file = find_list(records)
+    if file is None:
+        if told:
+            return _numbered(labels), {}
         raise ValueError(
-            f"all labels in {records} are equal, and the paths in {file} "
-            + ("have no folders of identities." if folders is None else f"are all in {min(folders.values())}.")
-            + " Nothing tells the identities."
+            f"all {len(labels)} pictures in {records} have the label {next(iter(labels.values())):g}: their identities"
+            " are not in it. Put the list that came with it beside it, named"
+            f" {records.with_suffix('.lst').name} or list.txt."
         )
-    if groups is None and None in listed.values():
-        groups = labels
-    groups = groups or listed
+    try:
+        images = read_image_list(file, list(labels))
+    except ValueError as error:
+        if told:
+            return _numbered(labels), {file.name: f"a list that does not fit ({error})"}
+        raise ValueError(f"all labels in {records} are {next(iter(labels.values())):g}, and {error}") from error
+    return _listed_identities(records, file, {key: images[key] for key in labels}, labels, one), {}
+
+
+def _numbered(labels: Mapping[int, float]) -> dict[int, str]:
+    return {key: f"{int(label):07d}" for key, label in labels.items()}
+
+
+def _listed_identities(
+    records: Path, file: Path, images: Mapping[int, ListedImage], labels: Mapping[int, float], one: bool
+) -> dict[int, str]:
+    """Key -> identity, as `record_identities` gives them, where the lines of a list are known."""
+    folders = _folders(images)
+    listed = {key: image.label for key, image in images.items() if image.label is not None}
+    known = [labels, listed] if len(listed) == len(images) else [labels]
+    groups = next((naming for naming in known if len(set(naming.values())) > 1), None)
+    if groups is None:
+        if folders is not None and (one or len(set(folders.values())) > 1):
+            return folders
+        if not one:
+            raise ValueError(
+                f"all labels in {records} are equal, and the paths in {file} "
+                + ("have no folders of identities." if folders is None else f"are all in {min(folders.values())}.")
+                + " Nothing tells the identities."
+            )
+        groups = known[-1]
+    elif folders is not None and _is_renaming(groups, folders):
+        return folders
     wrong = next((key for key, label in groups.items() if not 0 <= label < math.inf or label != int(label)), None)
     if wrong is not None:
         raise ValueError(
             f"{file} has the label {groups[wrong]} of key {wrong}: identities are whole numbers from 0 on."
         )
-    return {key: f"{int(label):07d}" for key, label in groups.items()}, left_out
+    return _numbered(groups)

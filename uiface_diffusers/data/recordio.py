@@ -12,7 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -57,7 +57,8 @@ class RecordReader:
                 raise ValueError(f"no record file: {why_unreadable(self.path, 'no records')}.")
         self.size = self.path.stat().st_size
         # opened by each process that reads
-        self._file, self._process = None, None
+        self._file: BinaryIO | None = None
+        self._process: int | None = None
         # of the walk that finds the records where there is no index, until `scan` gives them away
         self._labels: dict[int, float] | None = None
         self.offsets = _read_index(self.index) if self.index.is_file() else self._rebuild_index()
@@ -70,9 +71,11 @@ class RecordReader:
     def keys(self) -> list[int]:
         return list(self.offsets)
 
-    def _open(self):
-        if self._process != os.getpid():
+    def _open(self, offset: int) -> BinaryIO:
+        """The file, at a place; each process opens its own."""
+        if self._file is None or self._process != os.getpid():
             self._file, self._process = open(self.path, "rb"), os.getpid()
+        self._file.seek(offset)
         return self._file
 
     def read(self, key: int) -> bytes:
@@ -84,18 +87,16 @@ class RecordReader:
         return self._read(self.offsets[key], f"key {key}")
 
     def _read(self, offset: int, name: str) -> bytes:
-        self._open().seek(offset)
+        file = self._open(offset)
         parts, expected = [], (WHOLE, FIRST)
         while True:
-            head = self._file.read(8)
-            magic, word = struct.unpack("<II", head) if len(head) == 8 else (None, 0)
-            flag, length = word >> 29, word & (2**29 - 1)
+            magic, flag, length = _head(file.read(8))
             if magic != MAGIC or flag not in expected:
                 raise OSError(f"{self.path}: no record at the place of {name}: damaged, or of another index.")
-            data = self._file.read(length)
+            data = file.read(length)
             if len(data) < length:
                 raise OSError(f"{self.path}: the record of {name} is truncated.")
-            self._file.seek(-length % 4, os.SEEK_CUR)
+            file.seek(-length % 4, os.SEEK_CUR)
             parts.append(data)
             if flag in (WHOLE, LAST):
                 # a record is cut where its data holds the magic number, which is left out
@@ -127,22 +128,19 @@ class RecordReader:
         Raises:
             OSError: the record is damaged.
         """
-        self._open().seek(self.offsets[key])
-        start = self._file.read(8 + HEADER.size + 4)
+        start = self._open(self.offsets[key]).read(8 + HEADER.size + 4)
         # nearly always the label lies in the record's first part
-        if len(start) == 8 + HEADER.size + 4 and struct.unpack("<I", start[:4])[0] == MAGIC:
-            length = struct.unpack("<I", start[4:8])[0] & (2**29 - 1)
+        if len(start) == 8 + HEADER.size + 4 and _head(start)[0] == MAGIC:
             flag, label, _, _ = HEADER.unpack_from(start, 8)
             if not flag:
                 return label
-            if length >= HEADER.size + 4:
+            if _head(start)[2] >= HEADER.size + 4:
                 return struct.unpack_from("<f", start, 8 + HEADER.size)[0]
         return float(self.read_image(key).labels[0])
 
     def read_length(self, key: int) -> int:
         """Bytes of a record (of its first part, if it is cut), without reading them."""
-        self._open().seek(self.offsets[key] + 4)
-        return int.from_bytes(self._file.read(4), "little") & (2**29 - 1)
+        return _head(self._open(self.offsets[key]).read(8))[2]
 
     def image_keys(self) -> list[int]:
         """Keys of the pictures. InsightFace's files start with a record 0 without picture, whose label array says
@@ -182,9 +180,11 @@ class RecordReader:
             ValueError: the index is of another file, or the file is cut short.
         """
         if self._labels is not None:
-            labels, self._labels = self._labels, None
-            return labels, {}
-        end, labels, missing = 0, {}, {}
+            known, self._labels = self._labels, None
+            return known, {}
+        end = 0
+        labels: dict[int, float] = {}
+        missing: dict[int, float] = {}
         places = sorted(self.offsets.items(), key=itemgetter(1))
         for key, offset in tqdm(places, desc="index", unit="record"):
             if offset >= self.size:
@@ -215,14 +215,12 @@ class RecordReader:
 
     def _scan_record(self, offset: int) -> tuple[int, float | None, int]:
         """Where a record ends, its (first) label, or None if it has no picture, and the number in its header."""
-        self._open().seek(offset)
-        start = self._file.read(8 + HEADER.size + 4)
+        start = self._open(offset).read(8 + HEADER.size + 4)
         end = self._record_end(offset, start[:8])
         # nearly always the label lies in the record's first part
         if len(start) == 8 + HEADER.size + 4:
-            length = struct.unpack_from("<I", start, 4)[0] & (2**29 - 1)
             flag, label, number, _ = HEADER.unpack_from(start, 8)
-            if length > HEADER.size + 4 * flag:
+            if _head(start)[2] > HEADER.size + 4 * flag:
                 return end, struct.unpack_from("<f", start, 8 + HEADER.size)[0] if flag else label, number
         record = self._read_image(offset, f"byte {offset}")
         return end, float(record.labels[0]) if record.content else None, record.id
@@ -232,12 +230,10 @@ class RecordReader:
         start, flag = offset, FIRST
         while flag not in (WHOLE, LAST):
             if offset > start:
-                self._open().seek(offset)
-                head = self._file.read(8)
-            magic, word = struct.unpack("<II", head) if len(head) == 8 else (None, 0)
+                head = self._open(offset).read(8)
+            magic, flag, length = _head(head)
             if magic != MAGIC:
                 raise OSError(f"{self.path}: no record at byte {offset}: damaged, or of another index.")
-            flag, length = word >> 29, word & (2**29 - 1)
             offset += 8 + length + -length % 4
         if offset - (-length % 4) > self.size:
             raise OSError(
@@ -261,6 +257,12 @@ class RecordReader:
         keys = numbers if len(set(numbers)) == len(numbers) else range(len(offsets))
         self._labels = {key: label for key, label in zip(keys, labels, strict=True) if label is not None}
         return dict(zip(keys, offsets, strict=True))
+
+
+def _head(start: bytes) -> tuple[int | None, int, int]:
+    """Magic number, continuation flag and length that a record's part starts with; no magic number at a file's end."""
+    magic, word = struct.unpack_from("<II", start) if len(start) >= 8 else (None, 0)
+    return magic, word >> 29, word & (2**29 - 1)
 
 
 def _read_index(path: Path) -> dict[int, int]:
@@ -309,14 +311,15 @@ class RecordWriter:
     """
 
     def __init__(self, path: Path):
-        self.key, self.ranges = 0, []
+        self.key = 0
+        self.ranges: list[tuple[int, int, int]] = []  # of labels: keys from, to
         self._records, self._index = open(path, "wb"), open(path.with_suffix(".idx"), "w")
         self._write([0, 0], b"")
 
     def __enter__(self) -> "RecordWriter":
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         if kind is None:
             end = self.key
             for _, first, last in self.ranges:
@@ -335,9 +338,9 @@ class RecordWriter:
         return self._write(label, content)
 
     def _write(self, label: int | list[int], content: bytes) -> int:
-        several = isinstance(label, list)
-        data = HEADER.pack(len(label) if several else 0, 0 if several else label, self.key, 0)
-        data += (struct.pack(f"<{len(label)}f", *label) if several else b"") + content
+        several = label if isinstance(label, list) else []
+        data = HEADER.pack(len(several), 0 if isinstance(label, list) else label, self.key, 0)
+        data += struct.pack(f"<{len(several)}f", *several) + content
         self._index.write(f"{self.key}\t{self._records.tell()}\n")
         parts = _cut_at_magic(data)
         for number, part in enumerate(parts):

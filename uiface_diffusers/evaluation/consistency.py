@@ -1,6 +1,15 @@
 """Do generated faces look like the identity that they were conditioned on?"""
 
+from collections import Counter
+
 import torch
+import torch.nn.functional as F
+
+from ..files import read_settings
+from ..identities import bank_hash, largest_cosines
+from .figures import Description
+from .measure import Measure, conditions_of
+from .plots import plot_histograms
 
 
 def identity_consistency(
@@ -37,3 +46,53 @@ def identity_consistency(
         "difference_low": low,
         "difference_high": high,
     }
+
+
+class ContextMeasure(Measure):
+    """How near the images are to the embeddings that they were conditioned on."""
+
+    needs = ("recognizers", "identities")
+    figures = {
+        "context_cosine": Description(
+            "Mean cosine to the context",
+            "",
+            "Cosine of an image to its identity's embedding in the bank. With `--identity-perturbation`, images"
+            " follow embeddings that were turned away from those of the bank.",
+        ),
+        "context_nearest": Description(
+            "Nearest to its own context",
+            "%",
+            "Share of images that are nearer to their own context than to any other in the bank.",
+        ),
+    }
+
+    def check(self) -> None:
+        bank, faces = self.inputs.identities, self.inputs.faces
+        assert bank is not None
+        if len(set(bank.names)) < len(bank):
+            name = Counter(bank.names).most_common(1)[0][0]
+            raise ValueError(
+                f"the bank of identities has several embeddings of `{name}`: give the one that was followed."
+            )
+        missing = sorted(faces.identities.keys() - set(bank.names))
+        if missing:
+            raise ValueError(f"the bank of identities lacks {len(missing)} of the data set's, such as `{missing[0]}`.")
+        # a set of `generate_dataset` says which bank it follows; names would not tell: those of all banks begin at 0
+        file = self.inputs.path / "generation.json"
+        if file.exists():
+            followed = bank.take([i for i, name in enumerate(bank.names) if name in faces.identities])
+            if bank_hash(followed) != read_settings(file).get("identities"):
+                raise ValueError(f"{file} says that the faces follow another bank of identities than the one given.")
+
+    def measure(self) -> None:
+        bank = self.inputs.identities
+        assert bank is not None
+        recognizer = self.inputs.recognizer_of(bank)
+        embeddings, contexts = self.inputs.embeddings[recognizer.name], F.normalize(bank.embeddings)
+        numbers = {identity: number for number, identity in enumerate(bank.names)}
+        own = torch.tensor([numbers[identity] for identity in self.inputs.faces.names])
+        nearest, cosines = largest_cosines(embeddings, contexts)[1], (embeddings * contexts[own]).sum(dim=1)
+        values = {"context_cosine": cosines.mean().item(), "context_nearest": (nearest == own).float().mean().item()}
+        self.add(values, conditions_of(recognizer), f"The bank has {len(bank)} contexts.")
+        plot = plot_histograms({"image to its context": cosines}, "cosine")
+        self.pictures.append((f"Similarity to the context by {recognizer.name}", plot))

@@ -1,34 +1,42 @@
 """A data set of aligned faces in any published form, and figures of its faces that are computed once and kept."""
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import nn
 from tqdm import tqdm
 
 from ..data.sources import (
     FlatFolderSource,
     Photograph,
     PhotographSource,
+    describe_left_out,
     has_image_suffix,
     is_system_entry,
     open_source,
     source_fingerprint,
+    summarize_left_out,
     unreadable_reason,
 )
-from ..faces import FaceEncoder, NoEmbeddingError, UnusableFaceError, resize_aligned
+from ..faces import NoEmbeddingError, Recognizer, UnusableFaceError, resize_aligned, unit_embeddings
 from ..files import complete_file, local_path, read_json, read_safetensors, write_json
+from ..identities import IdentityBank
+from ..pictures import to_unit_range
 
 
 def open_faces(path: str | os.PathLike) -> PhotographSource:
-    """Opens real faces in any form that `open_source` takes. Here a folder of pictures and nothing else is one, too:
-    each picture is of a person of its own.
+    """Opens real faces in any form that `open_source` takes, or a folder that has only pictures: each then shows a
+    person of its own.
 
     Raises:
         ValueError: as `open_source`.
@@ -46,14 +54,16 @@ def face_pixels(faces: Sequence[np.ndarray]) -> torch.Tensor:
     """Square faces of any size, RGB bytes, as `(N, 3, 112, 112)` in [-1, 1], resized as `FaceEncoder.embed_pictures`
     does."""
     resized = np.stack([resize_aligned(face) for face in faces])
-    return torch.from_numpy(resized).permute(0, 3, 1, 2) / 127.5 - 1
+    return to_unit_range(torch.from_numpy(resized).permute(0, 3, 1, 2))
 
 
 class JoinedSource:
     """Several sources as one. A file has the number of its source in front: `2/anna/0001.jpg`."""
 
     def __init__(self, sources: Sequence[PhotographSource]):
-        self.photographs, self.left_out, self._places = [], {}, {}
+        self.photographs: list[Photograph] = []
+        self.left_out: dict[str, str] = {}
+        self._places: dict[str, tuple[PhotographSource, Photograph]] = {}
         for number, source in enumerate(sources, start=1):
             self.left_out |= {f"{number}/{name}": reason for name, reason in source.left_out.items()}
             for photograph in source.photographs:
@@ -98,6 +108,17 @@ class FaceSet:
     def __len__(self) -> int:
         return len(self.photographs)
 
+    @property
+    def images_of_each(self) -> str:
+        """How many images the identities have, for people: `5`, or `2 to 7`."""
+        counts = sorted(len(positions) for positions in self.identities.values())
+        return f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
+
+    @property
+    def left_out_of_source(self) -> str:
+        """What the source found beside its photographs, in words; empty if there was nothing."""
+        return "; ".join(describe_left_out(summarize_left_out(self.source.left_out)))
+
     @cached_property
     def identities(self) -> dict[str, list[int]]:
         """Name -> positions of its faces, in the order that the names come."""
@@ -141,7 +162,8 @@ class FaceSet:
     def sample_identities(self, max_faces: int, seed: int = 0) -> "FaceSet":
         """Whole identities, drawn uniformly, with at most so many faces in all; one at least."""
         names = list(self.identities)
-        drawn, total = set(), 0
+        drawn: set[str] = set()
+        total = 0
         for number in np.random.default_rng(seed).permutation(len(names)):
             total += len(self.identities[names[number]])
             if drawn and total > max_faces:
@@ -162,16 +184,16 @@ class FaceSet:
         """Faces `(N, 3, 112, 112)` in [-1, 1]."""
         return face_pixels([self.source.read(self.photographs[position]) for position in positions])
 
-    def embed(self, recognizer: FaceEncoder, folder: Path) -> torch.Tensor:
+    def embed(self, recognizer: Recognizer, folder: Path) -> torch.Tensor:
         """Embeddings `(N, D)` of unit length, in their order; `folder` keeps them.
 
         Raises:
-            ValueError: the recognizer makes nothing of a face; the message names its file.
+            ValueError: a face has no usable embedding; the message names its file.
         """
 
         def compute(rows: range) -> torch.Tensor:
             try:
-                return recognizer.embed_pictures([self.read(row) for row in rows])
+                return torch.from_numpy(unit_embeddings(recognizer, [np.asarray(self.read(row)) for row in rows]))
             except NoEmbeddingError as error:
                 file = self.photographs[rows[error.position]].file
                 raise ValueError(
@@ -180,6 +202,30 @@ class FaceSet:
 
         folder = folder / f"embeddings-{recognizer.fingerprint}-{self.key}"
         return F.normalize(computed_once(folder, len(self), compute, f"embed by {recognizer.name}"))
+
+    def bank(self, recognizer: Recognizer, folder: Path) -> IdentityBank:
+        """Their embeddings with their names; as `embed`."""
+        return IdentityBank(self.embed(recognizer, folder), recognizer.name, self.names, recognizer.fingerprint)
+
+    def features(self, network: nn.Module | Recognizer, folder: Path, device: torch.device | str) -> torch.Tensor:
+        """Features `(N, D)` by a module with a `name` on `device`, or embeddings; `folder` keeps them.
+
+        Raises:
+            ValueError: the features of a face are not finite; the message names its file.
+        """
+        if not isinstance(network, nn.Module):
+            return self.embed(network, folder)
+        network = network.to(device)
+
+        def compute(rows: range) -> torch.Tensor:
+            found = network(self.pixels(rows).to(device)).float().cpu()
+            wrong = (~found.isfinite().all(dim=1)).nonzero().flatten().tolist()
+            if wrong:
+                file = self.photographs[rows[wrong[0]]].file
+                raise ValueError(f"the features of {file} by {network.name} are not finite: is the backbone whole?")
+            return found
+
+        return computed_once(folder / f"features-{digest(network.name, self.key)}", len(self), compute, "features")
 
     def check(self, folder: Path) -> dict[str, str]:
         """Reads every picture, once: `folder` remembers it. Returns file -> what is wrong with it."""
@@ -204,6 +250,32 @@ class FaceSet:
             return self
         kept = [photograph for photograph in self.photographs if photograph.file not in files]
         return FaceSet(self.source, kept, left_out=files)
+
+    def usable(self, path: str | os.PathLike, folder: Path, skip_unusable: bool = False) -> "FaceSet":
+        """The set after a look at every picture.
+
+        Args:
+            path: where the set is, for the error.
+            folder: remembers what was looked at.
+            skip_unusable (`bool`, defaults to `False`): leave out pictures that cannot be used, in `left_out`.
+
+        Raises:
+            ValueError: pictures cannot be used, or none can.
+        """
+        unusable = self.check(folder)
+        if unusable and not (skip_unusable and len(unusable) < len(self)):
+            file, reason = next(iter(unusable.items()))
+            raise ValueError(
+                f"{len(unusable)} of {len(self)} pictures in {path} cannot be used, such as {file}: {reason}."
+                " Photographs that are not aligned are made usable by `uiface prepare`; --skip-unusable of `uiface"
+                " evaluate` leaves such pictures out."
+            )
+        return self.without(unusable)
+
+
+def digest(*content: Any) -> str:
+    """Twelve hexadecimal digits of anything that JSON can hold, for names of folders."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
 def computed_once(

@@ -24,7 +24,7 @@ class LpipsFeatures(nn.Module):
     """The last layer of an LPIPS backbone, averaged over its positions: of AlexNet 256 dimensions.
 
     Args:
-        perceptual: as `load_lpips` gives it.
+        perceptual: what `load_lpips` returns.
     """
 
     def __init__(self, perceptual: "lpips.LPIPS"):
@@ -44,7 +44,7 @@ class LpipsGridFeatures(nn.Module):
     sqrt(D): `x @ y / D`, which KID's kernel takes, is the sum of the layers' three cosines.
 
     Args:
-        perceptual: as `load_lpips` gives it.
+        perceptual: what `load_lpips` returns.
     """
 
     LAYERS, GRID, SIZE = (2, 3, 5), 4, (128, 128)
@@ -83,6 +83,9 @@ class TorchvisionFeatures(nn.Module):
         OSError: the weights are not given and cannot be downloaded.
         ValueError: another network; or the file is not of it, or damaged.
     """
+
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, network: str, weights: str | os.PathLike | None = None):
         super().__init__()

@@ -1,5 +1,6 @@
-"""Does a synthetic data set show people of the training?"""
+"""Does a synthetic data set show real people, such as those of the training?"""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -13,12 +14,15 @@ import torch.nn.functional as F
 from diffusers.utils import make_image_grid
 
 from ..data.face_cache import FaceCache
-from ..data.sources import describe_left_out, open_source, summarize_left_out
+from ..data.sources import open_source
 from ..encoders import check_same_encoder
 from ..faces import ALIGNED_SIZE, FaceEncoder
 from ..files import complete_file
 from ..identities import CANDIDATE_ROWS, KNOWN_ROWS, IdentityBank, largest_cosines
 from .face_set import FaceSet
+from .figures import Description
+from .measure import Measure, conditions_of
+from .plots import plot_histograms
 
 # of the thresholds
 FALSE_ACCEPT_RATES = (1e-3, 1e-4)
@@ -29,16 +33,17 @@ HISTOGRAM_BINS = 200_000
 class LeakageReport:
     """
     Args:
-        thresholds (`dict[float, float]`): false accept rate -> the cosine that so many real impostor pairs exceed.
-        impostor_pairs (`int`): how many pairs that was measured on.
+        thresholds (`dict[float, float]`): false accept rate -> the cosine that this share of the real impostor pairs
+            exceeds.
+        impostor_pairs (`int`): the number of these pairs.
         image_cosines (`torch.Tensor` of shape `(N,)`): of each image to the nearest real embedding.
         image_nearest (`torch.Tensor` of shape `(N,)`): its position.
         identity_cosines (`dict[str, float]`): synthetic identity -> cosine of its mean embedding to the nearest real
             one.
         image_shares (`dict[float, float]`): false accept rate -> share of the images above its threshold.
         identity_shares (`dict[float, float]`): the same, of the identities.
-        real_shares (`dict[float, float]`): the same, of the real images and the nearest one of another person: what is
-            to be expected of strangers among so many.
+        real_shares (`dict[float, float]`): the same, of the real images and the nearest one of another person: what to
+            expect of strangers among so many.
     """
 
     thresholds: dict[float, float]
@@ -59,11 +64,14 @@ def _labels(names: list[str]) -> torch.Tensor:
 def impostor_thresholds(
     real: IdentityBank, rates: tuple[float, ...] = FALSE_ACCEPT_RATES
 ) -> tuple[dict[float, float], int, torch.Tensor]:
-    """Cosines that at most a share of `rates` of all pairs of two identities of a bank exceeds (to 1e-5), the number
-    of pairs, and of each embedding the cosine to the nearest one of another identity, `(N,)`.
+    """Thresholds from the impostor pairs (of two identities) of a bank.
+
+    Returns:
+        False accept rate -> the cosine that at most this share of the pairs exceeds (to 1e-5); the number of pairs;
+        and for each embedding the cosine to the nearest one of another identity, `(N,)`.
 
     Raises:
-        ValueError: a single identity has no impostors.
+        ValueError: the bank has a single identity, so no impostors.
     """
     embeddings, labels = F.normalize(real.embeddings), _labels(real.names)
     pairs = int((len(labels) ** 2 - torch.bincount(labels).square().sum()) // 2)
@@ -91,7 +99,7 @@ def measure_leakage(synthetic: IdentityBank, real: IdentityBank) -> LeakageRepor
 
     Args:
         synthetic: one embedding per image; names are its identities.
-        real: one embedding per image of real people, as those of the training.
+        real: one embedding per image of real people, such as those of the training.
 
     Raises:
         ValueError: the banks are of two encoders, or `real` has a single identity.
@@ -116,6 +124,57 @@ def measure_leakage(synthetic: IdentityBank, real: IdentityBank) -> LeakageRepor
     )
 
 
+class LeakageMeasure(Measure):
+    """Whether real people are shown."""
+
+    needs = ("recognizers", "against")
+    figures = {
+        "leakage_images": Description(
+            "Images near a real face",
+            "%",
+            "Share of images whose nearest real embedding exceeds the threshold of real impostors.",
+        ),
+        "leakage_identities": Description(
+            "Identities near a real face", "%", "The same for the mean embedding of each identity."
+        ),
+        "leakage_strangers": Description(
+            "Real images near another person",
+            "%",
+            "The same for real images and the nearest other person: what to expect of strangers.",
+        ),
+        "leakage_largest": Description(
+            "Largest cosine to a real face", "", "Largest cosine of any image to any real embedding."
+        ),
+    }
+
+    def check(self) -> None:
+        assert self.inputs.against is not None
+        if len(set(self.inputs.against.names)) < 2:
+            raise ValueError(
+                "`against` has a single identity: leakage is measured against impostors among real people."
+            )
+
+    def measure(self) -> None:
+        against = self.inputs.against
+        assert against is not None
+        recognizer = self.inputs.recognizer_of(against)
+        found = measure_leakage(self.inputs.faces.bank(recognizer, self.inputs.cache), against)
+        digest = hashlib.sha256(against.embeddings.contiguous().numpy().tobytes()).hexdigest()[:12]
+        conditions = conditions_of(recognizer) | {"real": f"{len(against)} embeddings {digest}"}
+        for rate, threshold in found.thresholds.items():
+            values = {
+                "leakage_images": found.image_shares[rate],
+                "leakage_identities": found.identity_shares[rate],
+                "leakage_strangers": found.real_shares[rate],
+            }
+            detail = f"{threshold:.3f} is exceeded by {rate:.2%} of {found.impostor_pairs:,} real impostor pairs."
+            self.add(values, {**conditions, "FAR": f"{rate:g}"}, detail)
+        self.add({"leakage_largest": found.image_cosines.max().item()}, conditions)
+        marks = {f"FAR {rate:g} of real impostors": threshold for rate, threshold in found.thresholds.items()}
+        plot = plot_histograms({"image to the nearest real face": found.image_cosines}, "cosine", marks)
+        self.pictures.append((f"Nearest real face by {recognizer.name}", plot))
+
+
 def audit_dataset(
     dataset: str | os.PathLike,
     encoder: FaceEncoder,
@@ -125,8 +184,9 @@ def audit_dataset(
     worst: int = 8,
     log: Callable[[str], None] = lambda line: None,
 ) -> LeakageReport:
-    """Embeds a data set, measures its leakage, and saves a picture of the worst images. Embeddings are kept in a
-    folder beside the picture until it is written: the same call goes on where one was stopped.
+    """Embeds a data set, measures its leakage, and saves a picture of the worst images. Pictures that cannot be used
+    are named and left out. Embeddings are kept in a folder beside the picture until it is written, so that the same
+    call goes on where an earlier one was stopped.
 
     Args:
         dataset: aligned faces in any form that `open_source` opens.
@@ -135,46 +195,51 @@ def audit_dataset(
         faces: their pictures, in the same order: shown beside the worst images.
         plot: the picture's file.
         worst (`int`, defaults to 8): rows of the picture.
-        log: takes the lines of a summary.
+        log: is called with each line of a summary.
 
     Raises:
         ValueError: no picture can be used, the real embeddings are of another encoder, or `worst` is not positive.
     """
     if worst < 1:
         raise ValueError(f"`worst` has to be positive but is {worst}.")
-    images, cache = FaceSet(open_source(dataset)), Path(f"{plot}.cache")
-    unusable = images.check(cache)
-    synthetic = images.without(unusable)
-    if not len(synthetic):
-        raise ValueError(f"none of {len(images)} pictures in {dataset} can be used: {next(iter(unusable.values()))}.")
-    for file, reason in unusable.items():
+    cache = Path(f"{plot}.cache")
+    synthetic = FaceSet(open_source(dataset)).usable(dataset, cache, skip_unusable=True)
+    for file, reason in synthetic.left_out.items():
         log(f"left out: {file}: {reason}")
-    for line in describe_left_out(summarize_left_out(images.source.left_out)):
-        log(f"left out: {line}")
-    embeddings = synthetic.embed(encoder, cache)
-    report = measure_leakage(IdentityBank(embeddings, encoder.name, synthetic.names, encoder.fingerprint), real)
-
-    cosines, identities = report.image_cosines, np.array(list(report.identity_cosines.values()))
-    log(f"{len(cosines)} images of {len(identities)} identities against {len(real)} real embeddings")
-    log(f"nearest real embedding: of images, mean {cosines.mean():.3f}, largest {cosines.max():.3f}")
-    log(f"  of identities' mean embeddings, mean {identities.mean():.3f}, largest {identities.max():.3f}")
-    for rate, threshold in report.thresholds.items():
-        shares = 100 * report.image_shares[rate], 100 * report.identity_shares[rate]
-        log(
-            f"above {threshold:.3f} (FAR {rate:g} of {report.impostor_pairs} real impostor pairs):"
-            f" {shares[0]:.2f} % of the images, {shares[1]:.2f} % of the identities;"
-            f" of the real images, to another person's: {100 * report.real_shares[rate]:.2f} %"
-        )
-    order = cosines.argsort(descending=True)[:worst].tolist()
-    columns = [[np.asarray(synthetic.read(i)) for i in order]]
+    if synthetic.source.left_out:
+        log(f"left out: {synthetic.left_out_of_source}")
+    report = measure_leakage(synthetic.bank(encoder, cache), real)
+    for line in _in_words(report, len(real)):
+        log(line)
+    order = report.image_cosines.argsort(descending=True)[:worst].tolist()
+    nearest = report.image_nearest[order].tolist()
+    for i, known in zip(order, nearest, strict=True):
+        log(f"  {synthetic.photographs[i].file}: {report.image_cosines[i]:.3f} to {real.names[known]}")
+    columns = [[synthetic.read(i) for i in order]]
     if faces is not None:
-        columns.append(faces.images([int(report.image_nearest[i]) for i in order]))
-    for i in order:
-        log(f"  {synthetic.photographs[i].file}: {cosines[i]:.3f} to {real.names[report.image_nearest[i]]}")
-    size = (ALIGNED_SIZE, ALIGNED_SIZE)
-    cells = [PIL.Image.fromarray(picture).resize(size) for row in zip(*columns, strict=True) for picture in row]
+        size = (ALIGNED_SIZE, ALIGNED_SIZE)
+        columns.append([PIL.Image.fromarray(picture).resize(size) for picture in faces.images(nearest)])
+    cells = [picture for row in zip(*columns, strict=True) for picture in row]
     with complete_file(plot) as beside:
         make_image_grid(cells, rows=len(order), cols=len(columns)).save(beside, "png")
     shutil.rmtree(cache)
     log(f"the worst are in {plot}" + (", each beside the nearest real face" if faces is not None else ""))
     return report
+
+
+def _in_words(report: LeakageReport, number: int) -> list[str]:
+    """The figures of a report against a number of real embeddings."""
+    cosines, identities = report.image_cosines, np.array(list(report.identity_cosines.values()))
+    lines = [
+        f"{len(cosines)} images of {len(identities)} identities against {number} real embeddings",
+        f"nearest real embedding: of images, mean {cosines.mean():.3f}, largest {cosines.max():.3f}",
+        f"  of identities' mean embeddings, mean {identities.mean():.3f}, largest {identities.max():.3f}",
+    ]
+    for rate, threshold in report.thresholds.items():
+        shares = (report.image_shares[rate], report.identity_shares[rate], report.real_shares[rate])
+        images, means, strangers = (f"{100 * share:.2f} %" for share in shares)
+        lines.append(
+            f"above {threshold:.3f} (FAR {rate:g} of {report.impostor_pairs} real impostor pairs): {images} of the"
+            f" images, {means} of the identities; of the real images, to another person's: {strangers}"
+        )
+    return lines

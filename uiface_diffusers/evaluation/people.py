@@ -1,8 +1,9 @@
-"""Real people whose photographs a pipeline is conditioned on, to see whether its faces are theirs."""
+"""Real people whose photographs a pipeline is conditioned on, to compare its faces with theirs."""
 
 import os
 from collections.abc import Collection, Sequence
 
+import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
@@ -61,9 +62,17 @@ class People:
             raise ValueError(f"{number} identities are asked for, {folders} has {len(positions)}.")
         return [positions[i * len(positions) // number] for i in range(number)]
 
+    def one_photograph_each(
+        self, number: int, without: Collection[str] = ()
+    ) -> tuple[IdentityBank, list[PIL.Image.Image]]:
+        """Embeddings and faces of the people that `choose` gives."""
+        positions = self.choose(number, without)
+        return self.bank.take(positions), self.pictures(positions)
+
     def pictures(self, positions: Sequence[int]) -> list[PIL.Image.Image]:
         """The faces at some positions of `bank`."""
-        found, offset = {}, 0
+        found: dict[int, np.ndarray] = {}
+        offset = 0
         for cache in self.caches:
             inside = [position for position in positions if offset <= position < offset + len(cache)]
             images = cache.images([position - offset for position in inside])

@@ -38,8 +38,8 @@ def load_lpips(network: str = "alex", backbone: str | os.PathLike | None = None)
 
     Raises:
         OSError: the backbone is not given and cannot be downloaded.
-        ValueError: the file is missing, damaged or no safetensors file, lacks a tensor of the network, or has one of
-            another shape.
+        ValueError: the file is missing, is damaged or is no safetensors file, or a tensor of the network is missing in
+            it or has another shape.
     """
     import lpips  # of the extra `train`
 

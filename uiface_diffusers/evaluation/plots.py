@@ -1,19 +1,28 @@
 """Pictures of a report."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import PIL.Image
+import torch
 from diffusers.utils import make_image_grid
 
 from ..faces import ALIGNED_SIZE
 from .face_set import FaceSet
 
+if TYPE_CHECKING:
+    import matplotlib.figure
+
+Picture: TypeAlias = "PIL.Image.Image | matplotlib.figure.Figure"
+
 GRID_ROWS, GRID_COLUMNS = 8, 8
 MOST_BINS = 60
 
 
-def plot_histograms(values: Mapping[str, np.ndarray], label: str, marks: Mapping[str, float] | None = None):
+def plot_histograms(
+    values: Mapping[str, np.ndarray | torch.Tensor], label: str, marks: Mapping[str, float] | None = None
+) -> "matplotlib.figure.Figure":
     """Histograms of unit area over one axis, as a figure of matplotlib.
 
     Args:
@@ -30,7 +39,7 @@ def plot_histograms(values: Mapping[str, np.ndarray], label: str, marks: Mapping
     bins = int(np.clip(2 * np.sqrt(min(map(len, values.values()))), 10, MOST_BINS))
     edges = np.linspace(low, max(high, low + 1e-3), bins + 1)
     for name, each in values.items():
-        axis.hist(each, edges, density=True, histtype="stepfilled", alpha=0.5, label=name)
+        axis.hist(each, edges.tolist(), density=True, histtype="stepfilled", alpha=0.5, label=name)
     for style, (name, value) in zip(("--", ":"), (marks or {}).items(), strict=False):
         axis.axvline(value, color="black", linestyle=style, label=f"{name}: {value:.3f}")
     axis.set_xlabel(label)

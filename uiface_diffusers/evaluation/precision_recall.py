@@ -7,12 +7,16 @@ other image of the set. Distances are squared Euclidean, in float64 and in block
 Precision does not see broken faces: smeared ones had 0.93. The measures of `realism.py` see them.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
+
+from .face_set import FaceSet
+from .figures import Description
+from .measure import Measure, conditions_of
 
 # rows and columns of one matrix product: 1024 x 4096 distances are 32 MiB
 ROWS, COLUMNS = 1024, 4096
@@ -126,7 +130,7 @@ def class_precision_recall(
     Raises:
         ValueError: no identity is in both sets with more than k images.
     """
-    positions = [defaultdict(list), defaultdict(list)]
+    positions: list[dict[str, list[int]]] = [defaultdict(list), defaultdict(list)]
     for names, by_name in zip((real_names, synthetic_names), positions, strict=True):
         for position, name in enumerate(names):
             by_name[name].append(position)
@@ -137,3 +141,82 @@ def class_precision_recall(
     figures = [improved_precision_recall(real[of_real[name]], synthetic[of_synthetic[name]], k) for name in shared]
     precision, recall = torch.tensor(figures, dtype=torch.float64).mean(dim=0).tolist()
     return ClassPrecisionRecall(precision, recall, len(shared))
+
+
+class PrecisionRecallMeasure(Measure):
+    """How much of the set lies among real faces, and how much of these among the set."""
+
+    needs = ("features", "references")
+    figures = {
+        "precision": Description(
+            "Improved precision",
+            "%",
+            "Share of the set's images that lie among the real ones. Broken faces can pass; KID and the classifier"
+            " test see them.",
+        ),
+        "recall": Description("Improved recall", "%", "Share of real images that lie among those of the set."),
+    }
+
+    def check(self) -> None:
+        number = self._share() * len(self.inputs.references)
+        if number <= self.settings.neighbors:
+            raise ValueError(f"sets of {number} images are too small for {self.settings.neighbors} neighbors.")
+
+    def _share(self) -> int:
+        """How many images are taken of each real set: equal parts, as many in all as of the set."""
+        faces, references = self.inputs.faces, self.inputs.references
+        return min(min(len(faces), self.settings.max_images) // len(references), *map(len, references))
+
+    def measure(self) -> None:
+        inputs, seed, k, share = self.inputs, self.settings.seed, self.settings.neighbors, self._share()
+        faces = inputs.faces.sample(share * len(inputs.references), seed)
+        references = FaceSet.join([each.sample(share, seed) for each in inputs.references])
+        ours, theirs = (inputs.features_of(each, inputs.features) for each in (faces, references))
+        conditions = conditions_of(inputs.features, "features") | {"k": k, "images": len(faces)}
+        conditions |= {"real": f"{inputs.real_name} {references.key}"}
+        precision, recall = improved_precision_recall(theirs, ours, k, progress=True)
+        self.add({"precision": precision, "recall": recall}, conditions)
+        if not inputs.same_people:
+            self.notes.append(
+                "Precision and recall are of the whole sets. Within identities they exist only of faces conditioned on"
+                " real people (--same-people)."
+            )
+
+
+class ClassPrecisionRecallMeasure(Measure):
+    """How much of a person's images lies among the real ones of that person."""
+
+    needs = ("features", "references", "same_people")
+    figures = {
+        "class_precision": Description(
+            "Improved precision within identities",
+            "%",
+            "Share of a person's images that lie among the real images of that person, averaged over people.",
+        ),
+        "class_recall": Description(
+            "Improved recall within identities",
+            "%",
+            "Share of a person's real images that lie among the set's images of that person, averaged over people."
+            " With Inception features, this is DCFace's D_intra.",
+        ),
+    }
+
+    def check(self) -> None:
+        self.references = FaceSet.join(self.inputs.references)
+        k, ours, theirs = self.settings.neighbors, Counter(self.inputs.faces.names), Counter(self.references.names)
+        self.people = {name for name, count in ours.items() if min(count, theirs[name]) > k}
+        if not self.people:
+            raise ValueError(f"no identity has more than {k} images under the same name in both sets.")
+
+    def measure(self) -> None:
+        inputs, k = self.inputs, self.settings.neighbors
+        people = inputs.faces.of_identities(self.people)
+        faces = people.sample_identities(self.settings.max_images, self.settings.seed)
+        references = self.references.of_identities(faces.identities)
+        ours, theirs = (inputs.features_of(each, inputs.features) for each in (faces, references))
+        conditions = conditions_of(inputs.features, "features") | {"k": k, "images of each": faces.images_of_each}
+        conditions |= {"real": f"{inputs.real_name} {references.key}"}
+        conditions |= {"real images of each": references.images_of_each}
+        within = class_precision_recall(theirs, references.names, ours, faces.names, k)
+        values = {"class_precision": within.precision, "class_recall": within.recall}
+        self.add(values, conditions, f"Over {within.identities} people with more than {k} images in both sets.")

@@ -13,8 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from ..faces import FaceEncoder
 from .face_set import FaceSet
+from .features import LpipsGridFeatures
+from .figures import Description
+from .measure import Measure, conditions_of
 
 # of each side: more faces change the classifier test, which learns from them
 MOST_FACES = 1000
@@ -234,11 +239,92 @@ def real_halves(sets: Sequence[FaceSet], number: int, seed: int = 0) -> tuple[Fa
             chosen = choose_spread([faces.names[position] for position in positions], share, seed)
             parts.append(faces.take(sorted(positions[place] for place in chosen)))
         halves.append(FaceSet.join(parts))
-    people = min(len(half.identities) for half in halves)
-    if people < FOLDS:
+    fewest = min(len(half.identities) for half in halves)
+    if fewest < FOLDS:
         counts = ", ".join(f"{len(faces)} faces of {len(faces.identities)} people" for faces in sets)
         raise TooFewFacesError(
-            f"{counts} give two halves of {share * len(sets)} faces of {people} people: KID and the classifier test"
+            f"{counts} give two halves of {share * len(sets)} faces of {fewest} people: KID and the classifier test"
             f" need {FOLDS} people at least in each."
         )
     return halves[0], halves[1]
+
+
+class RealismMeasure(Measure):
+    """KID and the classifier test against real faces, and of as many other real faces: the noise. By the LPIPS
+    backbone and by the last recognizer."""
+
+    needs = ("perceptual", "recognizers", "references")
+    figures = {
+        "kid": Description(
+            "KID",
+            "x 1000",
+            "Kernel distance between generated and real faces. Lower is better. It is unbiased: faces that look the"
+            " same give about 0, sometimes less. Depends on the real faces and on the numbers of faces and people.",
+        ),
+        "kid_std": Description(
+            "Deviation of KID",
+            "x 1000",
+            "Standard deviation over subsets of half the faces, about the standard error of KID.",
+        ),
+        "kid_real": Description(
+            "KID of real faces", "x 1000", "KID of as many other real faces, of other people: the noise level."
+        ),
+        "c2st": Description(
+            "Classifier two-sample test",
+            "",
+            "AUC of a classifier that separates generated from real faces, on people that it was not trained on."
+            " Lower is better: 0.5 means that they cannot be told apart, 1 that they always can.",
+        ),
+        "c2st_real": Description(
+            "Classifier test of real faces",
+            "",
+            "The same for as many other real faces, of other people: the noise level.",
+        ),
+    }
+
+    def check(self) -> None:
+        """Too few faces or people are a note, no error: the other measures can be made."""
+        try:
+            self.sides = self._choose()
+        except TooFewFacesError as error:
+            self.notes.append(f"Not measured: {error}")
+
+    def _choose(self) -> tuple[FaceSet, FaceSet, FaceSet]:
+        """Generated faces, as many real ones, and as many other real ones."""
+        faces, settings = self.inputs.faces, self.settings
+        number = min(len(faces), settings.max_images, MOST_FACES)
+        half, others = real_halves(self.inputs.references, number, settings.seed)
+        chosen = faces.take(choose_spread(faces.names, len(half), settings.seed))
+        if len(chosen.identities) < FOLDS:
+            raise TooFewFacesError(
+                f"{len(chosen)} faces of {len(chosen.identities)} identities: KID and the classifier test need {FOLDS}"
+                " identities at least."
+            )
+        return chosen, half, others
+
+    def measure(self) -> None:
+        if not self.notes:
+            grid, judge = LpipsGridFeatures(self.inputs.perceptual), self.inputs.recognizers[-1]
+            self._by(grid, grid.network)
+            self._by(judge, judge.name)
+
+    def _by(self, network: FaceEncoder | nn.Module, name: str) -> None:
+        faces, references, others = self.sides
+        features = [self.inputs.features_of(each, network) for each in self.sides]
+        if isinstance(network, FaceEncoder):
+            features = [kernel_features(each) for each in features]
+        ours, theirs, other = features
+        seed = self.settings.seed
+        found = measure_realism(theirs, ours, references.names, faces.names, seed)
+        noise = measure_realism(theirs, other, references.names, others.names, seed)
+        conditions = conditions_of(network, "features")
+        conditions |= {"images": len(faces), "identities": len(faces.identities)}
+        conditions |= {"real": f"{self.inputs.real_name} {references.key}"}
+        conditions |= {"real identities": len(references.identities)}
+        values = {"kid": found.kid, "kid_std": found.kid_std, "kid_real": noise.kid}
+        values |= {"c2st": found.c2st, "c2st_real": noise.c2st}
+        detail = (
+            f"{len(faces)} faces of {len(faces.identities)} identities against {len(references)} of"
+            f" {len(references.identities)}; the other half is {len(others)} of {len(others.identities)}."
+        )
+        self.add(values, conditions, detail, network=name)

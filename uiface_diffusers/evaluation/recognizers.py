@@ -1,63 +1,51 @@
 """Recognizers to measure: an insightface model pack, or a model of this package."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers.image_processing_utils import BatchFeature
 
-from ..faces import FaceEncoder
+from ..faces import ALIGNED_SIZE, FaceEncoder, Recognizer
 from ..files import brief, why_unreadable
-
-
-class Recognizer(Protocol):
-    """Features of aligned faces."""
-
-    name: str
-
-    def __call__(self, faces: np.ndarray) -> np.ndarray:
-        """
-        Args:
-            faces (`np.ndarray` of shape `(N, 112, 112, 3)`): RGB bytes.
-
-        Returns:
-            `np.ndarray` of shape `(N, identity_dim)`: float32, of any length.
-        """
-
-
-class PackRecognizer:
-    """The recognition model of an insightface pack."""
-
-    def __init__(self, encoder: FaceEncoder):
-        self.name, self.encoder = encoder.name, encoder
-
-    def __call__(self, faces: np.ndarray) -> np.ndarray:
-        return self.encoder.features(list(faces))
+from ..fingerprint import weights_fingerprint
 
 
 class ModelRecognizer:
-    """A recognizer of transformers' form: `model(**processor(images, return_tensors="pt")).embeddings`.
+    """A model of transformers' form as a `Recognizer`: `model(**processor(images, return_tensors="pt")).embeddings`.
 
     Args:
-        model: a module with `device`, in eval mode.
-        processor: takes a list of `(112, 112, 3)` RGB bytes.
+        model: a module with `device`. It computes in eval mode and is left in the mode that it had.
+        processor: takes a list of `(112, 112, 3)` RGB bytes, and resizes them if need be.
         name (`str`): of the results.
 
     Raises:
         ValueError: at a call: the model gives no `embeddings`.
     """
 
-    def __init__(self, model: torch.nn.Module, processor: Callable, name: str):
+    image_size = ALIGNED_SIZE
+
+    def __init__(self, model: PreTrainedModel, processor: Callable[..., BatchFeature], name: str):
         self.model, self.processor, self.name = model, processor, name
 
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits of the weights as they are now."""
+        return weights_fingerprint(self.model)
+
     @torch.no_grad()
-    def __call__(self, faces: np.ndarray) -> np.ndarray:
+    def __call__(self, faces: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
         inputs = self.processor(list(faces), return_tensors="pt").to(self.model.device)
-        embeddings = getattr(self.model(**inputs), "embeddings", None)
+        training = self.model.training
+        self.model.eval()
+        try:
+            embeddings = getattr(self.model(**inputs), "embeddings", None)
+        finally:
+            self.model.train(training)
         if embeddings is None:
             raise ValueError(f"`{self.name}` is a {type(self.model).__name__}, which gives no `embeddings` of faces.")
         return embeddings.float().cpu().numpy()
@@ -84,7 +72,7 @@ def load_recognizer(
     """
     model = os.fspath(model)
     if not Path(model).is_dir() and "/" not in model:
-        return PackRecognizer(FaceEncoder(model, os.fspath(root), providers, device=device))
+        return FaceEncoder(model, root, providers, device=device)
     # classes of this package are known to transformers since it was imported
     try:
         loaded = AutoModel.from_pretrained(model, use_safetensors=True, trust_remote_code=False)
@@ -98,4 +86,4 @@ def load_recognizer(
             f"{model} is no recognizer that transformers knows, or a file of it is damaged ({reason})."
         ) from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return ModelRecognizer(loaded.eval().to(device), processor, Path(model).name)
+    return ModelRecognizer(loaded.to(device), processor, Path(model).name)

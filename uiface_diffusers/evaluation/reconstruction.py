@@ -1,13 +1,23 @@
 """How much of a face survives the first stage."""
 
-from collections.abc import Mapping
-from types import SimpleNamespace
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..latents import FirstStage
+from ..pictures import to_bytes, to_unit_range
+
+
+class ReconstructionQuality(NamedTuple):
+    """Reconstructions `(N, 3, height, width)` in [-1, 1], and figures, each the mean over all faces: `l1` (of
+    [-1, 1]), `lpips`, and `identity/NAME`, the cosine of the embeddings of face and reconstruction."""
+
+    reconstructions: torch.Tensor
+    figures: dict[str, float]
 
 
 @torch.no_grad()
@@ -19,6 +29,16 @@ def reconstruct(vae: FirstStage, pixels: torch.Tensor) -> torch.Tensor:
     return vae.decode(latents).sample.clamp(-1, 1)
 
 
+def reconstruct_pictures(vae: FirstStage, pictures: Sequence[np.ndarray], batch_size: int = 32) -> list[np.ndarray]:
+    """RGB bytes `(height, width, 3)`, all of one size, through the first stage and back."""
+    found = []
+    for start in range(0, len(pictures), batch_size):
+        pixels = torch.from_numpy(np.stack(pictures[start : start + batch_size])).permute(0, 3, 1, 2)
+        result = reconstruct(vae, to_unit_range(pixels.to(vae.device)).to(vae.dtype)).float().cpu()
+        found += list(to_bytes(result).permute(0, 2, 3, 1).numpy())
+    return found
+
+
 @torch.no_grad()
 def reconstruction_quality(
     vae: FirstStage,
@@ -26,21 +46,21 @@ def reconstruction_quality(
     perceptual: nn.Module | None = None,
     recognizers: Mapping[str, nn.Module] | None = None,
     batch_size: int = 32,
-) -> SimpleNamespace:
+) -> ReconstructionQuality:
     """Compares faces with their reconstructions.
 
     Args:
         vae: the first stage, in eval mode.
         pixels (`torch.Tensor` of shape `(N, 3, height, width)`): bytes, or floating point in [-1, 1].
-        perceptual: LPIPS, as `load_lpips` gives it.
-        recognizers: name -> module that embeds `(N, 3, height, width)` in [-1, 1], as `TorchRecognizer`.
+        perceptual: LPIPS, what `load_lpips` returns.
+        recognizers: name -> module that embeds `(N, 3, height, width)` in [-1, 1], such as `TorchRecognizer`.
         batch_size: faces per call.
 
     Returns:
-        `reconstructions` `(N, 3, height, width)` in [-1, 1], and `figures`, each the mean over all faces: `l1` (of
-        [-1, 1]), `lpips`, and `identity/NAME`, the cosine of the embeddings of face and reconstruction.
+        The reconstructions and figures.
     """
-    reconstructions, sums = [], {}
+    reconstructions: list[torch.Tensor] = []
+    sums: dict[str, float] = {}
     for batch in pixels.split(batch_size):
         batch = to_unit_range(batch).to(vae.device, vae.dtype)
         result = reconstruct(vae, batch)
@@ -52,10 +72,5 @@ def reconstruction_quality(
         for name, values in figures.items():
             sums[name] = sums.get(name, 0.0) + values.sum().item()
         reconstructions.append(result.cpu())
-    figures = {name: value / len(pixels) for name, value in sums.items()}
-    return SimpleNamespace(reconstructions=torch.cat(reconstructions), figures=figures)
-
-
-def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
-    """Bytes to floating point in [-1, 1]; what is floating point already stays."""
-    return pixels.float() / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels
+    means = {name: value / len(pixels) for name, value in sums.items()}
+    return ReconstructionQuality(torch.cat(reconstructions), means)

@@ -4,10 +4,9 @@ import base64
 import html
 import io
 import json
-import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,9 @@ from typing import Any
 import PIL.Image
 
 from ..files import brief, complete_file, write_json
+from . import registry
+from .figures import Figure
+from .plots import Picture
 
 REPORT = "report.json"
 STYLE = """
@@ -26,163 +28,7 @@ img { max-width: 100%; }
 """
 
 
-# name -> label, unit ("%": a share, shown in hundredths; "x 1000": shown in thousandths), what it says
-MEASURES = {
-    "eer": ("Equal error rate", "%", "As many genuine pairs are rejected as impostor pairs are accepted."),
-    "fmr100": ("FMR100", "%", "Genuine pairs rejected when at most 1 % of impostor pairs are accepted."),
-    "fmr1000": ("FMR1000", "%", "Genuine pairs rejected when at most 0.1 % of impostor pairs are accepted."),
-    "fdr": ("Fisher discriminant ratio", "", "Squared distance of the two means by the sum of the two variances."),
-    "genuine_mean": ("Mean of genuine pairs", "", "Cosine of two images of one identity."),
-    "genuine_std": ("Deviation of genuine pairs", "", "Standard deviation of these cosines."),
-    "impostor_mean": ("Mean of impostor pairs", "", "Cosine of images of two identities; strangers have about 0."),
-    "impostor_std": ("Deviation of impostor pairs", "", "Standard deviation of these cosines."),
-    "uniqueness": (
-        "Uniqueness",
-        "%",
-        "Identities that remain when each is dropped whose mean embedding is as near as the threshold to one kept"
-        " before (DCFace's U_class). Falls as identities are added.",
-    ),
-    "consistency": (
-        "Intra-class consistency",
-        "%",
-        "Images nearer than the threshold to the mean embedding of their identity, averaged over identities (DCFace's"
-        " C_intra). Strangers pass too where an identity has few images, as each is part of the mean.",
-    ),
-    "consistency_others": (
-        "Consistency, left out of the mean",
-        "%",
-        "The same with the mean of the identity's other images.",
-    ),
-    "impostors_above": ("Impostor pairs above the threshold", "%", "What that threshold means to this recognizer."),
-    "context_cosine": (
-        "Mean cosine to the context",
-        "",
-        "Of an image to its identity's embedding in the bank. Images of `--identity-perturbation` follow one that is"
-        " turned away from it.",
-    ),
-    "context_nearest": ("Nearest to its own context", "%", "Images with no other identity's context nearer."),
-    "leakage_images": (
-        "Images near a real face",
-        "%",
-        "Nearest real embedding above the threshold of real impostors.",
-    ),
-    "leakage_identities": ("Identities near a real face", "%", "The same of the mean embeddings of the identities."),
-    "leakage_strangers": ("Real images near another person", "%", "The same of real images: what strangers give."),
-    "leakage_largest": ("Largest cosine to a real face", "", "Of any image to any real embedding."),
-    "intra_class_lpips": (
-        "Intra-class LPIPS",
-        "",
-        "Perceptual distance of images of one identity, averaged over identities; larger: more varied.",
-    ),
-    "kid": (
-        "KID",
-        "x 1000",
-        "Kernel distance of generated faces to real ones; lower is better. Unbiased: about 0, also below, for faces"
-        " that look the same. Depends on the real faces and on the numbers of faces and people.",
-    ),
-    "kid_std": ("Deviation of KID", "x 1000", "Over subsets of half the faces: about KID's standard error."),
-    "kid_real": ("KID of real faces", "x 1000", "Of as many other real faces, of other people: what noise gives."),
-    "c2st": (
-        "Classifier two-sample test",
-        "",
-        "AUC of a classifier that tells generated from real faces, on people that it has not learned from; lower is"
-        " better, 0.5: cannot be told apart, 1: always told apart.",
-    ),
-    "c2st_real": ("Classifier test of real faces", "", "Of as many other real faces, of other people."),
-    "precision": (
-        "Improved precision",
-        "%",
-        "Images of the set that lie among the real ones. It does not see broken faces; KID and the classifier"
-        " test do.",
-    ),
-    "recall": ("Improved recall", "%", "Real images that lie among those of the set."),
-    "class_precision": (
-        "Improved precision within identities",
-        "%",
-        "Images of a person that lie among the real ones of that person, averaged over people.",
-    ),
-    "class_recall": (
-        "Improved recall within identities",
-        "%",
-        "Real images of a person that lie among the set's of that person, averaged over people (with Inception"
-        " features DCFace's D_intra).",
-    ),
-}
-
-
-@dataclass
-class Measure:
-    """One figure of a data set.
-
-    Args:
-        name (`str`): the figure's, in `MEASURES`; of one that several networks give, with a network: `kid/alexnet`.
-        value (`float`, *optional*): None if it is not finite.
-        conditions (`dict`): with what it was measured. Figures of two sets can be compared when these are equal.
-        detail (`str`): what else is to be known, as the number of pairs.
-    """
-
-    name: str
-    value: float | None
-    conditions: dict[str, Any] = field(default_factory=dict)
-    detail: str = ""
-
-    def __post_init__(self):
-        if self.kind not in MEASURES:
-            raise ValueError(f"there is no figure {self.name!r}.")
-        if self.value is not None and not math.isfinite(self.value):
-            self.value = None
-
-    @property
-    def kind(self) -> str:
-        """Its name in `MEASURES`."""
-        return self.name.partition("/")[0]
-
-    @property
-    def label(self) -> str:
-        network = self.name.partition("/")[2]
-        return MEASURES[self.kind][0] + (f" by {network}" if network else "")
-
-    @property
-    def measured_with(self) -> str:
-        return ", ".join(f"{name} {value}" for name, value in self.conditions.items())
-
-    @property
-    def title(self) -> str:
-        return f"{self.label} ({self.measured_with})"
-
-    @property
-    def text(self) -> str:
-        """The value for people."""
-        if self.value is None:
-            return "-"
-        unit = MEASURES[self.kind][1]
-        if unit == "x 1000":
-            return f"{1000 * self.value:.1f} / 1000"
-        return f"{100 * self.value:.2f} %" if unit == "%" else f"{self.value:.4f}"
-
-    @property
-    def meaning(self) -> str:
-        return " ".join([MEASURES[self.kind][2], self.detail]).strip()
-
-    def as_json(self) -> dict[str, Any]:
-        """For `report.json`, which can be read without this package."""
-        _, unit, meaning = MEASURES[self.kind]
-        described = {"label": self.label, "unit": unit, "meaning": meaning, "detail": self.detail}
-        return {"name": self.name, "value": self.value, "conditions": self.conditions, **described}
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "Measure":
-        """
-        Raises:
-            KeyError, TypeError, ValueError: it is none.
-        """
-        name, value = content["name"], content["value"]
-        value, detail = None if value is None else float(value), str(content.get("detail", ""))
-        return cls(name, value, dict(content["conditions"]), detail)
-
-
-def png_bytes(picture) -> bytes:
-    """A `PIL.Image.Image` or a figure of matplotlib as a PNG file."""
+def _png_bytes(picture: Picture) -> bytes:
     buffer = io.BytesIO()
     if isinstance(picture, PIL.Image.Image):
         picture.save(buffer, "png")
@@ -215,20 +61,19 @@ def _page(title: str, body: str) -> str:
     )
 
 
-def render_report(report: dict[str, Any], measures: Sequence[Measure], pictures: Sequence[tuple[str, bytes]]) -> str:
+def render_report(report: dict[str, Any], pictures: Sequence[tuple[str, Picture]]) -> str:
     """A report as one HTML page.
 
     Args:
         report: as `evaluate_dataset` returns it.
-        measures: its figures.
-        pictures: captions and PNG files.
+        pictures: with their captions.
     """
-    rows = [(measure.label, measure.text, measure.meaning, measure.measured_with) for measure in measures]
+    rows = [(each.label, each.text, each.meaning, each.measured_with) for each in _figures(report)]
     body = _paragraphs([report["dataset"]["summary"]])
     body += _table(("figure", "value", "what it says", "measured with"), rows, value_columns=[1])
     body += _paragraphs(report["notes"])
     for caption, picture in pictures:
-        data, caption = base64.b64encode(picture).decode(), html.escape(caption)
+        data, caption = base64.b64encode(_png_bytes(picture)).decode(), html.escape(caption)
         body += f'<h2>{caption}</h2>\n<img alt="{caption}" src="data:image/png;base64,{data}">\n'
     body += "<h2>Settings and versions</h2>\n"
     settings = report["settings"] | report["versions"]
@@ -236,13 +81,11 @@ def render_report(report: dict[str, Any], measures: Sequence[Measure], pictures:
     return _page(f"Evaluation of {report['dataset']['name']}", body)
 
 
-def write_report(
-    output: Path, report: dict[str, Any], measures: Sequence[Measure], pictures: Sequence[tuple[str, bytes]]
-) -> None:
+def write_report(output: Path, report: dict[str, Any], pictures: Sequence[tuple[str, Picture]]) -> None:
     """`report.html`, then `report.json`."""
     with complete_file(output / "report.html") as beside:
         # names of folders need not be valid text
-        beside.write_text(render_report(report, measures, pictures), encoding="utf-8", errors="replace")
+        beside.write_text(render_report(report, pictures), encoding="utf-8", errors="replace")
     write_json(output / REPORT, report)
 
 
@@ -261,7 +104,7 @@ def load_report(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} is missing: make it by `uiface evaluate`.")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        _measures(report)
+        _figures(report)
         for name in ("name", "path", "summary"):
             report["dataset"][name] + ""
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -270,27 +113,27 @@ def load_report(path: str | os.PathLike) -> dict[str, Any]:
     return report
 
 
-def _measures(report: dict[str, Any]) -> list[Measure]:
-    return [Measure.from_json(figure) for figure in report["figures"]]
+def _figures(report: dict[str, Any]) -> list[Figure]:
+    return [Figure.from_json(figure) for figure in report["figures"]]
 
 
 @dataclass
-class ComparedMeasure:
+class ComparedFigure:
     """A figure of several data sets, measured with the same conditions in all of them.
 
     Args:
         label (`str`): the figure's.
         measured_with (`str`): the conditions.
-        measures (`list[Measure | None]`): one a set; None where a set has none with these conditions.
+        figures (`list[Figure | None]`): one per set; None where a set has none with these conditions.
     """
 
     label: str
     measured_with: str
-    measures: list[Measure | None]
+    figures: list[Figure | None]
 
     @property
     def texts(self) -> list[str]:
-        return ["-" if measure is None else measure.text for measure in self.measures]
+        return ["-" if figure is None else figure.text for figure in self.figures]
 
 
 @dataclass
@@ -299,13 +142,13 @@ class Comparison:
     Args:
         sets (`list[str]`): names of the data sets.
         summaries (`list[str]`): their sizes.
-        rows (`list[ComparedMeasure]`).
+        rows (`list[ComparedFigure]`).
         notes (`list[str]`): which figures are not compared, and why.
     """
 
     sets: list[str]
     summaries: list[str]
-    rows: list[ComparedMeasure]
+    rows: list[ComparedFigure]
     notes: list[str]
 
     def lines(self) -> list[str]:
@@ -326,12 +169,12 @@ class Comparison:
         """`comparison.json` and `comparison.html`."""
         output.mkdir(parents=True, exist_ok=True)
         page = _table(("data set", "size"), list(zip(self.sets, self.summaries, strict=True)), value_columns=[])
-        rows = [[row.label, *row.texts, row.measured_with] for row in self.rows]
-        page += _table(["figure", *self.sets, "measured with"], rows, value_columns=range(1, len(self.sets) + 1))
+        cells = [[row.label, *row.texts, row.measured_with] for row in self.rows]
+        page += _table(["figure", *self.sets, "measured with"], cells, value_columns=range(1, len(self.sets) + 1))
         page += _paragraphs(self.notes)
         with complete_file(output / "comparison.html") as beside:
             beside.write_text(_page("Comparison of data sets", page), encoding="utf-8", errors="replace")
-        rows = [[None if each is None else each.as_json() for each in row.measures] for row in self.rows]
+        rows = [[None if each is None else each.as_json() for each in row.figures] for row in self.rows]
         content = {"sets": self.sets, "summaries": self.summaries, "rows": rows, "notes": self.notes}
         write_json(output / "comparison.json", content)
 
@@ -341,46 +184,50 @@ def compare_reports(reports: Sequence[dict[str, Any]]) -> Comparison:
     network, k, real set, ...) stands in one row; where a figure has different ones, a note says so.
 
     Args:
-        reports: two or more, as `load_report` gives them.
+        reports: two or more, from `load_report`.
 
     Raises:
         ValueError: fewer than two reports.
     """
     if len(reports) < 2:
         raise ValueError(f"a comparison needs two reports or more, not {len(reports)}.")
-    of_sets = [{measure.title: measure for measure in _measures(report)} for report in reports]
-    known = {title: measure for of_set in of_sets for title, measure in of_set.items()}
-    # rows of one figure next to each other, in the order of `MEASURES`
-    order = list(MEASURES)
+    of_sets = [{figure.title: figure for figure in _figures(report)} for report in reports]
+    known = {title: figure for of_set in of_sets for title, figure in of_set.items()}
+    # rows of one figure next to each other, in the order of the report; figures of other versions last
+    kinds = dict.fromkeys(
+        chain(*(measure.figures for measure in registry.MEASURES), (each.kind for each in known.values()))
+    )
+    order = {kind: position for position, kind in enumerate(kinds)}
     rows = [
-        ComparedMeasure(known[title].label, known[title].measured_with, [of_set.get(title) for of_set in of_sets])
-        for title in sorted(known, key=lambda title: order.index(known[title].kind))
+        ComparedFigure(figure.label, figure.measured_with, [of_set.get(title) for of_set in of_sets])
+        for title, figure in sorted(known.items(), key=lambda item: order[item[1].kind])
     ]
     names = [report["dataset"]["name"] for report in reports]
     return Comparison(
         sets=[f"{name} [{i}]" if names.count(name) > 1 else name for i, name in enumerate(names, start=1)],
         summaries=[report["dataset"]["summary"] for report in reports],
         rows=rows,
-        notes=_differences(of_sets),
+        notes=_differences(of_sets, order),
     )
 
 
-def _differences(of_sets: Sequence[dict[str, Measure]]) -> list[str]:
+def _differences(of_sets: Sequence[dict[str, Figure]], kinds: Iterable[str]) -> list[str]:
     """Says which figures not all of the sets that have them have under the same conditions."""
     labels: dict[str, list[str]] = {}
-    for name, (label, _, _) in MEASURES.items():
-        measures = [[each for each in of_set.values() if each.kind == name] for of_set in of_sets]
-        titles = [{each.title for each in of_set} for of_set in measures if of_set]
+    for kind in kinds:
+        figures = [[each for each in of_set.values() if each.kind == kind] for of_set in of_sets]
+        titles = [{each.title for each in of_set} for of_set in figures if of_set]
         if any(each != titles[0] for each in titles):
-            labels.setdefault(_differing(list(chain.from_iterable(measures))), []).append(label)
+            found = list(chain.from_iterable(figures))
+            labels.setdefault(_differing(found), []).append(found[0].description.label)
     return [
         f"Measured with different conditions, in rows of their own: {', '.join(each)} ({differing})."
         for differing, each in labels.items()
     ]
 
 
-def _differing(measures: Sequence[Measure]) -> str:
+def _differing(figures: Sequence[Figure]) -> str:
     """The conditions that are not the same in all, with their values."""
-    names = dict.fromkeys(chain.from_iterable(measure.conditions for measure in measures))
-    values = {name: list(dict.fromkeys(str(each.conditions.get(name, "-")) for each in measures)) for name in names}
+    names = dict.fromkeys(chain.from_iterable(figure.conditions for figure in figures))
+    values = {name: list(dict.fromkeys(str(each.conditions.get(name, "-")) for each in figures)) for name in names}
     return "; ".join(f"{name}: {' | '.join(each)}" for name, each in values.items() if len(each) > 1)

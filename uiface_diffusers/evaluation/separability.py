@@ -1,10 +1,15 @@
 """How far apart are pairs of one identity (genuine) and pairs of two (impostors) in a recognizer's space?"""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 
+from ..faces import FaceEncoder
+from .class_structure import class_centers, class_uniqueness, intra_class_consistency
+from .figures import Description
+from .measure import Measure, conditions_of
+from .plots import plot_histograms
 from .verification import equal_error_rate, true_accept_rate
 
 # rows of one gather: 65,536 pairs of 512 dimensions are 256 MiB
@@ -81,6 +86,15 @@ def pair_cosines(embeddings: torch.Tensor, pairs: np.ndarray) -> np.ndarray:
     return torch.cat(cosines).numpy() if cosines else np.empty(0, np.float32)
 
 
+def grouped_cosines(embeddings: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines of all genuine and of all impostor pairs of embeddings `(N, M, D)`, M of each of N identities."""
+    labels = np.arange(embeddings.shape[0]).repeat(embeddings.shape[1])
+    genuine, impostor = (
+        pair_cosines(embeddings.flatten(0, 1), draw(labels)) for draw in (genuine_pairs, impostor_pairs)
+    )
+    return genuine, impostor
+
+
 def false_non_match_rate(genuine: np.ndarray, impostor: np.ndarray, false_match_rate: float) -> float:
     """The lowest share of genuine pairs that are rejected while at most a share of impostor pairs is accepted.
 
@@ -116,3 +130,94 @@ def measure_separability(genuine: np.ndarray, impostor: np.ndarray) -> Separabil
         impostor_mean=float(impostor.mean()),
         impostor_std=float(impostor.std()),
     )
+
+
+class SeparabilityMeasure(Measure):
+    """How well each recognizer tells the identities apart."""
+
+    needs = ("recognizers",)
+    figures = {
+        "eer": Description(
+            "Equal error rate",
+            "%",
+            "The error rate at the threshold where as many genuine pairs are rejected as impostor pairs are"
+            " accepted. Lower is better.",
+        ),
+        "fmr100": Description(
+            "FMR100",
+            "%",
+            "Share of genuine pairs rejected when at most 1 % of impostor pairs are accepted. Lower is better.",
+        ),
+        "fmr1000": Description(
+            "FMR1000",
+            "%",
+            "Share of genuine pairs rejected when at most 0.1 % of impostor pairs are accepted. Lower is better.",
+        ),
+        "fdr": Description(
+            "Fisher discriminant ratio",
+            "",
+            "Squared distance between the two means, divided by the sum of the two variances. Higher is better.",
+        ),
+        "genuine_mean": Description("Mean of genuine pairs", "", "Cosine of two images of one identity."),
+        "genuine_std": Description(
+            "Deviation of genuine pairs", "", "Standard deviation of the cosines of genuine pairs."
+        ),
+        "impostor_mean": Description(
+            "Mean of impostor pairs", "", "Cosine of images of two identities. Strangers have about 0."
+        ),
+        "impostor_std": Description(
+            "Deviation of impostor pairs", "", "Standard deviation of the cosines of impostor pairs."
+        ),
+        "uniqueness": Description(
+            "Uniqueness",
+            "%",
+            "Share of distinct identities: going through them in order, one is dropped when the cosine of its mean"
+            " embedding to one kept before reaches the threshold (DCFace's U_class). Falls as identities are added.",
+        ),
+        "consistency": Description(
+            "Intra-class consistency",
+            "%",
+            "Share of an identity's images whose cosine to its mean embedding exceeds the threshold, averaged over"
+            " identities (DCFace's C_intra). Each image is part of that mean, so with few images per identity even"
+            " strangers pass.",
+        ),
+        "consistency_others": Description(
+            "Consistency, left out of the mean",
+            "%",
+            "The same, but each image is compared with the mean of the identity's other images.",
+        ),
+        "impostors_above": Description(
+            "Impostor pairs above the threshold",
+            "%",
+            "How often this recognizer takes two identities for one at the threshold.",
+        ),
+    }
+
+    def measure(self) -> None:
+        for recognizer in self.inputs.recognizers:
+            self._by(recognizer, self.inputs.embeddings[recognizer.name])
+
+    def _by(self, recognizer: FaceEncoder, embeddings: torch.Tensor) -> None:
+        faces, settings, conditions = self.inputs.faces, self.settings, conditions_of(recognizer)
+        labels, threshold = faces.labels, settings.threshold
+        genuine, impostor = (
+            pair_cosines(embeddings, pairs(labels.numpy(), settings.max_pairs, settings.seed))
+            for pairs in (genuine_pairs, impostor_pairs)
+        )
+        pairs = f"Of {len(genuine):,} genuine and {len(impostor):,} impostor pairs."
+        self.add(asdict(measure_separability(genuine, impostor)), conditions, pairs)
+
+        conditions = conditions | {"threshold": threshold}
+        # these two depend on the set's size
+        uniqueness = class_uniqueness(class_centers(embeddings, labels), threshold)
+        self.add({"uniqueness": uniqueness}, conditions | {"identities": len(faces.identities)})
+        consistency, _ = intra_class_consistency(embeddings, labels, threshold)
+        self.add({"consistency": consistency}, conditions | {"images of each": faces.images_of_each})
+        of_others, to_others = intra_class_consistency(embeddings, labels, threshold, leave_one_out=True)
+        above = float((impostor > threshold).mean())
+        self.add({"consistency_others": of_others, "impostors_above": above}, conditions)
+
+        cosines: dict[str, np.ndarray | torch.Tensor] = {"genuine pairs": genuine, "impostor pairs": impostor}
+        cosines["image to the mean of the others"] = to_others
+        plot = plot_histograms(cosines, "cosine", {"threshold": threshold})
+        self.pictures.append((f"Similarities by {recognizer.name}", plot))

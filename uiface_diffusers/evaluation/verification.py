@@ -3,7 +3,7 @@ it, whose figures the field compares."""
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,11 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from ..data.benchmarks import Benchmark, read_benchmark
-from ..data.pairs import NUM_FOLDS, check_pairs
-from ..data.sources import is_system_entry
-from ..faces import has_direction
-from ..files import complete_file, local_path, write_json
+from ..data.benchmarks import Benchmark, read_benchmarks
+from ..data.pairs import NUM_FOLDS
+from ..faces import Recognizer, has_direction, resize_aligned
+from ..files import complete_file, write_json
 
 # squared distances of unit vectors
 THRESHOLDS = np.arange(0, 4, 0.01)
@@ -213,12 +212,9 @@ def measure_verification(
     )
 
 
-def embed_benchmark(embed: Callable[[np.ndarray], np.ndarray], benchmark: Benchmark) -> np.ndarray:
+def embed_benchmark(recognizer: Recognizer, benchmark: Benchmark) -> np.ndarray:
     """Features of a face and of its mirror image, added, of all images; each picture is embedded once, in however many
     pairs it is.
-
-    Args:
-        embed: `(N, 112, 112, 3)` RGB bytes -> `(N, D)` features, not normalized.
 
     Returns:
         `np.ndarray` of shape `(2 * pairs, D)`.
@@ -229,57 +225,36 @@ def embed_benchmark(embed: Callable[[np.ndarray], np.ndarray], benchmark: Benchm
     features = []
     with tqdm(total=len(first_places), desc=benchmark.name, unit="face") as progress:
         for start in range(0, len(first_places), BATCH_SIZE):
-            faces = np.stack([benchmark.face(place) for place in first_places[start : start + BATCH_SIZE]])
-            features.append(embed(faces) + embed(np.ascontiguousarray(faces[:, :, ::-1])))
+            places = first_places[start : start + BATCH_SIZE]
+            faces = np.stack([resize_aligned(benchmark.face(place), recognizer.image_size) for place in places])
+            features.append(recognizer(faces) + recognizer(np.ascontiguousarray(faces[:, :, ::-1])))
             progress.update(len(faces))
     return np.concatenate(features)[number_of]
 
 
 def verify_benchmarks(
-    embed: Callable[[np.ndarray], np.ndarray],
-    benchmarks: str | os.PathLike,
+    recognizer: Recognizer,
+    benchmarks: str | os.PathLike | Sequence[Benchmark],
     done: Callable[[dict[str, VerificationResult]], None] = lambda results: None,
 ) -> dict[str, VerificationResult]:
     """Measures a recognizer on benchmarks.
 
     Args:
-        embed: `(N, 112, 112, 3)` RGB bytes -> `(N, D)` features, not normalized, as `load_recognizer` gives.
-        benchmarks: a folder of `.bin` files, or one of them.
+        recognizer: as `load_recognizer` gives it.
+        benchmarks: a folder of benchmarks, or one of them, see `read_benchmarks`; or what that gave.
         done: called with the results so far after each.
 
     Returns:
-        A result each, by the file's name without suffix.
+        One result for each, by the file's name without suffix.
 
     Raises:
         ValueError: there are none, or one is damaged. All are read before the first is measured.
     """
     results = {}
-    for benchmark in read_benchmarks(benchmarks):
-        results[benchmark.name] = measure_verification(embed_benchmark(embed, benchmark), benchmark.same)
+    for benchmark in read_benchmarks(benchmarks) if isinstance(benchmarks, str | os.PathLike) else benchmarks:
+        results[benchmark.name] = measure_verification(embed_benchmark(recognizer, benchmark), benchmark.same)
         done(results)
     return results
-
-
-def read_benchmarks(path: str | os.PathLike) -> list[Benchmark]:
-    """Reads `.bin` files whole, with every picture in them.
-
-    Args:
-        path: a folder of them, or one.
-
-    Raises:
-        ValueError: there are none; or one is damaged, or cannot be measured.
-    """
-    path = local_path(path)
-    found = sorted(path.glob("*.bin")) if path.is_dir() else [path]
-    files = [file for file in found if not is_system_entry(file.name)]
-    if not files:
-        raise ValueError(f"{path} has no .bin files: make them with `uiface make-benchmark`.")
-    read = [read_benchmark(file) for file in files]
-    for benchmark in read:
-        check_pairs(f"benchmark `{benchmark.name}`", benchmark.same)
-        for position in {image: position for position, image in enumerate(benchmark.images)}.values():
-            benchmark.face(position)
-    return read
 
 
 def verification_table(results: dict[str, VerificationResult]) -> str:

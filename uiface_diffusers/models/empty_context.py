@@ -18,11 +18,12 @@ class EmptyContextOutput(BaseOutput):
 
 
 class EmptyContext(ModelMixin, ConfigMixin):
-    """The learnable context of nobody, which lays out pose, light and expression (UIFace, arXiv 2502.19803, sec. 3.2).
+    """The learnable context without an identity, which lays out pose, light and expression (UIFace, arXiv 2502.19803,
+    sec. 3.2).
 
     Args:
         context_dim (`int`, defaults to 256): width of the context, the UNet's `cross_attention_dim`.
-        num_tokens (`int`, defaults to 1): context tokens a sample, as many as the identity projector gives.
+        num_tokens (`int`, defaults to 1): context tokens per sample, as many as the identity projector gives.
     """
 
     @register_to_config

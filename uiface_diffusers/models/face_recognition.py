@@ -4,8 +4,9 @@
 repository from then on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, PretrainedCo
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.utils import ModelOutput
 
-from ..pictures import is_picture, rgb_bytes
+from ..pictures import Picture, as_pictures, rgb_bytes, scale_to_unit_range
 
 # blocks of each of the four stages, by the number of layers
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 200: (6, 26, 60, 6)}
@@ -45,7 +46,7 @@ class IResNetConfig(PretrainedConfig):
         embedding_dim: int = 512,
         image_size: int = 112,
         dropout: float = 0.0,
-        **kwargs,
+        **kwargs: Any,
     ):
         if layers not in DEPTHS:
             raise ValueError(f"`layers` has to be one of {tuple(DEPTHS)} but is {layers!r}.")
@@ -128,10 +129,9 @@ class IResNetModel(PreTrainedModel):
         elif isinstance(module, nn.Linear | nn.PReLU):
             module.reset_parameters()
         elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            for ones in (module.weight, module.running_var):
-                nn.init.ones_(ones)
-            for zeros in (module.bias, module.running_mean, module.num_batches_tracked):
-                nn.init.zeros_(zeros)
+            state = module.state_dict(keep_vars=True)
+            for name, tensor in state.items():
+                (nn.init.ones_ if name in ("weight", "running_var") else nn.init.zeros_)(tensor)
 
     def forward(
         self, pixel_values: torch.Tensor, return_dict: bool | None = None
@@ -160,32 +160,6 @@ class IResNetModel(PreTrainedModel):
             embeddings = self.features(self.fc(hidden_states.to(self.fc.weight.dtype)))
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return IResNetModelOutput(embeddings=embeddings) if return_dict else (embeddings,)
-
-    @torch.no_grad()
-    def embed_faces(self, faces: np.ndarray, batch_size: int = 128) -> np.ndarray:
-        """Embeds aligned faces in eval mode, as evaluation calls it.
-
-        Args:
-            faces (`np.ndarray` of shape `(N, image_size, image_size, 3)`): RGB bytes.
-            batch_size (`int`, defaults to 128): faces at once.
-
-        Returns:
-            `np.ndarray` of shape `(N, embedding_dim)`: float32, not normalized.
-
-        Raises:
-            ValueError: the faces are not of bytes, or of another size.
-        """
-        if faces.dtype != np.uint8:
-            raise ValueError(f"faces have to be of uint8 in 0..255 but are {faces.dtype}.")
-        training = self.training
-        self.eval()
-        embeddings = [np.zeros((0, self.config.embedding_dim), np.float32)]
-        for start in range(0, len(faces), batch_size):
-            pixels = torch.from_numpy(np.ascontiguousarray(faces[start : start + batch_size])).to(self.device)
-            pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-            embeddings.append(self(pixels, return_dict=True).embeddings.float().cpu().numpy())
-        self.train(training)
-        return np.concatenate(embeddings)
 
     @classmethod
     def from_insightface_state_dict(
@@ -226,7 +200,7 @@ def _insightface_config(state_dict: Mapping[str, torch.Tensor], image_size: int)
         raise ValueError(f"no IResNet of InsightFace: `{missing[0]}` is missing.")
     blocks = {tuple(name.split(".")[:2]) for name in state_dict if name.startswith("layer")}
     depths = tuple(sum(stage == f"layer{number}" for stage, _ in blocks) for number in range(1, 5))
-    layers = {depths: layers for layers, depths in DEPTHS.items()}.get(depths)
+    layers = next((layers for layers, known in DEPTHS.items() if known == depths), None)
     if layers is None:
         raise ValueError(f"no IResNet of InsightFace has {depths} blocks in its stages: {DEPTHS} are known.")
     width, embedding_dim = state_dict["conv1.weight"].shape[0], state_dict["fc.weight"].shape[0]
@@ -243,11 +217,13 @@ class IResNetImageProcessor(BaseImageProcessor):
 
     model_input_names = ["pixel_values"]
 
-    def __init__(self, size: dict[str, int] | None = None, **kwargs):
+    def __init__(self, size: dict[str, int] | None = None, **kwargs: Any):
         super().__init__(**kwargs)
         self.size = {"height": 112, "width": 112} if size is None else dict(size)
 
-    def preprocess(self, images, return_tensors: str | None = None, **kwargs) -> BatchFeature:
+    def preprocess(
+        self, images: Picture | Sequence[Picture], return_tensors: str | None = None, **kwargs: Any
+    ) -> BatchFeature:
         """
         Args:
             images: a face or a list of them: what `rgb_bytes` takes, such as `PIL.Image.Image` of any mode,
@@ -261,22 +237,21 @@ class IResNetImageProcessor(BaseImageProcessor):
             OSError: a file cannot be read.
             ValueError: an array of another shape or type.
         """
-        images = [images] if is_picture(images) else images
-        pixel_values = [self._process_face(image) for image in images]
+        pixel_values = [self._process_face(image) for image in as_pictures(images)]
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
-    def _process_face(self, image) -> np.ndarray:
+    def _process_face(self, image: Picture) -> np.ndarray:
         pixels = torch.from_numpy(rgb_bytes(image).copy()).permute(2, 0, 1)[None].float()
         size = (self.size["height"], self.size["width"])
         if pixels.shape[-2:] != size:
             pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
-        return (pixels[0] / 127.5 - 1).numpy()
+        return scale_to_unit_range(pixels[0]).numpy()
 
 
 AutoConfig.register(IResNetConfig.model_type, IResNetConfig, exist_ok=True)
 AutoModel.register(IResNetConfig, IResNetModel, exist_ok=True)
 try:
-    processors = {"pil": IResNetImageProcessor, "torchvision": IResNetImageProcessor}
+    processors: dict[str, type] = {"pil": IResNetImageProcessor, "torchvision": IResNetImageProcessor}
     AutoImageProcessor.register(IResNetConfig, image_processor_classes=processors, exist_ok=True)
 except TypeError:  # transformers before its processors had backends
     AutoImageProcessor.register(IResNetConfig, slow_image_processor_class=IResNetImageProcessor, exist_ok=True)

@@ -24,7 +24,7 @@ class IdentityProjector(ModelMixin, ConfigMixin):
     Args:
         identity_dim (`int`, defaults to 512): width of the identity embedding.
         context_dim (`int`, defaults to 256): width of the context, the UNet's `cross_attention_dim`.
-        num_tokens (`int`, defaults to 1): context tokens a sample.
+        num_tokens (`int`, defaults to 1): context tokens per sample.
         dropout (`float`, defaults to 0.25): probability of dropping a component of the context in training mode.
         identity_encoder (`str`, *optional*): name of the face recognition model whose embeddings this projector was
             trained on. Embeddings marked as another encoder's are refused by the pipeline.

@@ -100,6 +100,8 @@ class AdaFaceHead(MarginHead):
         t_alpha (`float`, defaults to 0.01): weight of the batch in the running mean and deviation of the lengths.
     """
 
+    mean: torch.Tensor
+    deviation: torch.Tensor
     SHORTEST, LONGEST = 1e-3, 100.0
     # of the deviation, and of the angle to 0 and pi (the published code's)
     EPSILON = 1e-3

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,13 +74,22 @@ class UIFaceAttentionBlock(nn.Module):
 class UIFaceBlock(nn.Module):
     """A residual block and, where the level has attention, an attention block after it."""
 
+    # set by `enable_gradient_checkpointing`
+    _gradient_checkpointing_func: Callable[..., torch.Tensor]
+
     def __init__(self, in_channels: int, out_channels: int, resnet_kwargs: dict, attention_kwargs: dict | None):
         super().__init__()
         self.resnet = ResnetBlock2D(in_channels=in_channels, out_channels=out_channels, **resnet_kwargs)
         self.attention = UIFaceAttentionBlock(out_channels, **attention_kwargs) if attention_kwargs else None
         self.gradient_checkpointing = False
 
-    def _forward(self, hidden_states, temb, context, cross_attention_kwargs):
+    def _forward(
+        self,
+        hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        context: torch.Tensor | None,
+        cross_attention_kwargs: dict[str, Any],
+    ) -> torch.Tensor:
         hidden_states = self.resnet(hidden_states, temb)
         if self.attention is not None:
             hidden_states = self.attention(hidden_states, context, cross_attention_kwargs)
@@ -102,7 +111,9 @@ class UIFaceBlock(nn.Module):
 class UIFaceDownBlock(nn.Module):
     """One level on the way down; returns the states that the way up will concatenate."""
 
-    def __init__(self, channels: Sequence[int], add_downsample: bool, resnet_kwargs: dict, attention_kwargs):
+    def __init__(
+        self, channels: Sequence[int], add_downsample: bool, resnet_kwargs: dict, attention_kwargs: dict | None
+    ):
         super().__init__()
         self.blocks = nn.ModuleList(
             UIFaceBlock(channels[i], channels[i + 1], resnet_kwargs, attention_kwargs)
@@ -110,7 +121,13 @@ class UIFaceDownBlock(nn.Module):
         )
         self.downsampler = Downsample2D(channels[-1], use_conv=True, padding=1, name="op") if add_downsample else None
 
-    def forward(self, hidden_states, temb, context, cross_attention_kwargs):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        context: torch.Tensor | None,
+        cross_attention_kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         skips = []
         for block in self.blocks:
             hidden_states = block(hidden_states, temb, context, cross_attention_kwargs)
@@ -131,7 +148,13 @@ class UIFaceMidBlock(nn.Module):
             ]
         )
 
-    def forward(self, hidden_states, temb, context, cross_attention_kwargs):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        context: torch.Tensor | None,
+        cross_attention_kwargs: dict[str, Any],
+    ) -> torch.Tensor:
         for block in self.blocks:
             hidden_states = block(hidden_states, temb, context, cross_attention_kwargs)
         return hidden_states
@@ -146,7 +169,7 @@ class UIFaceUpBlock(nn.Module):
         skip_channels: Sequence[int],
         add_upsample: bool,
         resnet_kwargs: dict,
-        attention_kwargs,
+        attention_kwargs: dict | None,
     ):
         super().__init__()
         self.blocks = nn.ModuleList(
@@ -157,7 +180,14 @@ class UIFaceUpBlock(nn.Module):
             Upsample2D(channels[-1], use_conv_transpose=True, kernel_size=4, padding=1) if add_upsample else None
         )
 
-    def forward(self, hidden_states, skips, temb, context, cross_attention_kwargs):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        skips: list[torch.Tensor],
+        temb: torch.Tensor,
+        context: torch.Tensor | None,
+        cross_attention_kwargs: dict[str, Any],
+    ) -> torch.Tensor:
         for block in self.blocks:
             hidden_states = torch.cat([hidden_states, skips.pop()], dim=1)
             hidden_states = block(hidden_states, temb, context, cross_attention_kwargs)
@@ -191,8 +221,8 @@ class UIFaceUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["UIFaceBlock"]
-    _skip_layerwise_casting_patterns = ["norm"]
+    _no_split_modules = ["UIFaceBlock"]  # type: ignore[assignment]  # `None` there
+    _skip_layerwise_casting_patterns = ["norm"]  # type: ignore[assignment]  # `None` there
     _repeated_blocks = ["UIFaceAttentionBlock"]
 
     @register_to_config
@@ -271,15 +301,15 @@ class UIFaceUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     def zero_init_residual_branches(self) -> None:
         """Zeroes the last layer of every residual branch and of the UNet: the usual start of a training from scratch
         (Ho et al. 2020)."""
+        last: list[nn.Module] = [self.conv_out]
         for module in self.modules():
             if isinstance(module, ResnetBlock2D):
-                nn.init.zeros_(module.conv2.weight)
-                nn.init.zeros_(module.conv2.bias)
+                last.append(module.conv2)
             elif isinstance(module, UIFaceAttentionBlock):
-                nn.init.zeros_(module.proj_out.weight)
-                nn.init.zeros_(module.proj_out.bias)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+                last.append(module.proj_out)
+        for layer in last:
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(
         self,

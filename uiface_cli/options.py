@@ -1,4 +1,4 @@
-"""Types of command line options, whose errors name the value and the range, and `~` in them."""
+"""What command lines share: types of options, whose errors name the value and the range; spellings; printed errors."""
 
 import argparse
 import json
@@ -9,14 +9,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import local_path
-
 
 def expand_home(argv: Sequence[str] | None = None) -> list[str]:
     """The words of a command line (`sys.argv` if not given) with `~` as the home folder: the shell leaves it in
     `--option=~/path` and in quotation marks."""
     argv = sys.argv[1:] if argv is None else argv
-    return [re.sub(r"^(--[\w-]+=)?(~(?:/.*)?)$", lambda m: f"{m[1] or ''}{local_path(m[2])}", word) for word in argv]
+    home = re.compile(r"^(--[\w-]+=)?(~(?:/.*)?)$")
+    return [home.sub(lambda found: f"{found[1] or ''}{Path(found[2]).expanduser()}", word) for word in argv]
+
+
+def with_hyphens(argv: Sequence[str]) -> list[str]:
+    """The words of a command line with `--encoder_root` as `--encoder-root`: both are accepted, values stay as they
+    are."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    names = [re.sub(r"^--[^=]+", lambda found: found[0].replace("_", "-"), word) for word in argv[:end]]
+    return [*names, *argv[end:]]
+
+
+def paragraph(error: object, most: int = 10) -> str:
+    """An error's text for the command line: without empty lines, and at most so many of the others."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    more = [f"  ... and {len(lines) - most} more lines"] if len(lines) > most else []
+    return "\n".join(lines[:most] + more)
 
 
 def whole(least: int = 1, multiple_of: int = 1) -> Callable[[str], int]:
@@ -76,7 +90,7 @@ def any_of(*kinds: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def path(text: str) -> Path:
-    """The type of a path; an empty one, as a variable of the shell that is not set, would be the present folder."""
+    """The type of a path. An empty one, from a shell variable that is not set, would be the current folder."""
     if not text:
         raise argparse.ArgumentTypeError(f"{text!r} is not a path")
     return Path(text)
@@ -140,7 +154,7 @@ def device(text: str) -> str:
 
 def provider(text: str) -> str:
     """The type of an execution provider of onnxruntime that is there."""
-    from .faces import execution_providers
+    from uiface_diffusers.faces import execution_providers
 
     try:
         execution_providers([text])

@@ -10,8 +10,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
-from .convert_original import NOISE_SCHEDULE, SAMPLER
-from .two_stage.schedulers import is_flow, prediction_type
+from ..convert_original import NOISE_SCHEDULE, SAMPLER
+from ..two_stage.schedulers import is_flow, prediction_type
 
 
 class NoisePrediction:

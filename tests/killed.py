@@ -1,0 +1,38 @@
+"""A process that SIGKILL ends at a point of its own work, so that nobody has to watch it from outside.
+
+A small module, because a process of its own imports it.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+
+from uiface_diffusers import cli
+
+# the processes have imported everything already
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["uiface_diffusers.cli", "uiface_diffusers"])
+
+
+def _command(arguments: list[str], renamed: str, number: int) -> None:
+    complete = 0
+
+    def count(event: str, values: tuple) -> None:
+        nonlocal complete
+        if event == "os.rename" and str(values[1]).endswith(renamed):
+            complete += 1
+        elif event == "open" and complete == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    cli.main(arguments)
+
+
+def run_until_complete(arguments: list[str], renamed: str, number: int = 1) -> None:
+    """Runs `uiface` until so many files whose names end with `renamed` are complete; it is killed when it opens the
+    next file. An error if it ends before."""
+    process = PROCESSES.Process(target=_command, args=(arguments, renamed, number))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, process.exitcode

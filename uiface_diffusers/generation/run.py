@@ -1,0 +1,152 @@
+"""A data set from a pipeline and a bank of identities. The same call begins it, goes on, and completes it."""
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import PartialState
+
+from ..encoders import check_same_encoder
+from ..faces import FaceEncoder
+from ..files import local_path, plain_numbers
+from ..identities import IdentityBank
+from ..pipeline_uiface import UIFacePipeline
+from .finish import finish_dataset
+from .making import ImageMaker, default_batch_size
+from .plan import Part, Plan, check_names
+from .resume import locked, with_noise_of
+from .settings import GenerationSettings, check_positive
+from .upload import upload_dataset
+from .writers import OUTPUT_FORMATS
+
+
+@dataclass(frozen=True)
+class GenerationReport:
+    """
+    Args:
+        made (`int`): images of this run and process, repeated attempts not counted.
+        planned (`int`): images of the whole data set.
+        complete (`bool`): all of them are there, metadata and preview are written.
+        images_per_second (`float`): of this run and process.
+        unet_rows_per_image (`float`): UNet samples that an image took, on average.
+    """
+
+    made: int
+    planned: int
+    complete: bool
+    images_per_second: float
+    unet_rows_per_image: float
+
+
+def generate_dataset(
+    pipeline: UIFacePipeline,
+    identities: IdentityBank,
+    output: str | os.PathLike,
+    images_per_identity: int = 50,
+    seed: int = 0,
+    batch_size: int | None = None,
+    size: int = 112,
+    image_format: str = "png",
+    output_format: str = "imagefolder",
+    shard: tuple[int, int] = (0, 1),
+    identity_perturbation: tuple[float, float] | None = None,
+    min_similarity: float | None = None,
+    encoder: FaceEncoder | None = None,
+    max_attempts: int = 3,
+    push_to_hub: str | None = None,
+    **sampling: Any,
+) -> GenerationReport:
+    """Generates `images_per_identity` faces of every identity of a bank. The same call goes on where an earlier one
+    was stopped. Under `accelerate launch`, the processes share the work.
+
+    Args:
+        pipeline: samples; its own progress bar is switched off.
+        identities: of the faces; their names become folders.
+        output: the data set's folder.
+        images_per_identity (`int`, defaults to 50).
+        seed (`int`, defaults to 0).
+        batch_size (`int`, *optional*): images per call of the pipeline, filled across identities; by default
+            `default_batch_size(pipeline)`.
+        size (`int`, defaults to 112): height and width of the images (bilinear, with antialiasing).
+        image_format (`str`, defaults to `"png"`): `"png"`, `"jpeg"` or `"webp"`, the last two with quality 95.
+        output_format (`str`, defaults to `"imagefolder"`): `images/IDENTITY/NNNN.png`, or `"webdataset"` tar shards.
+        shard (`tuple[int, int]`, defaults to `(0, 1)`): part i of n, for jobs that do not know each other.
+        identity_perturbation (`tuple[float, float]`, *optional*): every image follows its own embedding, with a cosine
+            drawn from this range to the identity's; see `perturb_embeddings`.
+        min_similarity (`float`, *optional*): an image whose embedding has a smaller cosine to the identity's is made
+            anew from the next sub-seed; the best of all attempts is kept.
+        encoder: measures the similarity, also without `min_similarity`; the encoder of the bank.
+        max_attempts (`int`, defaults to 3): attempts at an image, if `min_similarity` is given.
+        push_to_hub (`str`, *optional*): `"org/name"` of a data set on the Hub to upload to when complete.
+        sampling: further arguments of the pipeline's call, as `guidance_scale`.
+
+    Raises:
+        ValueError: an argument is out of range, or `output` was begun with other settings.
+        RuntimeError: another process is at work on the same part of `output`.
+    """
+    sampling = {name: plain_numbers(value) for name, value in sampling.items()}
+    _check_inputs(pipeline, identities, encoder, sampling)
+    batch_size = default_batch_size(pipeline) if batch_size is None else plain_numbers(batch_size)
+    check_positive("batch_size", batch_size)
+    state = PartialState()
+    part = Part.of(shard, state.process_index, state.num_processes)
+    settings = GenerationSettings.of(
+        pipeline,
+        identities,
+        encoder,
+        sampling,
+        identity_perturbation,
+        min_similarity,
+        max_attempts,
+        images_per_identity=images_per_identity,
+        seed=seed,
+        size=size,
+        image_format=image_format,
+        output_format=output_format,
+    )
+    folder = local_path(output)
+    if (folder / "prepare.json").exists():
+        raise ValueError(f"{folder} is a cache of faces, not a data set of generated ones: choose another folder.")
+    plan = Plan(identities.names, settings.images_per_identity)
+    writer = OUTPUT_FORMATS[output_format](folder, plan, settings.size, image_format)
+    maker = ImageMaker(pipeline, identities, encoder, settings, batch_size, writer)
+    with locked(folder, part):
+        with_noise_of(settings, writer, part).begin(folder, versions=_versions())
+        made, seconds = maker.make(part)
+    # the last one to come here completes the data set
+    complete, wrote = finish_dataset(settings, identities, writer)
+    if push_to_hub is not None and (wrote or (complete and part.position == 0)):
+        upload_dataset(folder, push_to_hub)
+    return GenerationReport(
+        made=made,
+        planned=len(plan.keys),
+        complete=complete,
+        images_per_second=made / seconds if made else 0.0,
+        unet_rows_per_image=maker.unet_rows / made if made else 0.0,
+    )
+
+
+def _check_inputs(
+    pipeline: UIFacePipeline, bank: IdentityBank, encoder: FaceEncoder | None, sampling: Mapping[str, Any]
+) -> None:
+    """Names wrong embeddings and arguments of the pipeline's call before anything is hashed or written."""
+    check_names(bank.names)
+    if encoder is not None:
+        check_same_encoder("the bank", bank.encoder_mark, "the pack that measures", encoder.encoder_mark)
+    if any(hasattr(module, "_hf_hook") for module in pipeline.components.values()):
+        raise ValueError("the pipeline is offloaded; images are decoded beside sampling: put it on one device.")
+    pipeline.check_sampling(pipeline.prepare_identity_embeds(bank), **sampling)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "uiface_diffusers": version("uiface-diffusers"),
+    }

@@ -1,0 +1,53 @@
+"""Pipelines by the names that users know them by."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+from .checkpoints import default_checkpoint
+from .files import brief, check_safetensors
+from .pipeline_uiface import UIFacePipeline
+from .two_stage.schedulers import scheduler_like
+
+
+def pipeline_folder(model: str | os.PathLike | None = None) -> Path:
+    """The folder of a pipeline, downloaded if need be.
+
+    Args:
+        model: a folder or a Hub repository; the embedded checkpoint if not given.
+    """
+    model = model or default_checkpoint()
+    return Path(model) if Path(model).is_dir() else Path(UIFacePipeline.download(os.fspath(model)))
+
+
+def load_pipeline(folder: str | os.PathLike, scheduler: str | None = None, **options: Any) -> UIFacePipeline:
+    """The pipeline of a folder.
+
+    Args:
+        folder: see `pipeline_folder`.
+        scheduler: a class of diffusers, made from the configuration of the pipeline's own scheduler.
+        options: of `UIFacePipeline.from_pretrained`.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: diffusers has no such scheduler, or the folder holds no pipeline, or a file of it is damaged.
+    """
+    folder = Path(folder)
+    new_scheduler = None if scheduler is None else getattr(diffusers, scheduler, None)
+    if scheduler is not None and ("Scheduler" not in scheduler or not hasattr(new_scheduler, "from_config")):
+        raise ValueError(
+            f"--scheduler {scheduler}: diffusers has no such scheduler. DDIMScheduler is one, for example."
+        )
+    try:
+        pipeline = UIFacePipeline.from_pretrained(folder, **options)
+    except OSError:
+        check_safetensors(folder)
+        raise
+    except (AttributeError, ImportError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        reason = f"{type(error).__name__}: {brief(error)}"
+        raise ValueError(f"{folder} holds no pipeline, or a file of it is damaged ({reason}).") from error
+    if new_scheduler is not None:
+        pipeline.scheduler = scheduler_like(new_scheduler, pipeline.scheduler)
+    return pipeline

@@ -1,0 +1,247 @@
+"""The denoiser of UIFace with its contexts, and how it is trained (Lin et al., ICLR 2025, sec. 3.2)."""
+
+import argparse
+import json
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import ModelMixin, SchedulerMixin
+from torch import nn
+
+from .. import EmptyContext, IdentityProjector, UIFacePipeline
+from ..denoisers import TRAINABLE, denoiser_kind
+from ..encoders import EncoderMark, check_same_encoder, projector_mark
+from ..faces import FaceEncoder
+from ..latents import FirstStage, decode_latents
+from ..pipeline_uiface import MODEL_DEFAULTS
+from ..two_stage.schedulers import prediction_type
+from .losses import draw_rows, facial_feature_weights, full_precision, jitter
+from .means import RunningMeans
+from .objectives import new_sampler, objective_of
+from .run import frozen, load_perceptual
+
+
+def _uniform_timesteps(number: int, num_train_timesteps: int, device: torch.device) -> torch.Tensor:
+    return torch.randint(num_train_timesteps, (number,), device=device)
+
+
+def _logit_normal_timesteps(number: int, num_train_timesteps: int, device: torch.device) -> torch.Tensor:
+    share = torch.sigmoid(1.2 * torch.randn(number, device=device) - 0.5)
+    return (share * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
+
+
+TIMESTEP_SAMPLING = {"uniform": _uniform_timesteps, "logit_normal": _logit_normal_timesteps}
+
+
+class ConditionalDenoiser(nn.Module):
+    """The three trained components as one module, so that all gradients are reduced together."""
+
+    def __init__(self, unet: ModelMixin, identity_projector: IdentityProjector, empty_context: EmptyContext):
+        super().__init__()
+        self.unet, self.identity_projector, self.empty_context = unet, identity_projector, empty_context
+
+    def forward(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        identity_embeds: torch.Tensor,
+        is_empty: torch.Tensor,
+    ) -> torch.Tensor:
+        context = self.identity_projector(identity_embeds, return_dict=False)[0]
+        empty = self.empty_context(len(context), return_dict=False)[0]
+        context = torch.where(is_empty[:, None, None], empty, context)
+        return self.unet(noisy_latents, timestep=timesteps, encoder_hidden_states=context, return_dict=False)[0]
+
+
+def check_network(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: the options of `--denoiser` make no network that can be sampled.
+    """
+    try:
+        with torch.device("meta"):
+            model = TRAINABLE[args.denoiser].build(4, 32, 32, args.unet | args.transformer)
+        denoiser_kind(model)
+    except (TypeError, ValueError, ZeroDivisionError, NotImplementedError) as error:
+        option, given = ("--transformer", args.transformer) if args.transformer else ("--unet", args.unet)
+        raise ValueError(f"{option} {json.dumps(given)} makes no network: {error}") from error
+
+
+def build_denoiser(
+    args: argparse.Namespace, latent_shape: torch.Size, identity_dim: int, encoder: EncoderMark
+) -> tuple[ConditionalDenoiser, SchedulerMixin, dict[str, float]]:
+    """The three trained components, the sampler, and the defaults of its call that are not the paper's: new ones, or
+    those of `--init-from`.
+
+    Raises:
+        ValueError: the pipeline to start from is of another encoder, objective or number of latent channels.
+    """
+    channels, height, width = latent_shape
+    if args.init_from is None:
+        kind = TRAINABLE[args.denoiser]
+        unet = kind.build(channels, height, width, args.unet | args.transformer)
+        context_dim, num_tokens = kind.context_dim(unet), kind.num_tokens
+        projector = IdentityProjector(
+            identity_dim,
+            context_dim,
+            num_tokens,
+            dropout=args.context_dropout,
+            identity_encoder=encoder.name,
+            identity_encoder_fingerprint=encoder.fingerprint,
+        )
+        scheduler = new_sampler(args.prediction_type)
+        return ConditionalDenoiser(unet, projector, EmptyContext(context_dim, num_tokens)), scheduler, {}
+    pipeline = UIFacePipeline.from_pretrained(args.init_from)
+    projector = pipeline.identity_projector
+    check_same_encoder(args.init_from, projector_mark(projector), "the training data", encoder)
+    wanted = {"identity_dim": identity_dim, "latent channels": channels, "prediction_type": args.prediction_type}
+    given = {"identity_dim": projector.config.identity_dim, "latent channels": pipeline.unet.config.in_channels}
+    given["prediction_type"] = prediction_type(pipeline.scheduler)
+    projector.register_to_config(identity_encoder=encoder.name)  # a fresh projector has none
+    if encoder.fingerprint is not None:
+        projector.register_to_config(identity_encoder_fingerprint=encoder.fingerprint)
+    if given != wanted:
+        raise ValueError(f"{args.init_from} has {given}, this training {wanted}: they do not fit together.")
+    projector.context_dropout.p = args.context_dropout
+    projector.register_to_config(dropout=args.context_dropout)
+    pipeline.unet.register_to_config(sample_size=height if height == width else (height, width))
+    sampling_defaults = {name: pipeline.config[name] for name in MODEL_DEFAULTS}
+    denoiser = ConditionalDenoiser(pipeline.unet, projector, pipeline.empty_context)
+    return denoiser, pipeline.scheduler, sampling_defaults
+
+
+def load_judges(
+    args: argparse.Namespace, accelerator: Accelerator, encoder: EncoderMark
+) -> tuple[FaceEncoder | None, nn.Module | None, nn.Module | None]:
+    """The encoder of `--encoder-root`, on this process's device; and what `face_losses` compares by, recognizer and
+    LPIPS, where they have a weight.
+
+    Raises:
+        ValueError: the encoder is not that of the training data.
+    """
+    face_encoder = recognizer = perceptual = None
+    if args.encoder_root is not None:
+        face_encoder = FaceEncoder(encoder.name, args.encoder_root, det_size=160, device=accelerator.device)
+        own = face_encoder.encoder_mark
+        check_same_encoder("the training data", encoder, "the pack of --encoder-root", own)
+        if args.identity_weight:
+            recognizer = frozen(accelerator, face_encoder.to_torch())
+    if args.lpips_weight:
+        perceptual = load_perceptual(accelerator, "alex", args.lpips_backbone, spatial=True)
+    return face_encoder, recognizer, perceptual
+
+
+class DenoisingLoss(NamedTuple):
+    """Of every sample: loss `(batch,)`, timestep `(batch,)`, whether the context was empty `(batch,)`, and the clean
+    latents as predicted and as they are `(batch, C, h, w)`."""
+
+    losses: torch.Tensor
+    timesteps: torch.Tensor
+    is_empty: torch.Tensor
+    denoised: torch.Tensor
+    latents: torch.Tensor
+
+
+def denoising_loss(
+    denoiser: nn.Module,
+    scheduler: SchedulerMixin,
+    latents: torch.Tensor,
+    identity_embeds: torch.Tensor,
+    empty_probability: float,
+    snr_gamma: float | None,
+    timestep_sampling: str = "uniform",
+) -> DenoisingLoss:
+    """Loss of every sample: MSE of the predicted noise (or v, or velocity) at a random timestep, under the identity
+    or, with `empty_probability` and always in row 0, under the empty context (UIFace, sec. 3.2; the published code).
+
+    Args:
+        latents (`torch.Tensor` of shape `(batch, 2, C, h, w)`): both flips; one is chosen for each sample.
+        identity_embeds (`torch.Tensor` of shape `(batch, identity_dim)`): of unit length.
+    """
+    batch_size, device = len(latents), latents.device
+    flip = torch.randint(2, (batch_size,), device=device)
+    latents = latents[torch.arange(batch_size, device=device), flip].float()
+    noise = torch.randn_like(latents)
+    timesteps = TIMESTEP_SAMPLING[timestep_sampling](batch_size, scheduler.config.num_train_timesteps, device)
+    is_empty = torch.rand(batch_size, device=device) < empty_probability
+    # the empty context gets a gradient in every step
+    is_empty[:1].fill_(True)  # assigning to `is_empty[0]` would wait for the device
+
+    objective = objective_of(scheduler)
+    noisy = objective.noisy(latents, noise, timesteps)
+    prediction = denoiser(noisy, objective.denoiser_timesteps(timesteps), identity_embeds, is_empty).float()
+    target = objective.target(latents, noise, timesteps)
+    loss = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
+    if snr_gamma is not None:
+        loss = objective.weighted(loss, timesteps, snr_gamma)
+    return DenoisingLoss(loss, timesteps, is_empty, objective.denoised(noisy, prediction, timesteps), latents)
+
+
+class FaceLosses(NamedTuple):
+    """Of the decoded faces: cosine to the identity they were given, whether it counts (not under the empty context),
+    and LPIPS to the clean face (zeros where it is not asked for), `(decoded_samples,)` each."""
+
+    cosines: torch.Tensor
+    has_identity: torch.Tensor
+    lpips: torch.Tensor
+
+
+def face_losses(
+    vae: FirstStage,
+    recognizer: nn.Module | None,
+    perceptual: nn.Module | None,
+    loss: DenoisingLoss,
+    identity_embeds: torch.Tensor,
+    num_samples: int,
+    weights: torch.Tensor | None = None,
+) -> FaceLosses:
+    """Decodes some of the faces as denoised in one step, and compares them with what they should be, in float32
+    whatever the model is trained in. Differentiable in the prediction.
+
+    Args:
+        recognizer: embeds `(N, 3, height, width)` in [-1, 1].
+        perceptual: LPIPS with `spatial=True`.
+        weights (`torch.Tensor` of shape `(batch,)`, *optional*): the faces are drawn in proportion to it.
+    """
+    weights = torch.ones_like(loss.losses) if weights is None else weights
+    rows = draw_rows(weights if perceptual is not None else weights * ~loss.is_empty, num_samples)
+    with full_precision(loss.denoised.device):
+        faces = decode_latents(vae, loss.denoised[rows].to(vae.dtype)).float()
+        cosines = lpips = torch.zeros(len(rows), device=faces.device)
+        if recognizer is not None:
+            cosines = F.cosine_similarity(recognizer(jitter(faces)), identity_embeds[rows])
+        if perceptual is not None:
+            with torch.no_grad():
+                clean = decode_latents(vae, loss.latents[rows].to(vae.dtype)).float()
+            weights = facial_feature_weights(faces.shape[-1], faces.device)
+            lpips = (perceptual(clean, faces) * weights).mean(dim=(1, 2, 3))
+    return FaceLosses(cosines, ~loss.is_empty[rows], lpips)
+
+
+class DenoisingLog(RunningMeans):
+    """Means of the loss: over all, by quarter of the timesteps, by context; and of the decoded faces' identity cosine
+    and LPIPS, where they are measured."""
+
+    QUARTERS = 4
+
+    def __init__(self, num_train_timesteps: int, device: torch.device):
+        super().__init__(device)
+        self.num_train_timesteps = num_train_timesteps
+
+    def add(self, loss: DenoisingLoss, faces: FaceLosses | None = None) -> None:
+        finite = self.count(loss.losses)
+        quarter = loss.timesteps * self.QUARTERS // self.num_train_timesteps
+        parts = {"loss": finite, "loss/identity": finite & ~loss.is_empty, "loss/empty": finite & loss.is_empty}
+        parts |= {f"loss/quarter_{i + 1}": finite & (quarter == i) for i in range(self.QUARTERS)}
+        for name, part in parts.items():
+            self.add_mean(name, loss.losses, part)
+        if faces is not None:
+            self.add_mean("identity_cosine", faces.cosines, faces.has_identity)
+            self.add_mean("lpips", faces.lpips, torch.ones_like(faces.lpips, dtype=torch.bool))
+
+    def take(self, accelerator: Accelerator) -> tuple[dict[str, float], float]:
+        means, finite = super().take(accelerator)
+        # a distance that is not asked for is 0
+        return {name: mean for name, mean in means.items() if mean or name not in ("identity_cosine", "lpips")}, finite
