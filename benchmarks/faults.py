@@ -52,7 +52,7 @@ from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.files import complete_file, read_lines
 from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.seeds import noise_generator, noise_seed
-from uiface_diffusers.two_stage.schedulers import SUPPORTED
+from uiface_diffusers.two_stage.schedulers import FLOW, SUPPORTED
 
 NEEDS_GPU = "needs a GPU"
 ROWS: list[tuple[str, str, Callable[[Path], str]]] = []
@@ -325,6 +325,8 @@ def own_defaults(folder: Path) -> str:
 def schedulers(folder: Path) -> str:
     pipe, right, wrong = tiny_pipeline(), [], []
     for name in sorted(name for name in dir(diffusers.schedulers) if name.endswith("Scheduler")):
+        if name in FLOW and name not in SUPPORTED:
+            continue  # of a denoiser trained otherwise
         cls = getattr(diffusers.schedulers, name)
         pipe.scheduler = cls(**BETAS) if name in SUPPORTED else object.__new__(cls)
         call = {"num_inference_steps": 4, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}

@@ -312,8 +312,8 @@ def video() -> UNet3DConditionModel:
     ("unet", "message"),
     [
         (sana, r"attention `transformer_blocks.0.attn1` of SanaTransformer2DModel .* SanaLinearAttnProcessor2_0"),
-        (pixart, "`unet` is PixArtTransformer2DModel, .*UIFaceUNet2DModel and UNet2DConditionModel can"),
-        (video, "`unet` is UNet3DConditionModel"),
+        (pixart, "contexts of width 32, `unet` attends to width 8"),
+        (video, "`unet` is UNet3DConditionModel, .* denoises video. .*UIFaceUNet2DModel, UNet2DConditionModel"),
     ],
 )
 def test_denoisers_of_another_kind_are_refused(tiny_pipeline, unet, message):

@@ -12,13 +12,13 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from accelerate import Accelerator
-from conftest import REPOSITORY, TINY_UNET, Outcome, run_script, tiny_autoencoder, write_toy_pack
+from conftest import TINY_UNET, tiny_autoencoder, write_toy_pack
 from diffusers import DDPMScheduler
 from filelock import FileLock
 from hub_server import HubServer
 from safetensors.torch import load_file
+from tiny_training import TRAIN, Oracle, options_of, train, train_script, write_workspace
 
 from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline, UIFaceUNet2DModel
 from uiface_diffusers.convert_original import NOISE_SCHEDULE
@@ -31,44 +31,14 @@ from uiface_diffusers.training.datasets import LatentFaces
 from uiface_diffusers.training.losses import draw_rows, facial_feature_weights, jitter
 from uiface_diffusers.training.order import EndlessBatchSampler, sampling_weights
 
-TRAIN = REPOSITORY / "training" / "train.py"
-sys.path.insert(0, str(TRAIN.parent))
-import train as train_script  # noqa: E402
-
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, toy_root, toy_photographs):
-    """Prepared faces, a first stage and a recipe of a tiny training."""
-    root = tmp_path_factory.mktemp("train")
-    encoder = FaceEncoder("toy", str(toy_root), det_size=160)
-    prepare_faces(toy_photographs, root / "cache", encoder, image_size=16)
-    tiny_autoencoder().save_pretrained(root / "vae")
-    unet = {k: v for k, v in TINY_UNET.items() if k not in ("in_channels", "out_channels", "sample_size")}
-    recipe = {
-        "train_data": [str(root / "cache")],
-        "vae": str(root / "vae"),
-        "unet": {k: list(v) if isinstance(v, tuple) else v for k, v in unet.items()},
-        "train_batch_size": 4,
-        "max_train_steps": 60,
-        "learning_rate": 1e-3,
-        "checkpointing_steps": 7,
-        "validation_steps": 0,
-        "report_to": "none",
-    }
-    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return root
-
-
-def options_of(workspace: Path, output: str, *options: str) -> list[str]:
-    return ["--config", str(workspace / "recipe.yaml"), "--output-dir", str(workspace / output), *options]
+    return write_workspace(tmp_path_factory.mktemp("train"), toy_root, toy_photographs)
 
 
 def command(workspace: Path, output: str, *options: str, launch: tuple[str, ...] = ()) -> list[str]:
     return [sys.executable, *launch, str(TRAIN), *options_of(workspace, output, *options)]
-
-
-def train(workspace: Path, output: str, *options: str) -> Outcome:
-    return run_script(train_script.main, options_of(workspace, output, *options))
 
 
 def launch(*args, **kwargs) -> subprocess.CompletedProcess:
@@ -272,18 +242,6 @@ def test_the_gradients_of_two_batches_are_averaged(workspace, by):
     for name, parameter in model.named_parameters():
         clear = parameter.grad.abs() > 1e-6
         assert torch.allclose(ours[name][clear], theirs[name][clear], atol=1e-5), name
-
-
-class Oracle(torch.nn.Module):
-    """Knows the noise and sees what it is asked."""
-
-    def __init__(self, answer):
-        super().__init__()
-        self.answer, self.asked = answer, None
-
-    def forward(self, noisy, timesteps, identity_embeds, is_empty):
-        self.asked = {"noisy": noisy, "timesteps": timesteps, "embeds": identity_embeds, "is_empty": is_empty}
-        return self.answer(noisy, timesteps)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

@@ -20,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import AutoModel, DDPMScheduler
+from diffusers import AutoModel
 from diffusers.utils import make_image_grid
 
 from uiface_cli.options import json_object, real, whole
 from uiface_diffusers import UIFacePipeline
 from uiface_diffusers.data import FaceCache, LatentSet, cache_latents
+from uiface_diffusers.denoisers import TRAINABLE
 from uiface_diffusers.encoders import EncoderMark, common_encoder
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.files import write_json
@@ -42,6 +43,7 @@ from uiface_diffusers.training.denoising import (
     face_losses,
     load_judges,
 )
+from uiface_diffusers.training.objectives import OBJECTIVES, PREDICTS_LATENTS, objective_of, training_scheduler
 from uiface_diffusers.training.options import (
     SWITCH,
     Options,
@@ -67,7 +69,9 @@ def add_data_arguments(group: Options) -> None:
     group.add_argument("--init-from", help="pipeline to start from: folder or Hub repository")
     group.add_argument("--vae", help="first stage: folder or Hub repository of a diffusers autoencoder")
     group.add_argument("--vae-subfolder", help="subfolder of the first stage")
+    group.add_argument("--denoiser", choices=tuple(TRAINABLE), default="uiface", help="UIFace's UNet or a transformer")
     group.add_argument("--unet", type=json_object, default={}, help="UIFaceUNet2DModel options, as JSON")
+    group.add_argument("--transformer", type=json_object, default={}, help="PixArtTransformer2DModel options, as JSON")
     group.add_argument("--context-dropout", type=real(0, 1), default=0.25, help="dropout of the context's components")
     text = "how often the empty context is trained; beside it, the first sample of every batch and process has it"
     group.add_argument("--empty-probability", type=real(0, 1), default=0.2, help=text)
@@ -81,13 +85,13 @@ def add_data_arguments(group: Options) -> None:
 
 
 def add_loss_arguments(group: Options) -> None:
-    group.add_argument("--prediction-type", choices=("epsilon", "v_prediction"), default="epsilon")
+    group.add_argument("--prediction-type", choices=tuple(OBJECTIVES), default="epsilon")
     group.add_argument("--snr-gamma", type=real(0), help="min-SNR loss weights (Hang et al. 2023); 5.0 is usual")
     text = "of 1 - cosine between the denoised face and the identity it was given (DCFace, Kim et al. 2023); needs"
-    text += " --encoder-root and v_prediction"
+    text += " --encoder-root and v_prediction or flow_prediction"
     group.add_argument("--identity-weight", type=real(0), default=0.0, help=text)
     text = "of LPIPS between the denoised and the clean face, both decoded, with weight on eyes and mouth; needs"
-    text += " v_prediction"
+    text += " v_prediction or flow_prediction"
     group.add_argument("--lpips-weight", type=real(0), default=0.0, help=text)
     group.add_argument("--lpips-backbone", help="AlexNet's convolutions; torchvision downloads them if not given")
     group.add_argument("--decoded-samples", type=whole(), default=8, help="faces per batch decoded for these losses")
@@ -108,8 +112,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--ema-decay", type=real(0, 1), default=0.9999)
     add_machine_arguments(parser).add_argument("--gradient-checkpointing", **SWITCH)
     group = add_checkpoint_arguments(parser, steps=5000)
-    text = "keep the pipeline of every so many steps, too"
-    group.add_argument("--snapshot-steps", type=whole(0), default=0, help=text)
+    group.add_argument("--snapshot-steps", type=whole(0), default=0, help="keep the pipeline of every so many steps")
     group.add_argument("--validation-seeds", type=whole(), default=4, help="pictures per row of the grid")
     group.add_argument("--validation-inference-steps", type=whole(), default=50)
     text = "folder with models/PACK of the caches' encoder: the grid's mean cosine to its identities is logged"
@@ -120,17 +123,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.init_from is None and args.vae is None:
         parser.error("--vae or --init-from is required")
     # of predicted noise the clean latents are no stable function: the noisier, the less
-    if args.identity_weight and (args.encoder_root is None or args.prediction_type != "v_prediction"):
-        parser.error("--identity-weight needs --encoder-root and --prediction-type v_prediction")
-    if args.lpips_weight and args.prediction_type != "v_prediction":
-        parser.error("--lpips-weight needs --prediction-type v_prediction")
+    if args.identity_weight and (args.encoder_root is None or args.prediction_type not in PREDICTS_LATENTS):
+        parser.error("--identity-weight needs --encoder-root and --prediction-type v_prediction or flow_prediction")
+    if args.lpips_weight and args.prediction_type not in PREDICTS_LATENTS:
+        parser.error("--lpips-weight needs --prediction-type v_prediction or flow_prediction")
     shares = args.train_data_shares
     if shares is not None and len(shares) != len(args.train_data):
         parser.error(f"--train-data-shares has {len(shares)} numbers for {len(args.train_data)} caches")
     if shares is not None and not sum(shares):
         parser.error("--train-data-shares are all 0: nothing would be drawn")
-    if args.init_from is not None and args.unet:
-        parser.error("--unet cannot change the network of --init-from")
+    other = "transformer" if args.denoiser == "uiface" else "unet"
+    if getattr(args, other):
+        parser.error(f"--{other} has options of another network than --denoiser {args.denoiser}")
+    if args.init_from is not None and (args.unet or args.transformer):
+        parser.error("--unet and --transformer cannot change the network of --init-from")
     return args
 
 
@@ -209,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path | None) -> None:
     device = accelerator.device
-    check_network(args.unet)  # before anything is encoded
+    check_network(args)  # before anything is encoded
 
     # 1. data
     vae_path, vae_subfolder = (args.vae, args.vae_subfolder) if args.vae else (args.init_from, "vae")
@@ -226,8 +232,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
         denoiser.unet.enable_gradient_checkpointing()
     if args.channels_last:
         denoiser.to(memory_format=torch.channels_last)
-    noise_scheduler = DDPMScheduler.from_config(sampling_scheduler.config)
-    alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
+    noise_scheduler = training_scheduler(sampling_scheduler)
+    signal = objective_of(noise_scheduler).signal
     face_encoder, recognizer, perceptual = load_judges(args, accelerator, encoder_mark)
     decodes = recognizer is not None or perceptual is not None
     if decodes:
@@ -248,6 +254,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
     fixed |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "side_view_share": args.side_view_share}
     fixed |= {"train_data": [cache.fingerprint for cache in caches], "vae": model_fingerprint(vae)}
     fixed |= {"prediction_type": args.prediction_type, "unet": args.unet}
+    fixed |= {} if args.denoiser == "uiface" else {"denoiser": args.denoiser, "transformer": args.transformer}
     log = DenoisingLog(noise_scheduler.config.num_train_timesteps, device)
     samples = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     run = Run(
@@ -272,7 +279,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
                 loss = denoising_loss(model, noise_scheduler, latents, identity_embeds, *options)
             terms, faces = {"denoising": loss.losses.mean()}, None
             if decodes:
-                weights = alphas_cumprod[loss.timesteps] if args.decoded_noise == "low" else None
+                weights = signal(loss.timesteps) if args.decoded_noise == "low" else None
                 judges = (vae, recognizer, perceptual)
                 faces = face_losses(*judges, loss, identity_embeds, args.decoded_samples, weights)
                 terms["lpips"] = args.lpips_weight * faces.lpips.mean()

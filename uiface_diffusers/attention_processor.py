@@ -236,7 +236,9 @@ class CrossInjectionAttnProcessor(UIFaceAttnProcessor):
 def cross_attention_names(unet: torch.nn.Module) -> list[str]:
     """Names of the UNet's cross-attention modules; empty for a UNet without any."""
     return [
-        name for name, module in unet.named_modules() if isinstance(module, Attention) and module.is_cross_attention
+        name
+        for name, module in unet.named_modules()
+        if isinstance(module, Attention) and getattr(module, "is_cross_attention", False)  # HiDream's has none
     ]
 
 

@@ -9,6 +9,7 @@ import diffusers
 from .checkpoints import default_checkpoint
 from .files import brief, check_safetensors
 from .pipeline_uiface import UIFacePipeline
+from .two_stage.schedulers import scheduler_like
 
 
 def pipeline_folder(model: str | os.PathLike | None = None) -> Path:
@@ -48,5 +49,5 @@ def load_pipeline(folder: str | os.PathLike, scheduler: str | None = None, **opt
         reason = f"{type(error).__name__}: {brief(error)}"
         raise ValueError(f"{folder} holds no pipeline, or a file of it is damaged ({reason}).") from error
     if new_scheduler is not None:
-        pipeline.scheduler = new_scheduler.from_config(pipeline.scheduler.config)
+        pipeline.scheduler = scheduler_like(new_scheduler, pipeline.scheduler)
     return pipeline

@@ -17,7 +17,7 @@ import diffusers
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoModel, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoModel, DiffusionPipeline, ModelMixin, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
@@ -35,10 +35,18 @@ from .identities import IdentityBank
 from .latents import FirstStage, decode_latents
 from .models.empty_context import EmptyContext
 from .models.identity_projector import IdentityProjector
-from .models.unet_uiface import UIFaceUNet2DModel
 from .two_stage import TwoStageSampler
 from .two_stage.boundary import boundary_rule
-from .two_stage.schedulers import check_scheduler, check_timesteps, starts_step, step_after_switch
+from .two_stage.schedulers import (
+    check_scheduler,
+    check_timesteps,
+    denoiser_timesteps,
+    paper_timesteps,
+    scale_model_input,
+    set_timesteps,
+    starts_step,
+    step_after_switch,
+)
 
 INJECTIONS = (None, "self", "cross", "both")
 # arguments of the call whose defaults are the model's own: entries of the pipeline's configuration
@@ -77,7 +85,7 @@ class UIFacePipelineOutput(BaseOutput):
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): B pictures or latents; `output_type` says
             which.
         boundary_timesteps (`torch.LongTensor` of shape `(B,)`): the first timestep that each sample predicts from its
-            identity; -1 for a sample that never does.
+            identity; -1 for a sample that never does. As in the call, of the paper's noise schedule.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
@@ -137,9 +145,6 @@ def one_call_at_a_time(call: Callable) -> Callable:
     return exclusive_call
 
 
-Denoiser = UIFaceUNet2DModel | UNet2DConditionModel
-
-
 class UIFacePipeline(DiffusionPipeline):
     r"""Synthetic faces by two-stage, identity-conditioned latent diffusion (UIFace, arXiv 2502.19803).
 
@@ -150,9 +155,9 @@ class UIFacePipeline(DiffusionPipeline):
     Args:
         vae ([`AutoencoderKL`], [`AutoencoderTiny`] or [`VQModel`]): the first stage; `None` for a
             pipeline that is only saved, or gives latents.
-        unet ([`UIFaceUNet2DModel`] or [`UNet2DConditionModel`]): the denoiser; it must have cross-attention.
+        unet ([`ModelMixin`]): the denoiser, of `uiface_diffusers.denoisers.SUPPORTED`; it must have cross-attention.
         scheduler ([`SchedulerMixin`]): one of `uiface_diffusers.two_stage.schedulers.SUPPORTED`, with epsilon or v
-            prediction.
+            prediction, or of its `FLOW`, with the velocity of flow matching.
         identity_projector ([`IdentityProjector`]): identity embedding -> identity context.
         empty_context ([`EmptyContext`]): the learned context without an identity.
         guidance_scale, boundary_threshold, latest_boundary, injection_strength (*optional*): this model's defaults
@@ -165,7 +170,7 @@ class UIFacePipeline(DiffusionPipeline):
     """
 
     vae: FirstStage
-    unet: Denoiser
+    unet: ModelMixin
     scheduler: Any  # diffusers' schedulers have no typed class in common
     identity_projector: IdentityProjector
     empty_context: EmptyContext
@@ -176,7 +181,7 @@ class UIFacePipeline(DiffusionPipeline):
     def __init__(
         self,
         vae: FirstStage | None,
-        unet: Denoiser,
+        unet: ModelMixin,
         scheduler: KarrasDiffusionSchedulers,
         identity_projector: IdentityProjector,
         empty_context: EmptyContext,
@@ -350,18 +355,12 @@ class UIFacePipeline(DiffusionPipeline):
     @staticmethod
     def _check_components(
         vae: FirstStage | None,
-        unet: Denoiser | None,
+        unet: ModelMixin | None,
         identity_projector: IdentityProjector | None,
         empty_context: EmptyContext | None,
     ) -> None:
         if unet is not None:
-            denoiser_kind(unet)
-            name = type(unwrapped(unet)).__name__
-            if unet.config.out_channels != unet.config.in_channels:
-                raise ValueError(
-                    f"`unet` ({name}) predicts {unet.config.out_channels} channels for {unet.config.in_channels}"
-                    " latent channels; learned variances are not supported."
-                )
+            attended_dim = denoiser_kind(unet).context_dim(unet)
         if vae is not None and unet is not None and vae.config.latent_channels != unet.config.in_channels:
             raise ValueError(
                 f"`vae` ({type(vae).__name__}) has {vae.config.latent_channels} latent channels, `unet` takes"
@@ -370,10 +369,10 @@ class UIFacePipeline(DiffusionPipeline):
         for context_name, module in (("identity_projector", identity_projector), ("empty_context", empty_context)):
             if module is None or unet is None:
                 continue
-            if module.config.context_dim != unet.config.cross_attention_dim:
+            if module.config.context_dim != attended_dim:
                 raise ValueError(
                     f"`{context_name}` gives contexts of width {module.config.context_dim}, `unet` attends to width"
-                    f" {unet.config.cross_attention_dim}: they do not belong together."
+                    f" {attended_dim}: they do not belong together."
                 )
         if identity_projector is not None and empty_context is not None:
             tokens = (identity_projector.config.num_tokens, empty_context.config.num_tokens)
@@ -469,7 +468,7 @@ class UIFacePipeline(DiffusionPipeline):
             raise ValueError("`unet.config.sample_size` is not set: give `latents`.")
         # last, so that a scheduler's own complaints are about its steps; a copy, because a call may be running
         scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(int(num_inference_steps))
+        set_timesteps(scheduler, int(num_inference_steps))
         check_timesteps(scheduler)
 
     @classmethod
@@ -594,9 +593,8 @@ class UIFacePipeline(DiffusionPipeline):
 
     def prepare_timesteps(self, num_inference_steps: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """The scheduler's timesteps on the CPU, where it looks them up, and the denoiser's on its device."""
-        self.scheduler.set_timesteps(num_inference_steps)
-        timesteps = self.scheduler.timesteps
-        return timesteps, (timesteps.float() if timesteps.is_floating_point() else timesteps).to(device)
+        set_timesteps(self.scheduler, num_inference_steps)
+        return self.scheduler.timesteps, denoiser_timesteps(self.scheduler).to(device)
 
     def prepare_extra_step_kwargs(self, generator: torch.Generator | list[torch.Generator] | None) -> dict[str, Any]:
         """The generator, for a scheduler whose step takes one."""
@@ -619,7 +617,7 @@ class UIFacePipeline(DiffusionPipeline):
             shape = (batch_size, self.unet.config.in_channels, height, width)
             # in float32 always: one seed gives the same noise under every dtype
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+        return latents.to(device=device, dtype=dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     @property
     def guidance_scale(self) -> float:
@@ -657,7 +655,9 @@ class UIFacePipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature
     ) -> UIFacePipelineOutput | tuple:
-        r"""Samples faces. B below is the number of identities times `num_images_per_prompt`.
+        r"""Samples faces. B below is the number of identities times `num_images_per_prompt`. The timesteps of
+        `boundary`, `latest_boundary` and `guidance_interval` are noise levels of the paper's schedule: with another
+        one, they mean the same signal-to-noise ratio (`two_stage.schedulers.paper_timesteps`).
 
         Args:
             identity_embeds (`torch.Tensor`, `np.ndarray`, `list` or `IdentityBank`, *optional*): `(batch, 512)` face
@@ -748,7 +748,7 @@ class UIFacePipeline(DiffusionPipeline):
         # 2. contexts, timesteps, start noise
         contexts = self.prepare_contexts(identity_embeds, num_images_per_prompt, device)
         timesteps, denoiser_timesteps = self.prepare_timesteps(num_inference_steps, device)
-        schedule = timesteps.double().tolist()
+        schedule = paper_timesteps(self.scheduler)
         self._num_timesteps = len(timesteps)
         # the denoiser alone works in its own dtype: rounded between the steps, latents would lead to another image
         latents_dtype = torch.promote_types(torch.float32, self.unet.dtype)
@@ -768,7 +768,7 @@ class UIFacePipeline(DiffusionPipeline):
 
                 sampler.guidance_scale = self.guidance_scale  # callbacks may have changed it
                 plan = sampler.begin_step(schedule[i], schedule[i + 1 :], starts_step(self.scheduler))
-                model_input = self.scheduler.scale_model_input(latents, t)
+                model_input = scale_model_input(self.scheduler, latents, t)
                 rows, block_maps = denoiser(model_input, denoiser_timesteps[i], plan)
                 noise_pred = sampler.combine(rows.to(latents_dtype))
                 if block_maps:

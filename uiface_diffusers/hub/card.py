@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..fingerprint import unwrapped
+from ..two_stage.schedulers import prediction_type
 
 CARD_METADATA: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation"}
 CARD_TAGS = ["uiface", "face-recognition", "synthetic-data"]
@@ -72,7 +73,7 @@ face recognition data, of [uiface-diffusers](https://pypi.org/project/uiface-dif
 | training data | {metadata.get("datasets") or "not stated"} |
 | identity encoder | `{encoder}`, {projector.config.identity_dim}-d unit embeddings |
 | first stage | {type(vae).__name__}, latents of {latents} |
-| denoiser | {type(unet).__name__}, {pipeline.scheduler.config.get("prediction_type", "epsilon")} prediction |
+| denoiser | {type(unet).__name__}, {prediction_type(pipeline.scheduler)} prediction |
 | parameters | {parts} |
 
 ```python

@@ -4,6 +4,7 @@
 - `datasets`, `order`: what is trained on, in which order, how often each face is drawn
 - `schedules`: of the learning rate
 - `losses`: what is measured on faces, in float32
+- `objectives`: what a denoiser is trained to predict: noise, v, or the velocity of flow matching
 - `denoising`: the denoiser and the loss of UIFace
 - `means`: running means for the log
 - `checkpoints`: complete folders, and what has to be the same on resume

@@ -2,23 +2,24 @@
 
 import argparse
 import json
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
-from diffusers.training_utils import compute_snr
+from diffusers import ModelMixin, SchedulerMixin
 from torch import nn
 
-from .. import EmptyContext, IdentityProjector, UIFacePipeline, UIFaceUNet2DModel
-from ..convert_original import NOISE_SCHEDULE, SAMPLER
+from .. import EmptyContext, IdentityProjector, UIFacePipeline
+from ..denoisers import TRAINABLE, denoiser_kind
 from ..encoders import EncoderMark, check_same_encoder, projector_mark
 from ..faces import FaceEncoder
 from ..latents import FirstStage, decode_latents
 from ..pipeline_uiface import MODEL_DEFAULTS
+from ..two_stage.schedulers import prediction_type
 from .losses import draw_rows, facial_feature_weights, full_precision, jitter
 from .means import RunningMeans
+from .objectives import new_sampler, objective_of
 from .run import frozen, load_perceptual
 
 
@@ -37,7 +38,7 @@ TIMESTEP_SAMPLING = {"uniform": _uniform_timesteps, "logit_normal": _logit_norma
 class ConditionalDenoiser(nn.Module):
     """The three trained components as one module, so that all gradients are reduced together."""
 
-    def __init__(self, unet: UIFaceUNet2DModel, identity_projector: IdentityProjector, empty_context: EmptyContext):
+    def __init__(self, unet: ModelMixin, identity_projector: IdentityProjector, empty_context: EmptyContext):
         super().__init__()
         self.unet, self.identity_projector, self.empty_context = unet, identity_projector, empty_context
 
@@ -51,19 +52,21 @@ class ConditionalDenoiser(nn.Module):
         context = self.identity_projector(identity_embeds, return_dict=False)[0]
         empty = self.empty_context(len(context), return_dict=False)[0]
         context = torch.where(is_empty[:, None, None], empty, context)
-        return self.unet(noisy_latents, timesteps, context, return_dict=False)[0]
+        return self.unet(noisy_latents, timestep=timesteps, encoder_hidden_states=context, return_dict=False)[0]
 
 
-def check_network(options: dict[str, Any]) -> None:
+def check_network(args: argparse.Namespace) -> None:
     """
     Raises:
-        ValueError: the options (`--unet`) make no network.
+        ValueError: the options of `--denoiser` make no network that can be sampled.
     """
     try:
         with torch.device("meta"):
-            UIFaceUNet2DModel(**options)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"--unet {json.dumps(options)} makes no network: {error}") from error
+            model = TRAINABLE[args.denoiser].build(4, 32, 32, args.unet | args.transformer)
+        denoiser_kind(model)
+    except (TypeError, ValueError, ZeroDivisionError, NotImplementedError) as error:
+        option, given = ("--transformer", args.transformer) if args.transformer else ("--unet", args.unet)
+        raise ValueError(f"{option} {json.dumps(given)} makes no network: {error}") from error
 
 
 def build_denoiser(
@@ -77,26 +80,25 @@ def build_denoiser(
     """
     channels, height, width = latent_shape
     if args.init_from is None:
-        unet = UIFaceUNet2DModel(
-            **{"sample_size": height, "in_channels": channels, "out_channels": channels, **args.unet}
-        )
-        unet.zero_init_residual_branches()
-        context_dim = unet.config.cross_attention_dim
+        kind = TRAINABLE[args.denoiser]
+        unet = kind.build(channels, height, width, args.unet | args.transformer)
+        context_dim, num_tokens = kind.context_dim(unet), kind.num_tokens
         projector = IdentityProjector(
             identity_dim,
             context_dim,
+            num_tokens,
             dropout=args.context_dropout,
             identity_encoder=encoder.name,
             identity_encoder_fingerprint=encoder.fingerprint,
         )
-        scheduler = DDIMScheduler(**NOISE_SCHEDULE, **SAMPLER, prediction_type=args.prediction_type)
-        return ConditionalDenoiser(unet, projector, EmptyContext(context_dim)), scheduler, {}
+        scheduler = new_sampler(args.prediction_type)
+        return ConditionalDenoiser(unet, projector, EmptyContext(context_dim, num_tokens)), scheduler, {}
     pipeline = UIFacePipeline.from_pretrained(args.init_from)
     projector = pipeline.identity_projector
     check_same_encoder(args.init_from, projector_mark(projector), "the training data", encoder)
     wanted = {"identity_dim": identity_dim, "latent channels": channels, "prediction_type": args.prediction_type}
     given = {"identity_dim": projector.config.identity_dim, "latent channels": pipeline.unet.config.in_channels}
-    given["prediction_type"] = pipeline.scheduler.config.prediction_type
+    given["prediction_type"] = prediction_type(pipeline.scheduler)
     projector.register_to_config(identity_encoder=encoder.name)  # a fresh projector has none
     if encoder.fingerprint is not None:
         projector.register_to_config(identity_encoder_fingerprint=encoder.fingerprint)
@@ -144,14 +146,14 @@ class DenoisingLoss(NamedTuple):
 
 def denoising_loss(
     denoiser: nn.Module,
-    scheduler: DDPMScheduler,
+    scheduler: SchedulerMixin,
     latents: torch.Tensor,
     identity_embeds: torch.Tensor,
     empty_probability: float,
     snr_gamma: float | None,
     timestep_sampling: str = "uniform",
 ) -> DenoisingLoss:
-    """Loss of every sample: MSE of the predicted noise (or v) at a random timestep, under the identity
+    """Loss of every sample: MSE of the predicted noise (or v, or velocity) at a random timestep, under the identity
     or, with `empty_probability` and always in row 0, under the empty context (UIFace, sec. 3.2; the published code).
 
     Args:
@@ -167,21 +169,14 @@ def denoising_loss(
     # the empty context gets a gradient in every step
     is_empty[:1].fill_(True)  # assigning to `is_empty[0]` would wait for the device
 
-    noisy = scheduler.add_noise(latents, noise, timesteps)
-    prediction = denoiser(noisy, timesteps, identity_embeds, is_empty).float()
-    is_velocity = scheduler.config.prediction_type == "v_prediction"
-    target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
+    objective = objective_of(scheduler)
+    noisy = objective.noisy(latents, noise, timesteps)
+    prediction = denoiser(noisy, objective.denoiser_timesteps(timesteps), identity_embeds, is_empty).float()
+    target = objective.target(latents, noise, timesteps)
     loss = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
     if snr_gamma is not None:
-        snr = compute_snr(scheduler, timesteps)
-        loss = loss * snr.clamp(max=snr_gamma) / (snr + 1 if is_velocity else snr)
-    # the step to the end of the trajectory
-    alphas = scheduler.alphas_cumprod.to(device)[timesteps].view(-1, 1, 1, 1)
-    if is_velocity:
-        denoised = alphas.sqrt() * noisy - (1 - alphas).sqrt() * prediction
-    else:
-        denoised = (noisy - (1 - alphas).sqrt() * prediction) / alphas.sqrt()
-    return DenoisingLoss(loss, timesteps, is_empty, denoised, latents)
+        loss = objective.weighted(loss, timesteps, snr_gamma)
+    return DenoisingLoss(loss, timesteps, is_empty, objective.denoised(noisy, prediction, timesteps), latents)
 
 
 class FaceLosses(NamedTuple):

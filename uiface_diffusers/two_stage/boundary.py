@@ -65,7 +65,8 @@ class AttentionAtRest(BoundaryRule):
         super().__init__(num_samples, latest_boundary, guide_from_boundary)
         self.threshold = threshold
         self._flags = torch.zeros(num_samples, dtype=torch.bool)
-        self._previous_map = self._distance = None
+        self._previous_map: torch.Tensor | None = None
+        self._distance: torch.Tensor | None = None
 
     def stage_two(self, t: float) -> torch.Tensor:
         if self._distance is not None:
@@ -133,4 +134,6 @@ def boundary_rule(
     shared = (num_samples, latest_boundary, guide_from_boundary)
     if boundary == "adaptive":
         return AttentionAtRest(*shared, threshold=threshold)
+    if isinstance(boundary, str):
+        raise ValueError(f'`boundary` has to be "adaptive", a timestep or None but is {boundary!r}.')
     return SingleStage(*shared) if boundary is None else FixedTimestep(*shared, timestep=boundary)

@@ -36,6 +36,12 @@ class RowPlan:
     reuses_empty: bool = False
 
     @property
+    def sources(self) -> torch.Tensor:
+        """`source`, of a plan in which guidance or injection needs it."""
+        assert self.source is not None, "nothing is taken from the empty rows"
+        return self.source
+
+    @property
     def samples(self) -> torch.Tensor:
         """The sample of every row, shape `(E + I,)`."""
         return torch.cat([self.empty, self.identity])
@@ -98,7 +104,7 @@ def plan_rows(
 def guidance_difference(rows: torch.Tensor, plan: RowPlan) -> torch.Tensor:
     """What guidance amplifies, e_identity - e_empty of every sample in stage two: `(E + I, ...)` -> `(I, ...)`."""
     num_empty = len(plan.empty)
-    return rows[num_empty:] - rows[plan.source[num_empty:]]
+    return rows[num_empty:] - rows[plan.sources[num_empty:]]
 
 
 def combine_rows(
@@ -121,9 +127,10 @@ def combine_rows(
     num_empty = len(plan.empty)
     empty_rows, identity_rows = rows[:num_empty], rows[num_empty:]
     if guidance_scale is not None and plan.reuses_empty:
+        assert kept_difference is not None, "no difference was kept"
         identity_rows = identity_rows + (guidance_scale - 1) * kept_difference
     elif guidance_scale is not None and len(identity_rows):
-        identity_rows = rows[plan.source[num_empty:]] + guidance_scale * guidance_difference(rows, plan)
+        identity_rows = rows[plan.sources[num_empty:]] + guidance_scale * guidance_difference(rows, plan)
     prediction = rows.new_empty((plan.num_samples, *rows.shape[1:]))
     prediction[plan.empty] = empty_rows
     prediction[plan.identity] = identity_rows

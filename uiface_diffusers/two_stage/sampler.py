@@ -49,7 +49,8 @@ class TwoStageSampler:
         self.switched = torch.empty(0, dtype=torch.long)
         self.boundary_timesteps = torch.full((rule.num_samples,), -1)
         self._plan: RowPlan | None = None
-        self._planned = self._difference = None
+        self._planned: tuple[list[bool], dict[str, bool]] | None = None
+        self._difference: torch.Tensor | None = None
         self._guides = self._in_interval = self._can_reuse = self._reuses = False
         self._steps_since_empty = 0
 
@@ -78,9 +79,14 @@ class TwoStageSampler:
             "reuse_empty": self._reuses,
         }
         # most evaluations take the rows of the one before, whose indices are on the device
-        if self._planned != (self.stage_two.tolist(), options):
+        if self._plan is None or self._planned != (self.stage_two.tolist(), options):
             self._planned = (self.stage_two.tolist(), options)
             self._plan = plan_rows(self.stage_two, **options).to(self.device, non_blocking=True)
+        return self._plan
+
+    @property
+    def _present_plan(self) -> RowPlan:
+        assert self._plan is not None, "`begin_step` comes first"
         return self._plan
 
     @property
@@ -99,14 +105,15 @@ class TwoStageSampler:
 
     def combine(self, rows: torch.Tensor) -> torch.Tensor:
         """The prediction of every sample, `(B, C, H, W)`, from the rows of the plan `(E + I, C, H, W)`."""
-        scale = self.guidance_scale if self._guided else None
-        prediction = combine_rows(rows, self._plan, scale, self._difference)
-        if self._can_reuse and not self._reuses and self._plan.source is not None:
-            self._difference = guidance_difference(rows, self._plan)
+        scale, plan = self.guidance_scale if self._guided else None, self._present_plan
+        prediction = combine_rows(rows, plan, scale, self._difference)
+        if self._can_reuse and not self._reuses and plan.source is not None:
+            self._difference = guidance_difference(rows, plan)
         elif not self._reuses:
             self._steps_since_empty = 0  # nothing was kept
         return prediction
 
     def observe(self, block_maps: Sequence[torch.Tensor]) -> None:
         """Takes the attention maps of the plan's `recorded` rows, `(R, 32, 32)` for every cross-attention."""
-        self.rule.observe(block_maps, self._plan.empty[self._plan.recorded])
+        plan = self._present_plan
+        self.rule.observe(block_maps, plan.empty[plan.recorded])
