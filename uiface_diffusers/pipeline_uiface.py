@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import diffusers
@@ -20,6 +20,7 @@ import torch
 from diffusers import AutoModel, DiffusionPipeline, ModelMixin, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.attention import AttentionMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
@@ -761,7 +762,10 @@ class UIFacePipeline(DiffusionPipeline):
             rule, has_identities, scale, injection, guidance_interval, reuse_empty_branch, device
         )
         denoiser = denoiser_kind(self.unet)(self.unet, contexts, device, sampler.injects_cross, strength)
-        with installed_processors(self.unet), self.progress_bar(total=len(timesteps)) as progress_bar:
+        with (
+            installed_processors(cast(AttentionMixin, self.unet)),
+            self.progress_bar(total=len(timesteps)) as progress_bar,
+        ):
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ def image_processor(config: IResNetConfig) -> IResNetImageProcessor:
 def save_recognizer(recognizer: IResNetModel, folder: Path) -> None:
     """The model and its image processor, for transformers' Auto classes."""
     recognizer.save_pretrained(folder)
-    image_processor(recognizer.config).save_pretrained(folder)
+    image_processor(cast(IResNetConfig, recognizer.config)).save_pretrained(folder)
 
 
 def model_card(repo_id: str, config: IResNetConfig, license_name: str | None, recipe: str) -> ModelCard:
