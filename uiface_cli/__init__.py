@@ -15,12 +15,25 @@ from . import (
     generate,
     identities,
     make_benchmark,
+    make_pack,
     prepare,
     verify,
 )
 from .options import expand_home, paragraph, with_hyphens
 
-COMMANDS = (prepare, convert, generate, identities, audit, make_benchmark, verify, convert_original, evaluate, compare)
+COMMANDS = (
+    prepare,
+    convert,
+    generate,
+    identities,
+    audit,
+    make_benchmark,
+    verify,
+    convert_original,
+    evaluate,
+    compare,
+    make_pack,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
