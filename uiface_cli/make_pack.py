@@ -30,8 +30,6 @@ def run(args: argparse.Namespace) -> None:
     faces = "any number of faces" if report.batch is None else f"{report.batch} faces"
     print(f"model pack `{report.name}` saved to {args.output}: --encoder {report.name} --encoder-root {report.root}")
     print(f"  embeddings of {report.dimension} numbers, {faces} per call, weights {report.fingerprint}")
-    print(
-        f"  pixels of 0..255 are taken as (pixel - {report.mean:g}) / {report.std:g}: check that it learned so"
-    )
+    print(f"  pixels of 0..255 are taken as (pixel - {report.mean:g}) / {report.std:g}: check that it learned so")
     for name, digest in report.sha256.items():
         print(f"  sha256 {digest} {name}")

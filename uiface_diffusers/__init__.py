@@ -19,7 +19,7 @@ from .models import (
 )
 from .pipeline_uiface import UIFacePipeline, UIFacePipelineOutput
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # where its callers know it from; an import there would close a circle
 identities.make_identities = make_identities  # type: ignore[attr-defined]
