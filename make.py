@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, list[list[str]]]] = {
 
 
 def environment(extra: str) -> Path:
-    """The folder of the environment's programs; made and installed into unless that was done for this pyproject.toml."""
+    """The folder of the environment's programs, which are installed if that was not done for this pyproject.toml."""
     folder = Path(os.environ.get("UIFACE_VENV", ROOT / ".venv")).resolve()
     programs = folder / ("Scripts" if os.name == "nt" else "bin")
     wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()

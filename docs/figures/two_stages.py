@@ -98,9 +98,9 @@ def draw(steps: Steps, boundaries: torch.Tensor, threshold: float) -> plt.Figure
         distances = [map_distance(now[face][None], last[face][None]).item() for last, now in pairs if face in now]
         axes.plot(steps.timesteps[1 : len(distances) + 1], distances, ".-", color=COLORS[face])
         axes.axvline(boundaries[face], color=COLORS[face], linestyle=":")
-        label = f"boundary {boundaries[face]}"
-        axes.annotate(label, (boundaries[face] - 4, 0.85 - 0.12 * face), xycoords=("data", "axes fraction"),
-                      color=COLORS[face], fontsize=9)  # fmt: skip
+        top = (boundaries[face], 1)
+        axes.annotate(f"{boundaries[face]}", top, (0, 3), ("data", "axes fraction"), "offset points",
+                      color=COLORS[face], fontsize=9, ha="center")  # fmt: skip
     axes.axhline(threshold, color="0.4", linewidth=0.8)
     axes.annotate(
         f"threshold {threshold:g}", (8, threshold), (0, 3), textcoords="offset points", ha="right", fontsize=9
@@ -112,8 +112,8 @@ def draw(steps: Steps, boundaries: torch.Tensor, threshold: float) -> plt.Figure
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--identities", type=int, nargs=3, default=[0, 3, 8])
-    parser.add_argument("--seeds", type=int, nargs=3, default=[0, 1, 2])
+    parser.add_argument("--identities", type=int, nargs=3, default=[0, 8, 5])
+    parser.add_argument("--seeds", type=int, nargs=3, default=[3, 6, 12])
     args = parser.parse_args()
     steps, boundaries, threshold = sample(args.identities, args.seeds)
     draw(steps, boundaries, threshold).savefig(args.output, bbox_inches="tight")
