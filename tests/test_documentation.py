@@ -23,7 +23,7 @@ import train_face_recognition  # noqa: E402
 SCRIPTS = (train, train_autoencoder, train_face_recognition, evaluate, export_checkpoint, ablation, sampling_settings)
 PARSERS = {f"{script.__name__}.py": script.parse_args for script in SCRIPTS}
 START = "(?:python training/|accelerate launch training/|uiface )"
-DOCUMENTS = ["README.md", "model_card.md", "docs/*.md", "training/configs/*.yaml", "training/*.py", "training/*/*.py"]
+DOCUMENTS = ["*.md", "docs/**/*.md", "training/configs/*.yaml", "training/*.py", "training/*/*.py"]
 
 
 def commands() -> list[str]:

@@ -55,7 +55,9 @@ class Steps:
         return self.pipe.image_processor.postprocess(decode_latents(self.pipe.vae, image), output_type="np")
 
 
-def sample(identities: Sequence[int], seeds: Sequence[int]) -> tuple[Steps, torch.Tensor, float]:
+def sample(
+    identities: Sequence[int], seeds: Sequence[int], num_inference_steps: int
+) -> tuple[Steps, torch.Tensor, float]:
     """The steps of one call, the boundaries and the threshold."""
     pipe = UIFacePipeline.from_pretrained(default_checkpoint())
     bank = IdentityBank.load(default_checkpoint() / "identities.safetensors")
@@ -64,17 +66,19 @@ def sample(identities: Sequence[int], seeds: Sequence[int]) -> tuple[Steps, torc
     steps = Steps(pipe, torch.cat(noise))
     # the pipeline has no use for the maps beyond the boundary, and gives them to the rule alone
     AttentionAtRest.observe = lambda rule, maps, samples: steps.observe(rule, maps, samples)
-    out = pipe(bank.take(identities), latents=steps.latents[0], callback_on_step_end=steps)
+    options = {"latents": steps.latents[0], "callback_on_step_end": steps}
+    out = pipe(bank.take(identities), num_inference_steps=num_inference_steps, **options)
     AttentionAtRest.observe = OBSERVE
-    return steps, out.boundary_timesteps, pipe.default_sampling()["boundary_threshold"]
+    return steps, out.boundary_timesteps, pipe.default_sampling(num_inference_steps)["boundary_threshold"]
 
 
 def draw(steps: Steps, boundaries: torch.Tensor, threshold: float) -> plt.Figure:
     faces = len(boundaries)
     figure = plt.figure(figsize=(len(SHOWN), 2 * faces + 2.6), dpi=100)
     grid = figure.add_gridspec(2 * faces + 1, len(SHOWN), height_ratios=[1] * 2 * faces + [2.2], wspace=0.06)
-    for column, timestep in enumerate(SHOWN):
-        step = steps.timesteps.index(timestep)
+    for column, shown in enumerate(SHOWN):
+        step = min(range(len(steps.timesteps)), key=lambda i: abs(steps.timesteps[i] - shown))
+        timestep = steps.timesteps[step]
         pictures = steps.expected(step)
         for face in range(faces):
             has_map = step < len(steps.maps) and face in steps.maps[step]
@@ -114,8 +118,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--identities", type=int, nargs=3, default=[0, 8, 5])
     parser.add_argument("--seeds", type=int, nargs=3, default=[3, 6, 12])
+    parser.add_argument("--num-inference-steps", type=int, default=50)
     args = parser.parse_args()
-    steps, boundaries, threshold = sample(args.identities, args.seeds)
+    steps, boundaries, threshold = sample(args.identities, args.seeds, args.num_inference_steps)
     draw(steps, boundaries, threshold).savefig(args.output, bbox_inches="tight")
     print(f"{args.output}: boundaries {', '.join(map(str, boundaries.tolist()))}, threshold {threshold:g}")
 
