@@ -87,7 +87,7 @@ AUTOENCODER |= {f"num_{side}_blocks": [1, 1, 1, 1] for side in ("encoder", "deco
 SMALL = {
     "uiface prepare": ["--det-size", "160"],
     "uiface generate": ["--num-inference-steps", "2", "--images-per-identity", "2", "--max-identities", "2"],
-    "uiface identities make": ["--number", "1", "--det-size", "160"],
+    "uiface identities make": ["--number", "2", "--max-similarity", "1", "--det-size", "160"],
     "uiface evaluate": ["--det-size", "160", "--lpips-backbone", "alexnet.safetensors"],
     "uiface audit": ["--det-size", "160"],
     "uiface make-benchmark": ["--det-size", "160"],
