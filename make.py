@@ -46,7 +46,8 @@ def environment(extra: str) -> Path:
         sys.exit("no virtual environment: Debian and Ubuntu have what is missing in the package python3-venv")
     target = f"{ROOT}[{extra}]" if extra else str(ROOT)
     # not compiled: what is imported is compiled then, most of it never is
-    subprocess.run([programs / "python", "-m", "pip", "install", "--quiet", "--no-compile", "-e", target], check=True)
+    quiet = [] if sys.stdout.isatty() else ["--quiet"]
+    subprocess.run([programs / "python", "-m", "pip", "install", *quiet, "--no-compile", "-e", target], check=True)
     (folder / f"installed-{extra}").write_text(wanted)
     return programs
 

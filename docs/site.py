@@ -36,3 +36,11 @@ def on_page_markdown(markdown, page, config, files):
 
     markdown = re.sub(r"\A---\n.*?\n---\n", "", markdown, flags=re.DOTALL)
     return LINK.sub(moved, markdown)
+
+
+def on_page_content(html, page, config, files):
+    """Types in docstrings are Markdown, which the reference shows as it is."""
+    if not page.file.src_uri.startswith("api/"):
+        return html
+    marks = re.compile(r"\[`|`\]|`|\*(?=optional)|(?<=optional)\*")
+    return re.sub(r"<code>[^<]*</code>", lambda found: marks.sub("", found[0]), html)

@@ -19,7 +19,7 @@ from . import (
     prepare,
     verify,
 )
-from .options import expand_home, paragraph, with_hyphens
+from .options import complaint, expand_home, with_hyphens
 
 COMMANDS = (
     prepare,
@@ -55,4 +55,4 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args.run(args)
     except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"uiface {args.command}: {paragraph(error)}")
+        sys.exit(f"uiface {args.command}: {complaint(error)}")

@@ -15,8 +15,7 @@ from typing import Any
 
 import yaml
 
-from ..files import paragraph
-from ..options import expand_home, real, whole
+from ..options import complaint, expand_home, real, whole
 from .schedules import LR_SCHEDULERS
 
 # a parser or a group of its options
@@ -30,7 +29,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {paragraph(error)}")
+        sys.exit(f"{Path(sys.argv[0]).name}: {complaint(error)}")
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
