@@ -293,7 +293,7 @@ TOY_POINTS = ((-2, -2), (2, -2), (0, 0), (-1.6, 2), (1.6, 2))
 
 
 def write_toy_pack(
-    root: Path, name: str = "toy", batch: int | str = "n", needs_blue: bool = False, points=TOY_POINTS
+    root: Path, name: str = "toy", batch: int | str = "n", needs_blue: bool = False, points=TOY_POINTS, dim: int = 16
 ) -> None:
     """An insightface model pack whose faces are red discs: a detector of red in SCRFD's form (scores, box distances,
     landmark distances at strides 8, 16, 32), and a fixed random projection of the 112x112 face as the recognizer; all
@@ -337,7 +337,7 @@ def write_toy_pack(
     _save_onnx(folder / "detector.onnx", nodes, [image], scores + boxes + landmarks, constants)
 
     # packs of other names are other recognizers
-    projection = np.random.default_rng(list(name.encode())).normal(size=(3 * 14 * 14, 16)).astype(np.float32)
+    projection = np.random.default_rng(list(name.encode())).normal(size=(3 * 14 * 14, dim)).astype(np.float32)
     nodes = [
         helper.make_node("AveragePool", ["face"], ["pooled"], kernel_shape=[8, 8], strides=[8, 8]),
         helper.make_node("Flatten", ["pooled"], ["flat"]),
@@ -353,7 +353,7 @@ def write_toy_pack(
         ]
         constants += [_constant("third", np.array([2], np.int64)), _constant("one", np.float32(1))]
     face = helper.make_tensor_value_info("face", TensorProto.FLOAT, [batch, 3, 112, 112])
-    embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [batch, 16])
+    embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [batch, dim])
     _save_onnx(folder / "recognizer.onnx", nodes, [face], [embedding], constants)
 
 

@@ -2,18 +2,21 @@
 
 import argparse
 import inspect
+import re
 import shlex
 import subprocess
 import sys
 import textwrap
+import tomllib
 from types import NoneType
 from typing import get_args
 
 import pytest
+from conftest import REPOSITORY, complaint
 
 import uiface_cli
 from uiface_cli.generate import MODELS_OWN, SAMPLING
-from uiface_cli.options import with_hyphens
+from uiface_cli.options import TRAIN_MODULES, with_hyphens
 from uiface_diffusers import UIFacePipeline, generate_dataset
 from uiface_diffusers.banks import identities_from_images, load_bank
 from uiface_diffusers.convert_original import convert_original
@@ -65,6 +68,18 @@ def test_what_cannot_be_imported_is_named():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.startswith("uiface identities: ") and "torch" in result.stderr
+
+
+def test_what_an_extra_installs_is_named_with_it(tmp_path, monkeypatch):
+    extra = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]["train"]
+    names = {re.match(r"[\w-]+", requirement)[0] for requirement in extra}
+    assert {{"scikit-learn": "sklearn", "pyyaml": "yaml"}.get(name, name) for name in names} == TRAIN_MODULES
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said = complaint("verify", "toy", "--benchmarks", tmp_path, "--output", tmp_path / "out")
+    assert said == (
+        "uiface verify: matplotlib is not installed: it comes with the extra `train`, pip install"
+        ' "uiface-diffusers[train]".'
+    )
 
 
 @pytest.mark.parametrize("name", COMMANDS)

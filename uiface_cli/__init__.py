@@ -16,11 +16,12 @@ from . import (
     identify,
     identities,
     make_benchmark,
+    make_pack,
     poses,
     prepare,
     verify,
 )
-from .options import expand_home, paragraph, with_hyphens
+from .options import complaint, expand_home, with_hyphens
 
 COMMANDS = (
     prepare,
@@ -35,6 +36,7 @@ COMMANDS = (
     convert_original,
     evaluate,
     compare,
+    make_pack,
 )
 
 
@@ -57,4 +59,4 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args.run(args)
     except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"uiface {args.command}: {paragraph(error)}")
+        sys.exit(f"uiface {args.command}: {complaint(error)}")

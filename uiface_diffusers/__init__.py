@@ -18,7 +18,7 @@ from .models import (
 )
 from .pipeline_uiface import UIFacePipeline, UIFacePipelineOutput
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "EmptyContext",

@@ -90,7 +90,7 @@ def kernel_distance(
     Args:
         real (`torch.Tensor` of shape `(N, D)`): features; see `kernel_features` for their length.
         generated (`torch.Tensor` of shape `(M, D)`): by the same network.
-        num_subsets (`int`, defaults to 100).
+        num_subsets (`int`, defaults to 100): how many are drawn.
         seed (`int`, defaults to 0): of the subsets.
 
     Returns:

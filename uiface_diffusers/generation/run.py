@@ -68,8 +68,8 @@ def generate_dataset(
         pipeline: samples; its own progress bar is switched off.
         identities: of the faces; their names become folders.
         output: the data set's folder.
-        images_per_identity (`int`, defaults to 50).
-        seed (`int`, defaults to 0).
+        images_per_identity (`int`, defaults to 50): how many of each.
+        seed (`int`, defaults to 0): of all noise.
         batch_size (`int`, *optional*): images per call of the pipeline, filled across identities; by default
             `default_batch_size(pipeline)`.
         size (`int`, defaults to 112): height and width of the images (bilinear, with antialiasing).
