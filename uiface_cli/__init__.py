@@ -8,6 +8,7 @@ import sys
 
 from . import (
     audit,
+    browse,
     compare,
     convert,
     convert_original,
@@ -20,7 +21,19 @@ from . import (
 )
 from .options import expand_home, paragraph, with_hyphens
 
-COMMANDS = (prepare, convert, generate, identities, audit, make_benchmark, verify, convert_original, evaluate, compare)
+COMMANDS = (
+    prepare,
+    convert,
+    generate,
+    browse,
+    identities,
+    audit,
+    make_benchmark,
+    verify,
+    convert_original,
+    evaluate,
+    compare,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
