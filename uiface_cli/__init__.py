@@ -12,6 +12,7 @@ from . import (
     compare,
     convert,
     convert_original,
+    demo,
     evaluate,
     generate,
     identities,
@@ -22,6 +23,7 @@ from . import (
 from .options import expand_home, paragraph, with_hyphens
 
 COMMANDS = (
+    demo,
     prepare,
     convert,
     generate,

@@ -1,6 +1,7 @@
 """Figures arranged as answers: the questions in their order, one row per figure, the networks that measured it as
 columns."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -108,8 +109,9 @@ def arrange(of_sets: Sequence[Sequence[Figure]]) -> list[Answer]:
         answers[first.description.question].rows.append(row)
     order = list(dict.fromkeys(kind for measure in registry.MEASURES for kind in measure.figures))
     for answer in answers.values():
-        # figures of other versions last
-        answer.rows.sort(key=lambda row: order.index(kind) if (kind := _first(row).kind) in order else len(order))
+        # headlines first, figures of other versions last
+        kinds = {id(row): _first(row).kind for row in answer.rows}
+        answer.rows.sort(key=lambda row: (not row.headline, [*order, kinds[id(row)]].index(kinds[id(row)])))
     return [answer for answer in answers.values() if answer.rows or answer.question.needs]
 
 
@@ -136,13 +138,15 @@ def _network(figure: Figure) -> tuple[str, str]:
     conditions = figure.conditions
     given = [conditions.get(name) for name in ("recognizer", "features", "network")]
     name = figure.name.partition("/")[2] or next((str(each) for each in given if each is not None), "")
-    # networks other than recognizers have their weights in their names
-    name, _, weights = name.partition(" ")
-    return name, str(conditions.get("weights", weights))
+    return name, str(conditions.get("weights", ""))
 
 
 def _network_titles(of_sets: Sequence[Sequence[Figure]]) -> dict[tuple[str, str], str]:
-    """What a network is called: its name, with its weights where the name does not tell."""
+    """What a network is called: its name, with its layers and weights where the name does not tell."""
     networks = list(dict.fromkeys(_network(figure) for figures in of_sets for figure in figures))
-    names = [name for name, _ in networks]
-    return {(name, weights): f"{name} {weights}" if names.count(name) > 1 else name for name, weights in networks}
+    # networks other than recognizers have these in their names: `alex 2b566cc3a4d6`, `LPIPS alex, layers 2, 3, ...`
+    short = [re.split(r",| [0-9a-f]{8,}$", name)[0] for name, _ in networks]
+    return {
+        network: title if short.count(title) == 1 else " ".join(filter(None, network))
+        for network, title in zip(networks, short, strict=True)
+    }

@@ -26,11 +26,10 @@ p { overflow-wrap: anywhere; }
 div.scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: .5em 0; }
 th, td { border-bottom: 1px solid #ddd; padding: .3em .8em .3em 0; text-align: left; vertical-align: top; }
-th { font-weight: 600; overflow-wrap: anywhere; }
-tr.more td { color: #666; }
+th { font-weight: 600; }
 td.value, th.value { text-align: right; white-space: nowrap; padding-left: .8em; }
 td.value { font-variant-numeric: tabular-nums; }
-small { display: block; color: #666; }
+small { display: block; color: #666; white-space: normal; }
 details { margin: .5em 0; }
 details td { overflow-wrap: anywhere; }
 summary { cursor: pointer; color: #0645ad; }
