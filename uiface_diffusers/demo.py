@@ -11,6 +11,7 @@ import io
 import os
 import random
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +158,13 @@ class Demo:
         # of a name with several embeddings, the first one
         self.positions = {name: position for position, name in reversed(list(enumerate(bank.names)))}
         pipeline.set_progress_bar_config(disable=True)
+        self._making, self._stopped = threading.Lock(), False
+
+    def stop(self) -> None:
+        """Ends what is being made, and waits for that: a process that exits while a thread computes is aborted."""
+        self._stopped = True
+        with self._making:
+            pass
 
     def draw(self) -> str:
         """Name of any identity in the bank."""
@@ -214,18 +222,13 @@ class Demo:
         for part, (title, options) in enumerate(parts):
 
             def after_step(step: int, total: int, part: int = part, title: str = title) -> None:
+                if self._stopped:
+                    raise RuntimeError("the demo was ended.")
                 progress((part + step / total) / len(parts), title)
 
-            sampled = sample_faces(
-                self.pipeline,
-                identity,
-                number,
-                seed,
-                after_step,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                **options,
-            )
+            shared = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+            with self._making:
+                sampled = sample_faces(self.pipeline, identity, number, seed, after_step, **shared, **options)
             page += faces_html(title, sampled, options["boundary"] is not None, with_maps)
         return page
 
@@ -338,7 +341,8 @@ def run_demo(
     with tempfile.TemporaryDirectory(prefix="uiface-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # before Gradio is loaded, too
         load_gradio()
-        page = build_page(load())
+        demo = load()
+        page = build_page(demo)
         try:
             _, address, _ = page.launch(
                 server_name=host,
@@ -356,4 +360,7 @@ def run_demo(
                 f"cannot listen on port {port} of {host}: choose another one by --port. ({error})"
             ) from error
         log(f"open {address} in a browser; Ctrl-C ends the demo")
-        page.block_thread()
+        try:
+            page.block_thread()
+        finally:
+            demo.stop()

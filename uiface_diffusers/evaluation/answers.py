@@ -18,13 +18,15 @@ class Row:
     """A figure with the same conditions in all networks and sets.
 
     Args:
-        label (`str`): the figure's, with the conditions by which its rows differ, if it has several.
+        label (`str`): the figure's.
+        conditions (`str`): those by which the rows of the figure differ; empty if it has a single row.
         headline (`bool`): the first to look at.
         figures: network -> one figure per set; None where a set has none.
         real: the same for the values of real faces.
     """
 
     label: str
+    conditions: str
     headline: bool
     figures: dict[str, list[Figure | None]]
     real: dict[str, list[Figure | None]]
@@ -47,7 +49,7 @@ class Row:
             real = self.real_text(network)
             value = self.text(network) + (f" (real faces {real})" if real else "")
             parts.append(f"{value} by {network}" if network else value)
-        return f"{self.label}: {', '.join(parts)}"
+        return f"{', '.join(filter(None, [self.label, self.conditions]))}: {', '.join(parts)}"
 
 
 @dataclass
@@ -95,7 +97,7 @@ def arrange(of_sets: Sequence[Sequence[Figure]]) -> list[Answer]:
                 network, conditions = titles[_network(figure)], _other_conditions(figure)
                 key = (figure.kind, *map(str, conditions.items()))
                 if key not in rows:
-                    rows[key] = Row("", figure.description.headline, {}, {})
+                    rows[key] = Row(figure.description.label, "", figure.description.headline, {}, {})
                     others.setdefault(figure.kind, []).append(conditions)
                 empty: list[Figure | None] = [None] * len(of_sets)
                 rows[key].figures.setdefault(network, [*empty])[position] = figure
@@ -105,7 +107,7 @@ def arrange(of_sets: Sequence[Sequence[Figure]]) -> list[Answer]:
     answers = {question: Answer(question, []) for question in Question}
     for row in rows.values():
         first = _first(row)
-        row.label = ", ".join([first.description.label, *_differing(_other_conditions(first), others[first.kind])])
+        row.conditions = ", ".join(_differing(_other_conditions(first), others[first.kind]))
         answers[first.description.question].rows.append(row)
     order = list(dict.fromkeys(kind for measure in registry.MEASURES for kind in measure.figures))
     for answer in answers.values():

@@ -29,7 +29,7 @@ th, td { border-bottom: 1px solid #ddd; padding: .3em .8em .3em 0; text-align: l
 th { font-weight: 600; }
 td.value, th.value { text-align: right; white-space: nowrap; padding-left: .8em; }
 td.value { font-variant-numeric: tabular-nums; }
-small { display: block; color: #666; white-space: normal; }
+small { display: block; color: #666; font-weight: normal; white-space: normal; }
 details { margin: .5em 0; }
 details td { overflow-wrap: anywhere; }
 summary { cursor: pointer; color: #0645ad; }
@@ -77,7 +77,7 @@ def answer_sections(answers: Sequence[Answer], sets: Sequence[str]) -> str:
         body += f"<h2>{html.escape(answer.question.text)}</h2>\n"
         if answer.rows:
             body += _answer_table(answer, sets)
-            details = [(row.label, *_meaning(row)) for row in answer.rows]
+            details = [("\n".join([row.label, row.conditions]).strip(), *_meaning(row)) for row in answer.rows]
             explained = table(("figure", "what it says", "measured with"), details)
             body += _folded("What the figures say, and how they were measured", explained)
         else:
@@ -95,6 +95,7 @@ def _answer_table(answer: Answer, sets: Sequence[str]) -> str:
         rows.append("<th></th>" + names * len(heads))
     for row in answer.rows:
         label = html.escape(row.label)
+        label += f"<small>{html.escape(row.conditions)}</small>" if row.conditions else ""
         cells = [f"<th>{label}</th>" if row.headline else f"<td>{label}</td>"]
         for network in answer.networks:
             for position in range(len(sets)):
