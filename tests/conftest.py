@@ -3,6 +3,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -423,3 +424,34 @@ def write_study_inputs(root: Path, photographs: Path) -> None:
                 face = PIL.Image.open(photographs / "person_0" / f"{index}.png")
             face.save(root / "others" / person / f"{index}.png")
     prepare_faces(root / "others", root / "unseen", encoder, image_size=112)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium of the system, without a window. It reaches no network: what a page asks for is recorded by `visit`."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("needs Chromium")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page in the browser; `problems` has its errors and what it asked for elsewhere."""
+
+    def __init__(self, browser, address: str, width: int = 1280, height: int = 900):
+        self.problems: list[str] = []
+        self.page = browser.new_page(viewport={"width": width, "height": height})
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.route("**/*", self._only_here)
+        self.page.goto(address)
+
+    def _only_here(self, route) -> None:
+        if route.request.url.startswith(("file:", "data:", "blob:", "http://127.0.0.1:")):
+            route.continue_()
+        else:
+            self.problems.append(f"asked for {route.request.url}")
+            route.abort()

@@ -8,9 +8,11 @@ import sys
 
 from . import (
     audit,
+    browse,
     compare,
     convert,
     convert_original,
+    demo,
     evaluate,
     generate,
     identify,
@@ -24,9 +26,11 @@ from . import (
 from .options import complaint, expand_home, with_hyphens
 
 COMMANDS = (
+    demo,
     prepare,
     convert,
     generate,
+    browse,
     identities,
     audit,
     make_benchmark,

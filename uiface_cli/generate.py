@@ -169,16 +169,12 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from accelerate import PartialState
 
-    from uiface_diffusers import IdentityBank, generate_dataset
-    from uiface_diffusers.identities import IDENTITIES
-    from uiface_diffusers.loading import load_pipeline, pipeline_folder
+    from uiface_diffusers import generate_dataset
+    from uiface_diffusers.loading import load_pipeline, model_identities, pipeline_folder
 
     state = PartialState(cpu=args.device == "cpu")
     folder = pipeline_folder(args.model)
-    bank_file = args.identities or folder / IDENTITIES
-    if not bank_file.is_file():
-        raise ValueError(f"{bank_file} is missing: name a bank of identities by --identities.")
-    identities = IdentityBank.load(bank_file)
+    identities = model_identities(folder, args.identities)
     pipeline = load_pipeline(folder, args.scheduler, dtype=getattr(torch, args.dtype))
     # all of a bank that was asked for, a handful of the model's own
     number = args.max_identities or (len(identities) if args.identities else 4)

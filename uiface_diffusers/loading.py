@@ -8,6 +8,7 @@ import diffusers
 
 from .checkpoints import default_checkpoint
 from .files import brief, check_safetensors
+from .identities import IDENTITIES, IdentityBank
 from .pipeline_uiface import UIFacePipeline
 from .two_stage.schedulers import scheduler_like
 
@@ -20,6 +21,18 @@ def pipeline_folder(model: str | os.PathLike | None = None) -> Path:
     """
     model = model or default_checkpoint()
     return Path(model) if Path(model).is_dir() else Path(UIFacePipeline.download(os.fspath(model)))
+
+
+def model_identities(folder: Path, bank: Path | None = None) -> IdentityBank:
+    """A bank of identities; if none is given, the one in a pipeline's folder.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    bank = bank or folder / IDENTITIES
+    if not bank.is_file():
+        raise ValueError(f"{bank} is missing: name a bank of identities by --identities.")
+    return IdentityBank.load(bank)
 
 
 def load_pipeline(folder: str | os.PathLike, scheduler: str | None = None, **options: Any) -> UIFacePipeline:

@@ -177,7 +177,7 @@ class UIFacePipeline(DiffusionPipeline):
     empty_context: EmptyContext
 
     model_cpu_offload_seq = "identity_projector->empty_context->unet->vae"  # type: ignore[assignment]  # `None` there
-    _callback_tensor_inputs = ["latents", "stage_two"]
+    _callback_tensor_inputs = ["latents", "stage_two", "attention_maps"]
 
     def __init__(
         self,
@@ -703,8 +703,9 @@ class UIFacePipeline(DiffusionPipeline):
             callback_on_step_end (`Callable`, *optional*): called as `callback(pipe, step, timestep, callback_kwargs)`
                 after every step, with the scheduler's timestep, a tensor on the CPU; the `"latents"` that it returns
                 replace the call's. Diffusers' `PipelineCallback` objects say themselves which tensors they take.
-            callback_on_step_end_tensor_inputs (`list[str]`): of `latents` and `stage_two`, the `(B,)` booleans of the
-                samples that followed their identity in this step.
+            callback_on_step_end_tensor_inputs (`list[str]`): of `latents`; `stage_two`, the `(B,)` booleans of the
+                samples that followed their identity in this step; and `attention_maps`, the newest ones by which the
+                adaptive boundary is found, `(B, 32, 32)` in [0, 1], NaN for a sample in stage two, or `None`.
 
         Examples:
 
@@ -780,7 +781,11 @@ class UIFacePipeline(DiffusionPipeline):
                 latents = step_after_switch(self.scheduler, sampler.switched, noise_pred, t, latents, **step_kwargs)
 
                 if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "stage_two": sampler.stage_two}
+                    tensors = {
+                        "latents": latents,
+                        "stage_two": sampler.stage_two,
+                        "attention_maps": rule.attention_maps,
+                    }
                     callback_kwargs = {k: tensors[k] for k in callback_on_step_end_tensor_inputs}
                     callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
                     latents = callback_outputs.pop("latents", latents)

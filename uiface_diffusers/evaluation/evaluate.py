@@ -17,6 +17,7 @@ from ..faces import FaceEncoder
 from ..files import local_path
 from ..identities import IdentityBank
 from . import registry
+from .answers import arrange
 from .face_set import FaceSet, open_faces
 from .features import LpipsFeatures
 from .measure import Inputs, Measure, Settings
@@ -150,8 +151,8 @@ def evaluate_dataset(
     }
     pictures = [picture for measure in measures for picture in measure.pictures]
     write_report(output, report, [(f"{len(shown)} identities, drawn at random: {', '.join(shown)}", grid), *pictures])
-    figures = [f"{figure.title}: {figure.text}" for measure in measures for figure in measure.found]
-    for line in (described["summary"], *figures, *notes):
+    answers = arrange([[figure for measure in measures for figure in measure.found]])
+    for line in (described["summary"], *(answer.line for answer in answers), *notes):
         log(line)
     return report
 

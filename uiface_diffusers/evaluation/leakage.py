@@ -20,7 +20,7 @@ from ..faces import ALIGNED_SIZE, FaceEncoder
 from ..files import complete_file
 from ..identities import CANDIDATE_ROWS, KNOWN_ROWS, IdentityBank, largest_cosines
 from .face_set import FaceSet
-from .figures import Description
+from .figures import Description, Question
 from .measure import Measure, conditions_of
 from .plots import plot_histograms
 
@@ -133,17 +133,27 @@ class LeakageMeasure(Measure):
             "Images near a real face",
             "%",
             "Share of images whose nearest real embedding exceeds the threshold of real impostors.",
+            Question.LEAK,
+            real="leakage_strangers",
+            headline=True,
         ),
         "leakage_identities": Description(
-            "Identities near a real face", "%", "The same for the mean embedding of each identity."
+            "Identities near a real face",
+            "%",
+            "The same for the mean embedding of each identity.",
+            Question.LEAK,
         ),
         "leakage_strangers": Description(
             "Real images near another person",
             "%",
             "The same for real images and the nearest other person: what to expect of strangers.",
+            Question.LEAK,
         ),
         "leakage_largest": Description(
-            "Largest cosine to a real face", "", "Largest cosine of any image to any real embedding."
+            "Largest cosine to a real face",
+            "",
+            "Largest cosine of any image to any real embedding.",
+            Question.LEAK,
         ),
     }
 
