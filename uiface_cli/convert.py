@@ -10,9 +10,9 @@ def add(commands: Commands) -> None:
         "convert",
         run,
         help="write a data set in another form",
-        description="Converts identity folders, RecordIO, webdataset shards, parquet files, LMDB and zip archives into each"
-        " other. The pictures' files stay as they are, and identities keep their names. OUTPUT appears when it is"
-        " complete.",
+        description="Converts identity folders, RecordIO, webdataset shards, parquet files, LMDB and zip archives into"
+        " each other. The pictures' files stay as they are, and identities keep their names. OUTPUT appears when it"
+        " is complete.",
         examples="""
             # InsightFace's RecordIO to one folder per identity
             uiface convert faces_webface_112x112 webface --format imagefolder
@@ -31,7 +31,7 @@ def add(commands: Commands) -> None:
         "source",
         metavar="SOURCE",
         type=path,
-        help="a data set of any form: folder, .rec, .tar, .parquet, .lmdb or .zip",
+        help="a folder, or a .rec, .tar, .parquet, .lmdb or .zip file",
     )
     parser.add_argument("output", metavar="OUTPUT", type=path, help="a new or empty folder")
     parser.add_argument(

@@ -207,10 +207,10 @@ def _check_no_folders_beside(folder: Path, files: list[Path]) -> None:
 
 def _leave_out_beside(source: PhotographSource, folder: Path, used: Iterable[Path | None], what: str) -> None:
     """What lies in a folder of which only some files are read, and in the folders that these are in."""
-    used = {file for file in used if file is not None}
-    around = {parent for file in used for parent in file.parents if parent.is_relative_to(folder)}
-    for entry in sorted(entry for inner in around | {folder} for entry in inner.iterdir()):
-        if entry not in used and entry not in around:
+    there = {file for file in used if file is not None}
+    around = {folder, *(parent for file in there for parent in file.parents if parent.is_relative_to(folder))}
+    for entry in sorted(entry for inner in around for entry in inner.iterdir()):
+        if entry not in there and entry not in around:
             system = is_system_entry(entry.name)
             name = printable(entry.relative_to(folder).as_posix())
             source.left_out[name] = HIDDEN if system else f"beside {what}"
