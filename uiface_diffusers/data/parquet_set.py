@@ -18,8 +18,8 @@ from .image_folder import METADATA
 from .photographs import Photograph, PhotographSource, is_system_entry
 
 # columns that say whose picture it is: the first that is there counts
-IDENTITIES = ("identity", "identity_id", "person", "person_id", "subject", "subject_id", "label", "labels", "class")
-IDENTITIES += ("class_id", "cls")
+PEOPLE = ("identity", "identity_id", "person", "person_id", "subject", "subject_id")
+IDENTITIES = (*PEOPLE, "label", "labels", "class", "class_id", "cls")
 IMAGE = "image"
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 SPLIT = re.compile(r"(?P<split>.+?)-\d+-of-\d+\.parquet", re.IGNORECASE)
@@ -150,8 +150,8 @@ class _Rows:
 
 
 def _open(file: Path) -> pq.ParquetFile:
-    # pyarrow's own file, as in `face_cache`; a group of rows may be larger than the memory
-    return pq.ParquetFile(pa.OSFile(os.fspath(file)), buffer_size=READ_AHEAD)
+    # pyarrow's own file, as in `face_cache`; page by page: a group of rows may be larger than the memory
+    return pq.ParquetFile(pa.OSFile(os.fspath(file)), buffer_size=READ_AHEAD, pre_buffer=False)
 
 
 class ParquetSource(PhotographSource):
