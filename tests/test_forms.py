@@ -141,9 +141,7 @@ def test_parquet_is_what_datasets_reads(tmp_path):
     datasets.Dataset.from_dict(made, features).to_parquet(tmp_path / "theirs.parquet")
     assert contents(tmp_path / "theirs.parquet") == EXPECTED
     convert_dataset(tmp_path / "theirs.parquet", tmp_path / "folders", "imagefolder")
-    assert sorted(os.listdir(tmp_path / "folders" / "Anna Lee")) == ["0.png", "1.jpg", "2.webp"] or sorted(
-        os.listdir(tmp_path / "folders" / "Anna Lee")
-    ) == ["0.png", "1.png", "2.webp"]
+    assert sorted(os.listdir(tmp_path / "folders" / "Anna Lee")) == ["0.png", "1.jpg", "2.webp"]
 
 
 def test_parquet_columns_of_several_kinds(tmp_path):
@@ -158,8 +156,9 @@ def test_parquet_columns_of_several_kinds(tmp_path):
     assert contents(tmp_path / "number.parquet") == NUMBERED
     # a column of another name that `datasets` says has classes, pictures of another name
     write_parquet(tmp_path / "other.parquet", label_numbers, column="who", names=list(PEOPLE))
-    table = pq.read_table(tmp_path / "other.parquet").rename_columns(["face", "who"])
-    pq.write_table(table, tmp_path / "other.parquet")
+    table = pq.read_table(tmp_path / "other.parquet")
+    renamed = table.rename_columns(["face", "who"]).replace_schema_metadata(table.schema.metadata)
+    pq.write_table(renamed, tmp_path / "other.parquet")
     assert contents(tmp_path / "other.parquet") == EXPECTED
 
 
@@ -184,7 +183,8 @@ def test_parquet_reads_any_row_with_bounded_memory(tmp_path):
     """2,000 pictures of 50 kB in one group of rows, in any order: a few of them are in memory at a time."""
     generator = np.random.default_rng(0)
     images = [{"bytes": generator.bytes(50_000), "path": None} for _ in range(2000)]
-    write_parquet(tmp_path / "a.parquet", [row // 20 for row in range(2000)], images, row_group_size=2000)
+    labels, options = [row // 20 for row in range(2000)], {"row_group_size": 2000, "write_batch_size": 16}
+    write_parquet(tmp_path / "a.parquet", labels, images, **options)
     wanted = [image["bytes"] for image in images]
     before = pa.total_allocated_bytes()
     source = open_source(tmp_path / "a.parquet")
@@ -377,9 +377,9 @@ def test_lmdb_pages_of_all_kinds(tmp_path):
     generator = random.Random(0)
     records: dict[bytes, bytes] = {}
     environment = lmdb.open(str(tmp_path / "set.lmdb"), subdir=False, map_size=2**28)
-    for _ in range(5):
+    for _ in range(3):
         with environment.begin(write=True) as writing:
-            for _ in range(2000):
+            for _ in range(1000):
                 key = generator.randbytes(generator.choice([1, 8, 200, 511]))
                 value = generator.randbytes(generator.choice([0, 1, 50, 2000, 4080, 5000, 30_000]))
                 records[key] = value
@@ -492,7 +492,7 @@ def test_damaged_lmdb_is_an_error_at_any_place(tmp_path):
         with pytest.raises(ValueError, match="no LMDB file: .*damaged.lmdb is (empty|damaged, cut short)"):
             open_source(damaged)
     refused = 0
-    for _ in range(150):
+    for _ in range(60):
         changed = bytearray(content)
         for _ in range(20):
             page = generator.randrange(len(content) // 4096)
@@ -504,7 +504,7 @@ def test_damaged_lmdb_is_an_error_at_any_place(tmp_path):
                 source.content(photograph)
         except (ValueError, OSError):
             refused += 1
-    assert refused > 75
+    assert refused > 30
 
 
 @pytest.mark.skipif(lmdb is not None, reason="the package lmdb is there")
