@@ -110,7 +110,7 @@ def add_data_set_arguments(parser: argparse.ArgumentParser) -> None:
         "--output-format",
         default="imagefolder",
         metavar="FORMAT",
-        help="imagefolder or webdataset (default: %(default)s)",
+        help="imagefolder, webdataset or parquet (default: %(default)s)",
     )
     parser.add_argument("--shard", type=part, default=(0, 1), metavar="i/n", help="only part i of n, for job arrays")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the complete data set to the Hub")

@@ -55,7 +55,7 @@ def evaluate_dataset(
     stopped; a call with other settings computes only what is new. The measures are listed in `registry.py`.
 
     Args:
-        dataset: folder of `generate_dataset` or `prepare_faces`, identity folders, RecordIO or webdataset shards.
+        dataset: of any form that `open_source` opens.
         output: folder of the report.
         encoder: the recognizer that the generator was conditioned on, or any other.
         judge (*optional*): another recognizer, which the generator has not seen.

@@ -74,7 +74,8 @@ def generate_dataset(
             `default_batch_size(pipeline)`.
         size (`int`, defaults to 112): height and width of the images (bilinear, with antialiasing).
         image_format (`str`, defaults to `"png"`): `"png"`, `"jpeg"` or `"webp"`, the last two with quality 95.
-        output_format (`str`, defaults to `"imagefolder"`): `images/IDENTITY/NNNN.png`, or `"webdataset"` tar shards.
+        output_format (`str`, defaults to `"imagefolder"`): `images/IDENTITY/NNNN.png`, `"webdataset"` tar shards, or
+            `"parquet"` files as the Hub's viewer shows them.
         shard (`tuple[int, int]`, defaults to `(0, 1)`): part i of n, for jobs that do not know each other.
         identity_perturbation (`tuple[float, float]`, *optional*): every image follows its own embedding, with a cosine
             drawn from this range to the identity's; see `perturb_embeddings`.
