@@ -19,6 +19,7 @@ from uiface_diffusers.banks import identities_from_images, load_bank
 from uiface_diffusers.convert_original import convert_original
 from uiface_diffusers.data import convert_dataset, prepare_faces
 from uiface_diffusers.evaluation import evaluate_dataset
+from uiface_diffusers.evaluation.cleaning import clean_dataset
 from uiface_diffusers.evaluation.leakage import audit_dataset
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.generation import make_identities
@@ -119,6 +120,7 @@ def defaults_of(function) -> dict:
         ("identities make", identities_from_images, {"encoder"}),
         ("identities make", UIFacePipeline.__call__, set()),
         ("audit", audit_dataset, set()),
+        ("clean", clean_dataset, set()),
         ("convert-original", convert_original, set()),
         ("evaluate", evaluate_dataset, set()),
     ],
@@ -132,7 +134,7 @@ def test_defaults_are_those_of_the_function(command, function, own):
 def test_defaults_of_the_encoder_are_its_own():
     defaults = defaults_of(FaceEncoder)
     commands = [name for name in COMMANDS if "encoder_root" in options(name)]
-    assert len(commands) == 7
+    assert len(commands) == 8
     for command in commands:
         ours = {name.removeprefix("encoder_"): action.default for name, action in options(command).items()}
         assert {name: ours[name] for name in ("root", "providers", "det_size")}.items() <= defaults.items()

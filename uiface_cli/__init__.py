@@ -8,6 +8,8 @@ import sys
 
 from . import (
     audit,
+    card,
+    clean,
     compare,
     convert,
     convert_original,
@@ -20,7 +22,20 @@ from . import (
 )
 from .options import expand_home, paragraph, with_hyphens
 
-COMMANDS = (prepare, convert, generate, identities, audit, make_benchmark, verify, convert_original, evaluate, compare)
+COMMANDS = (
+    prepare,
+    convert,
+    clean,
+    generate,
+    identities,
+    audit,
+    card,
+    make_benchmark,
+    verify,
+    convert_original,
+    evaluate,
+    compare,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
