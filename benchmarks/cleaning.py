@@ -9,8 +9,8 @@ together), 80 strangers (half of them people of the set) and 40 twins (one perso
 counts as found if it, or what it is a copy of, is listed as a duplicate of the other; a twin if all images of one half
 are listed with the other. False alarms are all other images that are listed.
 
-The faces of `--faces` have flaws of their own, which count as false alarms: `alarms.png` in `--work` shows each beside the
-picture that it was compared with.
+The faces of `--faces` have flaws of their own, which count as false alarms: `alarms.png` in `--work` shows each beside
+the picture that it was compared with.
 """
 
 import argparse
@@ -105,9 +105,9 @@ class Planted:
         chosen: list[str] = []
         for name in [*large, *(name for name in names if name not in large)]:
             taken = self.people[name][:images]
-            if not taken:
-                break
-            if len(taken) >= 3:  # strangers and copies need a majority
+            # at least three images of each: strangers and copies need a majority
+            taken = taken[:-2] if images - len(taken) in (1, 2) else taken
+            if len(taken) >= 3:
                 for content in taken:
                     self._write(name, content)
                 chosen.append(name)

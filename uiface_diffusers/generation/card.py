@@ -9,7 +9,8 @@ import numpy as np
 
 from ..data.image_folder import ImageRow
 from ..encoders import EncoderMark
-from ..hub.lineage import card_text, lineage_of, merge, model_header
+from ..hub.card import merge
+from ..hub.lineage import card_text, lineage_of, model_header
 from ..identities import IDENTITIES, IdentityBank
 from .settings import GenerationSettings
 from .writers import OUTPUT_FORMATS

@@ -21,19 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import DatasetCard
 from huggingface_hub.errors import HTTPError
 
 from ..encoders import EncoderMark
-from ..files import brief, complete_file, local_path, read_lines, warn_once
-from .card import load_card
+from ..files import brief, complete_file, local_path, read_json, read_lines, warn_once
+from .card import load_card, without_unknown
 
 CARD = "README.md"
+# in the embedded checkpoint's folder: the header of its card, which is not in the package
+HEADER = "card.json"
 LICENSE_FIELDS = ("license", "license_name", "license_link")
-# of insightface's own packs, by https://github.com/deepinsight/insightface/tree/master/model_zoo
-INSIGHTFACE_PACKS = ("antelopev2", "buffalo_l", "buffalo_m", "buffalo_s", "buffalo_sc")
-INSIGHTFACE_LICENSE = "non-commercial research only"
-
 # what a card should say -> what is meant, and an example
 FIELDS = {
     "license": ("under which the data set may be used, of the Hub's list", "cc-by-nc-4.0"),
@@ -57,45 +54,29 @@ FIELDS = {
 }
 
 
-def read_header(card: str | os.PathLike) -> dict[str, Any]:
-    """The YAML header of a card's file; empty if there is no file or no header.
+def read_card(card: str | os.PathLike) -> tuple[dict[str, Any], str]:
+    """The YAML header of a card's file, and the text below; both are empty if there is no file.
 
     Raises:
         ValueError: the header is no YAML, or not a mapping.
     """
     path = local_path(card)
-    if not path.is_file():
-        return {}
-    found = re.match(r"\s*---[ \t]*\n(.*?)\n---[ \t]*(\n|$)", "\n".join(read_lines(path)), re.DOTALL)
+    content = "\n".join([*read_lines(path), ""]) if path.is_file() else ""
+    found = re.match(r"\s*---[ \t]*\n(.*?)\n---[ \t]*\n", content, re.DOTALL)
     if found is None:
-        return {}
+        return {}, content
     try:
         header = yaml.safe_load(found[1])
     except yaml.YAMLError as error:
         raise ValueError(f"the header of {path}, between the lines ---, is no YAML: {brief(error)}.") from error
     if not isinstance(header, dict | None):
         raise ValueError(f"the header of {path}, between the lines ---, has to be names with values.")
-    return header or {}
+    return header or {}, content[found.end() :]
 
 
-def merge(kept: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Two headers as one, key by key and in mappings within: what `kept` says stays."""
-    merged = {**kept}
-    for name, value in new.items():
-        own = kept.get(name)
-        if isinstance(own, Mapping) and isinstance(value, Mapping):
-            merged[name] = merge(own, value)
-        elif own in (None, "", [], {}):
-            merged[name] = value
-    return merged
-
-
-def without_unknown(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata without what is not known: `None`, and what is empty, in mappings within, too."""
-    cleaned = {
-        name: without_unknown(value) if isinstance(value, Mapping) else value for name, value in metadata.items()
-    }
-    return {name: value for name, value in cleaned.items() if value not in (None, "", [], {})}
+def read_header(card: str | os.PathLike) -> dict[str, Any]:
+    """The YAML header of a card's file, as `read_card`."""
+    return read_card(card)[0]
 
 
 def card_text(header: Mapping[str, Any], text: str) -> str:
@@ -103,15 +84,14 @@ def card_text(header: Mapping[str, Any], text: str) -> str:
     return f"---\n{yaml.safe_dump(dict(header), sort_keys=False, allow_unicode=True, width=10_000)}---\n{text}"
 
 
-def update_header(card: Path, changes: Mapping[str, Any]) -> None:
-    """Writes changes into the header of a card that is there; what else it says stays, and the text."""
-    loaded = DatasetCard(card.read_text(encoding="utf-8"))
-    header = read_header(card)
-    for name, value in changes.items():
-        own = header.get(name)
-        header[name] = {**own, **value} if isinstance(own, dict) and isinstance(value, Mapping) else value
+def note_audit(card: Path, audit: Mapping[str, Any]) -> None:
+    """Writes an audit's result into the header of a card that is there, in place of an earlier one. What else it says
+    stays, and the text."""
+    header, text = read_card(card)
+    lineage = header.get("lineage")
+    header["lineage"] = {**(lineage if isinstance(lineage, dict) else {}), "leakage_audit": dict(audit)}
     with complete_file(card) as beside:
-        beside.write_text(card_text(header, loaded.text), encoding="utf-8")
+        beside.write_text(card_text(header, text), encoding="utf-8")
 
 
 def model_name(folder: str | os.PathLike) -> str:
@@ -133,6 +113,8 @@ def model_header(model: str | os.PathLike | None) -> dict[str, Any]:
         return {}
     if (Path(model) / CARD).is_file():
         return read_header(Path(model) / CARD)
+    if (Path(model) / HEADER).is_file():
+        return dict(read_json(Path(model) / HEADER))
     name = model_name(model)
     if Path(model).is_dir() and "/" not in name:
         return {}
@@ -144,11 +126,6 @@ def model_header(model: str | os.PathLike | None) -> dict[str, Any]:
         warn_once(f"the card of {name} is not to be had ({reason}): its license and training data are not known.")
         return {}
     return card.data.to_dict()
-
-
-def encoder_license(name: str | None) -> str | None:
-    """Of insightface's own packs; `None` of others."""
-    return INSIGHTFACE_LICENSE if name in INSIGHTFACE_PACKS else None
 
 
 def lineage_of(
@@ -181,7 +158,7 @@ def lineage_of(
             "encoder": {
                 "name": encoder.name,
                 "fingerprint": encoder.fingerprint,
-                "license": (of_encoder.get("license") if same else None) or encoder_license(encoder.name),
+                "license": (of_encoder.get("license") if same else None) or encoder.license,
             },
             "identities": identities,
         }
