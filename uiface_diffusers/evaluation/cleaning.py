@@ -259,22 +259,33 @@ def identity_means(
 
 def other_identity_cosine(embeddings: torch.Tensor, labels: torch.Tensor, share: float = MISSED) -> float:
     """The mean cosine to the images of an identity that at most a share of the images of others exceeds, to 1e-4.
+    Identities that may be one person are not compared: those with half of what the images of one identity have in the
+    median. In a small set, a single such pair would be more than the share.
 
     Args:
         embeddings (`torch.Tensor` of shape `(N, D)`): of unit length.
         labels (`torch.Tensor` of shape `(N,)`): numbers of the identities, two at least.
     """
-    means, _ = identity_means(embeddings, labels, int(labels.max()) + 1)
+    means, numbers = identity_means(embeddings, labels, int(labels.max()) + 1)
+    within = _within_identities(means, numbers)
+    one_person = float(within.median()) / 2 if len(within) else float("inf")
     counts = torch.zeros(BINS, dtype=torch.long)
     for start in range(0, len(embeddings), ROWS):
         rows = slice(start, start + ROWS)
         scores = embeddings[rows] @ means.T
-        others = labels[rows, None] != torch.arange(len(means))
+        others = (labels[rows, None] != torch.arange(len(means))) & (means[labels[rows]] @ means.T < one_person)
         bins = ((scores[others] + 1) / 2 * BINS).long().clamp(0, BINS - 1)
         counts += torch.bincount(bins, minlength=BINS)
     above = counts.flip(0).cumsum(0).flip(0)  # in this bin or a higher one
     edge = int((above > share * counts.sum()).sum())
     return 2 * edge / BINS - 1
+
+
+def _within_identities(means: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Mean cosine of two images of an identity, of each that has several; in float64."""
+    several = counts > 1
+    number = counts[several].double()
+    return (means[several].double().square().sum(dim=1) * number.square() - number) / (number * (number - 1))
 
 
 def same_identity_cosine(means: torch.Tensor, counts: torch.Tensor, at_least: float, share: float = MISSED) -> float:
@@ -285,12 +296,8 @@ def same_identity_cosine(means: torch.Tensor, counts: torch.Tensor, at_least: fl
         means, counts: see `identity_means`.
         at_least (`float`): identities of one person are nearer than strangers.
     """
-    several = counts > 1
-    if not several.any():
-        return at_least
-    number = counts[several].double()
-    pairs = (means[several].double().square().sum(dim=1) * number.square() - number) / (number * (number - 1))
-    return max(float(pairs.quantile(share)), at_least)
+    within = _within_identities(means, counts)
+    return max(float(within.quantile(share)), at_least) if len(within) else at_least
 
 
 def find_strangers(embeddings: torch.Tensor, labels: torch.Tensor, threshold: float) -> dict[int, float]:
@@ -331,6 +338,8 @@ def pairs_above(
         if start == first:
             products = products.triu(1).masked_fill(torch.ones_like(products).tril().bool(), -float("inf"))
         found = (products >= threshold).nonzero()
+        if not len(found):
+            continue
         yield found + torch.tensor([start, first]), products[found[:, 0], found[:, 1]]
 
 
