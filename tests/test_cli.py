@@ -22,6 +22,7 @@ from uiface_diffusers.banks import identities_from_images, load_bank
 from uiface_diffusers.convert_original import convert_original
 from uiface_diffusers.data import convert_dataset, prepare_faces
 from uiface_diffusers.evaluation import evaluate_dataset
+from uiface_diffusers.evaluation.cleaning import clean_dataset
 from uiface_diffusers.evaluation.leakage import audit_dataset
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.generation import make_identities
@@ -134,6 +135,7 @@ def defaults_of(function) -> dict:
         ("identities make", identities_from_images, {"encoder"}),
         ("identities make", UIFacePipeline.__call__, set()),
         ("audit", audit_dataset, set()),
+        ("clean", clean_dataset, set()),
         ("convert-original", convert_original, set()),
         ("evaluate", evaluate_dataset, set()),
     ],

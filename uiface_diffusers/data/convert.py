@@ -7,7 +7,7 @@ import shutil
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 
@@ -40,8 +40,31 @@ FORBIDDEN = re.compile(r"[/\\\0\t\r\n]")
 SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2", "PPM": ".ppm"}
 
 
+def check_output(source: str | os.PathLike, output: str | os.PathLike) -> Path:
+    """Where a conversion of `source` can be written, links followed.
+
+    Raises:
+        ValueError: `output` is not empty, lies within the source, or cannot be replaced.
+    """
+    # a link to a folder is replaced where it leads to
+    source, output = local_path(source), local_path(output).resolve()
+    if output == Path.cwd() or os.path.ismount(output):
+        raise ValueError(
+            f"{output} is the current folder or a mount point, which cannot be replaced: choose a new folder in it."
+        )
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} is not empty: choose another folder.")
+    if source.is_dir() and output.is_relative_to(source.resolve()):
+        raise ValueError(f"{output} lies within {source}: choose a folder beside it.")
+    return output
+
+
 def convert_dataset(
-    source: str | os.PathLike, output: str | os.PathLike, output_format: str, nested: bool = False
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    output_format: str,
+    nested: bool = False,
+    without: Mapping[str, str] | None = None,
 ) -> dict:
     """Writes a data set in another form. Pictures are copied byte for byte, identities keep their names.
 
@@ -61,6 +84,7 @@ def convert_dataset(
             killed only `OUTPUT.part` is left, which the next one replaces.
         output_format: one of `FORMATS`.
         nested: whether `SOURCE/PERSON/VIDEO/*.jpg` is meant where all pictures are in folders within those of SOURCE.
+        without (*optional*): files of the source that are not converted -> why.
 
     Returns:
         `photographs`, `identities`, and `left_out`: reason -> `count`, and the `first` ten names.
@@ -73,16 +97,7 @@ def convert_dataset(
         raise ValueError(f"`output_format` has to be one of {FORMATS} but is {output_format!r}.")
     if output_format == "lmdb":
         import_lmdb()
-    # a link to a folder is replaced where it leads to
-    source, output = local_path(source), local_path(output).resolve()
-    if output == Path.cwd() or os.path.ismount(output):
-        raise ValueError(
-            f"{output} is the current folder or a mount point, which cannot be replaced: choose a new folder in it."
-        )
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} is not empty: choose another folder.")
-    if source.is_dir() and output.is_relative_to(source.resolve()):
-        raise ValueError(f"{output} lies within {source}: choose a folder beside it.")
+    output = check_output(source, output)
     part = output.with_name(f"{output.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(part.with_name(f"{part.name}.lock"), timeout=0)
@@ -91,7 +106,11 @@ def convert_dataset(
     except Timeout as error:
         raise ValueError(f"another conversion writes to {output}: wait for it, or choose another folder.") from error
     try:
-        return _convert(open_source(source, nested=nested), output, part, output_format)
+        opened = open_source(source, nested=nested)
+        if without:
+            opened.left_out |= without
+            opened.photographs = [each for each in opened.photographs if each.file not in without]
+        return _convert(opened, output, part, output_format)
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()

@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from diffusers.utils import make_image_grid
 
 from ..data.face_cache import FaceCache
+from ..data.image_folder import GENERATION
 from ..data.sources import open_source
 from ..encoders import check_same_encoder
 from ..faces import ALIGNED_SIZE, FaceEncoder
-from ..files import complete_file
-from ..identities import CANDIDATE_ROWS, KNOWN_ROWS, IdentityBank, largest_cosines
+from ..files import complete_file, local_path
+from ..hub.lineage import CARD, note_audit
+from ..identities import CANDIDATE_ROWS, KNOWN_ROWS, IdentityBank, bank_hash, largest_cosines
 from .face_set import FaceSet
 from .figures import Description, Question
 from .measure import Measure, conditions_of
@@ -196,7 +198,7 @@ def audit_dataset(
 ) -> LeakageReport:
     """Embeds a data set, measures its leakage, and saves a picture of the worst images. Pictures that cannot be used
     are named and left out. Embeddings are kept in a folder beside the picture until it is written, so that the same
-    call goes on where an earlier one was stopped.
+    call goes on where an earlier one was stopped. The result is noted in the card of a generated data set.
 
     Args:
         dataset: aligned faces in any form that `open_source` opens.
@@ -233,8 +235,37 @@ def audit_dataset(
     with complete_file(plot) as beside:
         make_image_grid(cells, rows=len(order), cols=len(columns)).save(beside, "png")
     shutil.rmtree(cache)
+    _note_audit(local_path(dataset), report, real, faces, log)
     log(f"the worst are in {plot}" + (", each beside the nearest real face" if faces is not None else ""))
     return report
+
+
+def _note_audit(
+    dataset: Path, report: LeakageReport, real: IdentityBank, faces: FaceCache | None, log: Callable[[str], None]
+) -> None:
+    """Writes the result into the card of a generated data set."""
+    if not ((dataset / GENERATION).is_file() and (dataset / CARD).is_file()):
+        return
+    shares = (report.image_shares, report.identity_shares, report.real_shares)
+    audit = {
+        "against": None if faces is None else faces.folder.resolve().name,
+        "embeddings": len(real),
+        "fingerprint": bank_hash(real),
+        "encoder": real.identity_encoder,
+        "encoder_fingerprint": real.identity_encoder_fingerprint,
+        "images": len(report.image_cosines),
+        "largest_cosine": round(float(report.image_cosines.max()), 4),
+        "thresholds": [
+            {"false_accept_rate": rate, "cosine": round(cosine, 4)}
+            | dict(zip(("images", "identities", "strangers"), (share[rate] for share in shares), strict=True))
+            for rate, cosine in report.thresholds.items()
+        ],
+    }
+    try:
+        note_audit(dataset / CARD, {name: value for name, value in audit.items() if value is not None})
+        log(f"noted in {dataset / CARD}")
+    except (OSError, ValueError) as error:
+        log(f"not noted in {dataset / CARD}: {error}")
 
 
 def _in_words(report: LeakageReport, number: int) -> list[str]:

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from ..encoders import check_same_encoder
 from ..faces import FaceEncoder
 from ..files import local_path, plain_numbers
+from ..hub.lineage import CARD, read_header
 from ..identities import IdentityBank
 from ..pipeline_uiface import UIFacePipeline
 from .finish import finish_dataset
@@ -113,6 +114,7 @@ def generate_dataset(
     folder = local_path(output)
     if (folder / "prepare.json").exists():
         raise ValueError(f"{folder} is a cache of faces, not a data set of generated ones: choose another folder.")
+    read_header(folder / CARD)  # of an earlier run: what is wrong with it is named before the work
     plan = Plan(identities.names, settings.images_per_identity)
     writer = OUTPUT_FORMATS[output_format](folder, plan, settings.size, image_format)
     maker = ImageMaker(pipeline, identities, encoder, settings, batch_size, writer)
@@ -120,7 +122,7 @@ def generate_dataset(
         with_noise_of(settings, writer, part).begin(folder, versions=_versions())
         made, seconds = maker.make(part)
     # the last one to come here completes the data set
-    complete, wrote = finish_dataset(settings, identities, writer)
+    complete, wrote = finish_dataset(settings, identities, writer, pipeline.config.get("_name_or_path"))
     if push_to_hub is not None and (wrote or (complete and part.position == 0)):
         upload_dataset(folder, push_to_hub)
     return GenerationReport(

@@ -40,7 +40,7 @@ class ImageFolder:
     """
 
     # of the data set's card, where `datasets` reads it
-    data_files = '["images/**", metadata.parquet]'
+    data_files: str | list[str] = ["images/**", "metadata.parquet"]
 
     def __init__(self, output: Path, plan: Plan, size: int, image_format: str):
         self.output, self.plan, self.size, self.image_format = output, plan, size, image_format

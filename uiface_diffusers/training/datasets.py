@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torchvision.transforms import v2
 
 from ..data import FaceCache, LatentSet
 from ..data.face_cache import load_pictures
+from ..hub.lineage import CARD, read_header
 from ..pictures import rgb_bytes
 from ..seeds import mix_seed
 
@@ -28,6 +30,18 @@ def open_caches(folders: Sequence[str | os.PathLike]) -> list[FaceCache]:
     if len(set(sizes.values())) > 1:
         raise ValueError(f"the caches differ in `image_size`: {sizes}. Prepare them alike.")
     return caches
+
+
+def describe_caches(folders: Sequence[str | os.PathLike]) -> list[dict[str, Any]]:
+    """The caches of a training, for `lineage.training_data` of the model's card: `name`, `faces`, `fingerprint`, and
+    `license` where the header of FOLDER/README.md has one."""
+    caches = [FaceCache(folder) for folder in folders]
+    licenses = [read_header(cache.folder / CARD).get("license") for cache in caches]
+    return [
+        {"name": cache.folder.resolve().name, "faces": len(cache), "fingerprint": cache.fingerprint}
+        | ({} if license is None else {"license": license})
+        for cache, license in zip(caches, licenses, strict=True)
+    ]
 
 
 class LatentFaces(Dataset):
