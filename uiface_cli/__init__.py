@@ -8,6 +8,7 @@ import sys
 
 from . import (
     audit,
+    bench,
     compare,
     convert,
     convert_original,
@@ -35,6 +36,7 @@ COMMANDS = (
     convert_original,
     evaluate,
     compare,
+    bench,
 )
 
 
