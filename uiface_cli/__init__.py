@@ -8,6 +8,7 @@ import sys
 
 from . import (
     audit,
+    bench,
     browse,
     card,
     clean,
@@ -45,6 +46,7 @@ COMMANDS = (
     evaluate,
     compare,
     make_pack,
+    bench,
 )
 
 
