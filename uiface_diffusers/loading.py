@@ -7,7 +7,8 @@ from typing import Any
 import diffusers
 
 from .checkpoints import default_checkpoint
-from .files import brief, check_safetensors
+from .files import brief, check_safetensors, local_path
+from .models import IdentityFlow
 from .pipeline_uiface import UIFacePipeline
 
 
@@ -50,3 +51,30 @@ def load_pipeline(folder: str | os.PathLike, scheduler: str | None = None, **opt
     if new_scheduler is not None:
         pipeline.scheduler = new_scheduler.from_config(pipeline.scheduler.config)
     return pipeline
+
+
+def load_identity_flow(name: str | os.PathLike) -> IdentityFlow:
+    """The identity flow of a folder or a Hub repository.
+
+    Raises:
+        OSError: it is not there, or cannot be downloaded.
+        ValueError: it is another model, or a file of it is damaged.
+    """
+    name = os.fspath(local_path(name)) if Path(local_path(name)).is_dir() else os.fspath(name)
+    config = IdentityFlow.load_config(name)
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    if kind != IdentityFlow.__name__:
+        raise ValueError(
+            f"{name} is no identity flow but holds {kind or 'no model'}: see training/train_identity_flow.py."
+        )
+    try:
+        flow, report = IdentityFlow.from_pretrained(name, output_loading_info=True)
+    except OSError:
+        check_safetensors(Path(name))
+        raise
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} holds no identity flow, or a file of it is damaged ({brief(error)}).") from error
+    wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind]]
+    if wrong:
+        raise ValueError(f"{name} is damaged: its weights do not fit its config, such as `{wrong[0]}`.")
+    return flow.eval()
