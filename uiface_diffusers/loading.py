@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 
 from .checkpoints import default_checkpoint
-from .files import brief, check_safetensors, local_path
+from .files import brief, check_safetensors, local_path, open_safetensors
 from .models import IdentityFlow
 from .pipeline_uiface import UIFacePipeline
 
@@ -67,11 +67,11 @@ def load_identity_flow(name: str | os.PathLike) -> IdentityFlow:
         raise ValueError(
             f"{name} is no identity flow but holds {kind or 'no model'}: see training/train_identity_flow.py."
         )
+    for file in Path(name).glob("*.safetensors"):
+        with open_safetensors(file):  # for a reason why it cannot be loaded
+            pass
     try:
         flow, report = IdentityFlow.from_pretrained(name, output_loading_info=True)
-    except OSError:
-        check_safetensors(Path(name))
-        raise
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{name} holds no identity flow, or a file of it is damaged ({brief(error)}).") from error
     wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind]]
