@@ -109,9 +109,7 @@ def main() -> None:
     )
     print(f"one of the training (cosine of means >= {SAME}); {args.images} embeddings of each beside the anchor\n")
     faces = measure(anchors, others)
-    print(
-        "| cosines to the anchor | directions | W1 to the anchor | W1 genuine | mean genuine | EER | between directions |"
-    )
+    print("| cosines | directions | W1 to the anchor | W1 genuine | mean genuine | EER | between directions |")
     print("|---|---|---|---|---|---|---|")
 
     def show(cosines: str, kind: str, made: Set) -> None:

@@ -7,17 +7,23 @@ import subprocess
 import sys
 
 import numpy as np
+import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPOSITORY, complaint, run_script
+from conftest import REPOSITORY, complaint, draw_person, run_script
 from safetensors.torch import load_file
 
-from uiface_diffusers import IdentityBank, IdentityFlow, IdentityProjector, generate_dataset
-from uiface_diffusers.identities import perturb_embeddings, safe_cosines
+from uiface_diffusers import IdentityBank, IdentityFlow, IdentityProjector, cli, generate_dataset, sample_identities
+from uiface_diffusers.banks import perturb_identities
+from uiface_diffusers.data import prepare_faces
+from uiface_diffusers.evaluation.leakage import measure_leakage
+from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.identities import inspect_bank, keep_distinct, perturb_embeddings, safe_cosines
 from uiface_diffusers.loading import load_identity_flow
 from uiface_diffusers.models.identity_flow import path
+from uiface_diffusers.seeds import PERTURBATION, image_generator, noise_generator
 from uiface_diffusers.sphere import cosines_and_directions, tangent, turn
 from uiface_diffusers.training.identity_pairs import PersonEmbeddings, flow_losses, place_of
 
@@ -169,8 +175,6 @@ def rows_of(folder) -> list[dict]:
 
 def test_images_follow_the_flow_and_can_be_made_again(tiny_pipeline, tmp_path):
     """By row alone; the flow is in the settings, and another one is refused."""
-    from uiface_diffusers.seeds import PERTURBATION, image_generator, noise_generator
-
     bank, flow = IdentityBank(unit(3), "toy"), moved_flow(cosine_quantiles=[0.4, 0.5, 0.8])
     generate_dataset(tiny_pipeline, bank, tmp_path / "data", 2, identity_flow=flow, **FAST)
     rows = rows_of(tmp_path / "data")
@@ -181,8 +185,6 @@ def test_images_follow_the_flow_and_can_be_made_again(tiny_pipeline, tmp_path):
     assert row["perturbation"] == pytest.approx(cosine.item())
     out = tiny_pipeline(embedding, generator=noise_generator(row["seed"]), num_inference_steps=2)
     expected = np.asarray(out.images[0].resize((8, 8), 2)).astype(int)
-    import PIL.Image
-
     assert np.abs(expected - np.asarray(PIL.Image.open(tmp_path / "data" / row["file_name"]))).max() <= 1
     assert "of real pairs, flow `" in (tmp_path / "data" / "README.md").read_text()
     generate_dataset(tiny_pipeline, bank, tmp_path / "again", 2, identity_flow=flow, batch_size=1, **FAST)
@@ -232,8 +234,6 @@ def test_an_embedding_per_image(tiny_pipeline, tmp_path):
     generate_dataset(tiny_pipeline, bank, tmp_path / "data", 3, **FAST)
     assert generate_dataset(tiny_pipeline, bank, tmp_path / "data", 3, **FAST).made == 0
     assert IdentityBank.load(tmp_path / "data" / "identities.safetensors").images == 3
-    import PIL.Image
-
     pixels = {}
     for index in range(3):
         one = IdentityBank(embeddings[:, index], "toy", ["a", "b"])
@@ -254,17 +254,83 @@ def test_an_embedding_per_image(tiny_pipeline, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_embeddings_per_image_from_outside(tmp_path, capsys):
+    """As `contexts.npy` with `identity_ids.npy`, or rows with repeated ids; and what does not fit."""
+    embeddings = unit(6) * torch.arange(1, 7)[:, None]
+    expected = F.normalize(embeddings)
+    order = [0, 3, 1, 4, 5, 2]
+    np.save(tmp_path / "contexts.npy", embeddings.view(2, 3, 16).numpy())
+    np.save(tmp_path / "identity_ids.npy", np.array([7, 40]))
+    np.save(tmp_path / "rows.npy", embeddings[order].numpy())
+    np.save(tmp_path / "row_ids.npy", np.array([7, 40])[np.array(order) // 3])
+    imported = ["identities", "import", "--encoder", "toy", "--output", str(tmp_path / "bank")]
+    for file, ids, rows in (
+        ("contexts.npy", "identity_ids.npy", [0, 1, 2, 3, 4, 5]),
+        ("rows.npy", "row_ids.npy", [0, 1, 2, 3, 4, 5]),
+        ("contexts.npy", None, [0, 1, 2, 3, 4, 5]),
+    ):
+        options = [] if ids is None else ["--identity-ids", str(tmp_path / ids)]
+        cli.main([*imported, str(tmp_path / file), *options])
+        assert "2 identities of `toy`, 16-d, 3 embeddings of each" in capsys.readouterr().out
+        bank = IdentityBank.load(tmp_path / "bank")
+        assert torch.allclose(bank.embeddings, expected[rows].view(2, 3, 16), atol=1e-6)
+        assert bank.names == (["000000", "000001"] if ids is None else ["7", "40"])
+    cli.main(["identities", "inspect", str(tmp_path / "bank"), "--against", str(tmp_path / "bank")])
+    assert "2 identities of `toy`, 16-d, 3 embeddings of each" in capsys.readouterr().out
+    np.save(tmp_path / "three.npy", np.arange(3))
+    np.save(tmp_path / "twice.npy", np.zeros(2, int))
+    np.save(tmp_path / "uneven.npy", np.array([1, 1, 1, 1, 2, 2]))
+    np.save(tmp_path / "floats.npy", np.zeros(2))
+    bad = embeddings.view(2, 3, 16).clone()
+    bad[1, 2, 0] = float("nan")
+    np.save(tmp_path / "bad.npy", bad.numpy())
+    np.save(tmp_path / "four.npy", np.ones((2, 2, 3, 16), np.float32))
+    for file, ids, message in (
+        ("contexts.npy", "three.npy", "has 3 ids, "),
+        ("contexts.npy", "twice.npy", "has the id 0 2 times"),
+        ("rows.npy", "uneven.npy", "has 4 rows of 1 but 2 of 2"),
+        ("contexts.npy", "floats.npy", "(2,) of float64: ids"),
+        ("contexts.npy", "missing.npy", "missing.npy is missing"),
+        ("bad.npy", "identity_ids.npy", "1 of 6 rows of"),
+        ("four.npy", "identity_ids.npy", "(2, 2, 3, 16)"),
+    ):
+        said = " ".join(complaint(*imported, tmp_path / file, "--identity-ids", tmp_path / ids).split())
+        assert message in said, said
+
+
+def test_banks_with_an_embedding_per_image_elsewhere():
+    """Compared image by image with others; refused where one per identity is needed."""
+    embeddings = unit(6)
+    bank = IdentityBank(embeddings.view(2, 3, 16), "toy", ["a", "b"])
+    rows = bank.one_per_row()
+    assert rows.names == list("aaabbb") and torch.equal(rows.embeddings, embeddings) and rows.one_per_row() is rows
+    report = inspect_bank(bank, bank)
+    assert torch.allclose(report.nearest_known, torch.ones(6)) and report.known_names == list("aaabbb")
+    between = embeddings[:3] @ embeddings[3:].T
+    assert torch.allclose(report.nearest_other, torch.cat([between.amax(dim=1), between.amax(dim=0)]), atol=1e-6)
+    near = IdentityBank(embeddings[[5]], "toy", ["c"])
+    kept, counts = keep_distinct(near, [bank], 0.9)
+    assert len(kept) == 0 and counts["near an excluded identity"] == 1
+    leakage = measure_leakage(near, bank)
+    assert leakage.image_nearest.tolist() == [5] and leakage.impostor_pairs == 9
+    assert len(sample_identities(bank, 2, max_similarity=0.99)) == 2
+    for refused in (keep_distinct, safe_cosines, lambda bank: perturb_identities(bank, (0.5, 1.0))):
+        with pytest.raises(ValueError, match="3 embeddings of each identity, one per image: .* takes banks with one"):
+            refused(bank)
+    broken = embeddings.view(2, 3, 16).clone()
+    broken[1, 2] = 0
+    with pytest.raises(ValueError, match="1 of 6 embeddings are zero .* that of `b` in row 1, image 2"):
+        IdentityBank(broken, "toy", ["a", "b"])
+    with pytest.raises(ValueError, match=r"not \(2, 0, 16\)"):
+        IdentityBank(torch.zeros(2, 0, 16), "toy")
+
+
 # training
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory, toy_root):
     """30 people of 4 photographs, and one who is alone."""
-    from conftest import draw_person
-
-    from uiface_diffusers.data import prepare_faces
-    from uiface_diffusers.faces import FaceEncoder
-
     root = tmp_path_factory.mktemp("flow")
     generator = np.random.default_rng(0)
     for person in range(31):
