@@ -7,8 +7,9 @@ flow and of IDperturb, as Wasserstein-1 distance; and the EER against pairs of t
 Identities are the people whom the training held out (`--held-out` is its `--validation-share`), as far as none of the
 training's people looks like them: one real embedding of each is the anchor, and as many embeddings are made from it as
 there are other real ones. Two kinds of pairs are told apart: of an anchor and an embedding made from it, and of two
-embeddings made from one anchor, which is what the images of a data set are to each other. Beside each range of cosines
-stands the mean cosine of two directions of one anchor, which is 0 if they are independent.
+embeddings made from one anchor, which is what the images of a data set are to each other. The last column is the mean
+cosine of two directions of one anchor. The flow is measured as `uiface generate` uses it, with noise that the images
+of an identity share, and with independent noise; IDperturb as it is, and with shared noise.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from uiface_diffusers.evaluation.verification import equal_error_rate
 from uiface_diffusers.identities import largest_cosines, perturb_embeddings
 from uiface_diffusers.loading import load_identity_flow
 from uiface_diffusers.models import IdentityFlow
-from uiface_diffusers.seeds import PERTURBATION, image_generator
+from uiface_diffusers.seeds import COMMON_PERTURBATION, PERTURBATION, image_generator
 from uiface_diffusers.sphere import cosines_and_directions
 from uiface_diffusers.training.identity_pairs import PersonEmbeddings
 
@@ -73,14 +74,19 @@ def measure(anchors: torch.Tensor, embeddings: torch.Tensor) -> Set:
 
 
 def perturbed(
-    anchors: torch.Tensor, images: int, cosine_range: Sequence[float] | torch.Tensor | None, flow: IdentityFlow | None
+    anchors: torch.Tensor,
+    images: int,
+    cosine_range: Sequence[float] | torch.Tensor,
+    flow: IdentityFlow | None = None,
+    shared: bool = False,
 ) -> torch.Tensor:
-    """`(N, images, D)`."""
-    generators = [
-        image_generator(0, str(i), n, stream=PERTURBATION) for i in range(len(anchors)) for n in range(images)
-    ]
+    """`(N, images, D)`, with noise that is `shared` among the embeddings of an anchor or independent."""
+    keys = [(str(identity), image) for identity in range(len(anchors)) for image in range(images)]
+    generators = [image_generator(0, *key, stream=PERTURBATION) for key in keys]
     rows = anchors.repeat_interleave(images, dim=0)
-    return perturb_embeddings(rows, cosine_range, generators, flow)[0].view(len(anchors), images, -1)
+    common = [image_generator(0, identity, 0, stream=COMMON_PERTURBATION) for identity, _ in keys] if shared else ()
+    turned, _ = perturb_embeddings(rows, cosine_range, generators, flow, common)
+    return turned.view(len(anchors), images, -1)
 
 
 def wasserstein(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -119,10 +125,14 @@ def main() -> None:
         print(f"| {cosines} | {kind} | {shown} | {100 * rate:.2f} % | {made.directions:.3f} |", flush=True)
 
     show("measured", "real faces", faces)
+    # an untrained flow is IDperturb, whose directions agree by as much as their noise does
+    uniform = IdentityFlow(anchors.shape[1], shared_noise=min(max(faces.directions, 0.0), 1.0))
+    arms = {"flow": (flow, True), "flow, independent": (flow,)}
+    arms |= {"IDperturb": (), "IDperturb, shared noise": (uniform, True)}
     same = torch.stack([faces.to_anchor, faces.to_anchor], dim=1)  # cosine by cosine as between the real faces
     for name, given in {"the same": same, **{f"{low} to {high}": (low, high) for low, high in RANGES}}.items():
-        for kind, used in (("flow", flow), ("IDperturb", None)):
-            show(name, kind, measure(anchors, perturbed(anchors, args.images, given, used)))
+        for kind, arm in arms.items():
+            show(name, kind, measure(anchors, perturbed(anchors, args.images, given, *arm)))
 
 
 if __name__ == "__main__":

@@ -20,12 +20,19 @@ from uiface_diffusers.banks import perturb_identities
 from uiface_diffusers.data import prepare_faces
 from uiface_diffusers.evaluation.leakage import measure_leakage
 from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.fingerprint import model_fingerprint
 from uiface_diffusers.identities import inspect_bank, keep_distinct, perturb_embeddings, safe_cosines
 from uiface_diffusers.loading import load_identity_flow
 from uiface_diffusers.models.identity_flow import path
-from uiface_diffusers.seeds import PERTURBATION, image_generator, noise_generator
+from uiface_diffusers.seeds import COMMON_PERTURBATION, PERTURBATION, image_generator, noise_generator
 from uiface_diffusers.sphere import cosines_and_directions, tangent, turn
-from uiface_diffusers.training.identity_pairs import PersonEmbeddings, flow_losses, place_of
+from uiface_diffusers.training.identity_pairs import (
+    PersonEmbeddings,
+    compare_directions,
+    fit_shared_noise,
+    flow_losses,
+    place_of,
+)
 
 SCRIPT = REPOSITORY / "training" / "train_identity_flow.py"
 sys.path.insert(0, str(SCRIPT.parent))
@@ -99,6 +106,17 @@ def test_directions_are_tangent_whatever_the_weights():
     assert 0.2 <= drawn.min() and drawn.max() <= 0.9 and 0.3 < (drawn < 0.3).float().mean() < 0.7
 
 
+def test_shared_noise_makes_directions_agree_and_nothing_else():
+    """By as much as the share, of an untrained flow; each direction stays uniform."""
+    flow, anchors = IdentityFlow(**SMALL, shared_noise=0.4), unit(1).repeat(4000, 1)
+    common = [torch.Generator().manual_seed(10**6 + i // 2) for i in range(4000)]
+    turned, _ = perturb_embeddings(anchors, (0.5, 0.5), generators(4000), flow, common)
+    directions = cosines_and_directions(anchors, turned)[1]
+    assert (directions[::2] * directions[1::2]).sum(dim=1).mean() == pytest.approx(0.4, abs=0.03)
+    assert directions.mean(dim=0).norm() < 0.05
+    assert torch.allclose(directions.T @ directions / 4000, tangent(torch.eye(16), anchors[:16]) / 15, atol=0.01)
+
+
 def test_learns_a_known_distribution():
     """Directions about a mean that depends on the anchor, more narrowly at a larger cosine: the mean and the spread of
     both cosines, for anchors that were not trained on."""
@@ -151,6 +169,8 @@ def test_what_is_saved_is_loaded_and_what_is_not_is_named(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match="damaged"):
         load_identity_flow(tmp_path / "flow")
+    with pytest.raises(ValueError, match="`shared_noise` has to be from 0 to 1"):
+        IdentityFlow(shared_noise=1.5)
     for quantiles in ((0.5,), (0.9, 0.5), (0.5, 1.5), (0.5, float("nan"))):
         with pytest.raises(ValueError, match="ascending cosines"):
             IdentityFlow(cosine_quantiles=quantiles)
@@ -175,13 +195,14 @@ def rows_of(folder) -> list[dict]:
 
 def test_images_follow_the_flow_and_can_be_made_again(tiny_pipeline, tmp_path):
     """By row alone; the flow is in the settings, and another one is refused."""
-    bank, flow = IdentityBank(unit(3), "toy"), moved_flow(cosine_quantiles=[0.4, 0.5, 0.8])
+    bank, flow = IdentityBank(unit(3), "toy"), moved_flow(cosine_quantiles=[0.4, 0.5, 0.8], shared_noise=0.3)
     generate_dataset(tiny_pipeline, bank, tmp_path / "data", 2, identity_flow=flow, **FAST)
     rows = rows_of(tmp_path / "data")
     assert len({row["perturbation"] for row in rows}) == 6
     row = rows[3]
     generator = image_generator(0, row["identity"], row["index"], stream=PERTURBATION)
-    embedding, cosine = perturb_embeddings(bank.embeddings[[1]], None, [generator], flow)
+    common = image_generator(0, row["identity"], 0, stream=COMMON_PERTURBATION)
+    embedding, cosine = perturb_embeddings(bank.embeddings[[1]], None, [generator], flow, [common])
     assert row["perturbation"] == pytest.approx(cosine.item())
     out = tiny_pipeline(embedding, generator=noise_generator(row["seed"]), num_inference_steps=2)
     expected = np.asarray(out.images[0].resize((8, 8), 2)).astype(int)
@@ -361,6 +382,10 @@ def test_pairs_are_of_one_person_and_two_faces(cache):
     cosines = [float(faces.embeddings[a] @ faces.embeddings[b]) for a, b in pairs if a < b and faces.count[a] == 4]
     assert faces.cosine_quantiles(3)[0] == pytest.approx(min(cosines), abs=1e-4)
     assert faces.cosine_quantiles(3)[1] == pytest.approx(np.median(cosines), abs=0.02)
+    flow = IdentityFlow(16)
+    share = fit_shared_noise(flow, faces, 200)
+    figures = compare_directions(flow, faces, 200)
+    assert share == flow.config.shared_noise and figures["flow"] == pytest.approx(figures["real"], abs=0.02)
     held_out = PersonEmbeddings([cache], (0.0, 0.3))
     rest = PersonEmbeddings([cache], (0.3, 1.0))
     assert held_out.people + rest.people == 30 and 0 < held_out.people < 30
@@ -382,6 +407,7 @@ def test_sigkill_and_resume_gives_the_same_flow(cache, tmp_path):
     flow = load_identity_flow(tmp_path / "whole")
     assert flow.config.identity_encoder == "toy" and flow.config.identity_encoder_fingerprint
     assert flow.config.identity_dim == 16 and len(flow.config.cosine_quantiles) == 65
+    assert 0 < flow.config.shared_noise < 1
     assert (tmp_path / "whole" / "validation" / "step-0000024.json").exists()
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     process = subprocess.Popen(
@@ -417,6 +443,23 @@ def test_mistakes_in_training_are_named(cache, tmp_path):
 
 
 # command line
+
+
+def test_generate_with_a_flow(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path / "model")
+    IdentityBank(unit(2), "toy").save(tmp_path / "bank.safetensors")
+    IdentityBank(unit(6).view(2, 3, 16), "toy").save(tmp_path / "images.safetensors")
+    moved_flow().save_pretrained(tmp_path / "flow")
+    generate = ["generate", str(tmp_path / "model"), "--num-inference-steps", "2", "--size", "8"]
+    options = ["--identity-flow", str(tmp_path / "flow"), "--identity-perturbation", "auto"]
+    given = ["--identities", str(tmp_path / "bank.safetensors"), "--images-per-identity", "2"]
+    cli.main([*generate, *given, *options, "--output", str(tmp_path / "data")])
+    cosines = [row["perturbation"] for row in rows_of(tmp_path / "data")]
+    assert min(cosines) >= safe_cosines(IdentityBank(unit(2)))[0] and len(set(cosines)) == 4
+    assert model_fingerprint(moved_flow()) in (tmp_path / "data" / "generation.json").read_text()
+    # as many images as the bank has embeddings
+    cli.main([*generate, "--identities", str(tmp_path / "images.safetensors"), "--output", str(tmp_path / "images")])
+    assert [row["index"] for row in rows_of(tmp_path / "images")] == [0, 1, 2] * 2
 
 
 def test_mistakes_on_the_command_line_are_named(tiny_pipeline, tmp_path):

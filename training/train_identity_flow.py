@@ -7,7 +7,8 @@
 The idea is FaceFlow's (04sunyc/FaceFlow): an embedding is turned by an angle that is drawn, in a direction of the
 anchor's tangent space that a flow has learned from pairs of real embeddings of one person. This is written from the
 mathematics, with none of its code. Ours are the path (quarter circles, on which an untrained flow is IDperturb), the
-condition on the cosine, people drawn alike whatever their number of faces, and the network, of 3M parameters.
+condition on the cosine, people drawn alike whatever their number of faces, the noise that the images of an identity
+share, and the network, of 3M parameters.
 
 Minutes on one CPU core. The same command with `--resume-from-checkpoint latest` goes on after an interruption. What is
 saved in `--output-dir` is an `IdentityFlow` with EMA weights.
@@ -25,7 +26,13 @@ from uiface_cli.options import json_object, real, whole
 from uiface_diffusers import IdentityFlow
 from uiface_diffusers.files import write_json
 from uiface_diffusers.training.averages import WeightAverage
-from uiface_diffusers.training.identity_pairs import FlowLog, PersonEmbeddings, compare_directions, flow_losses
+from uiface_diffusers.training.identity_pairs import (
+    FlowLog,
+    PersonEmbeddings,
+    compare_directions,
+    fit_shared_noise,
+    flow_losses,
+)
 from uiface_diffusers.training.options import (
     Options,
     add_checkpoint_arguments,
@@ -85,8 +92,8 @@ class Flow(Product):
 
     name = "identity flow"
 
-    def __init__(self, flow: IdentityFlow, others: PersonEmbeddings | None):
-        self.flow, self.others = flow, others
+    def __init__(self, flow: IdentityFlow, faces: PersonEmbeddings, others: PersonEmbeddings | None):
+        self.flow, self.faces, self.others = flow, faces, others
 
     def _report(self, run: Run) -> Path:
         return run.picture.with_suffix(".json")
@@ -101,6 +108,9 @@ class Flow(Product):
         return self._report(run).exists()
 
     def save(self, run: Run, folder: Path) -> None:
+        """With the share of the noise that the images of an identity have in common."""
+        share = fit_shared_noise(self.flow, self.others or self.faces, run.args.validation_faces)
+        logger.info(f"shared noise: {share:.3f} of the variance")
         self.flow.save_pretrained(folder)
 
 
@@ -124,6 +134,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
     if args.validation_share:
         others = PersonEmbeddings(args.train_data, (0.0, args.validation_share)).to(device)
     faces.to(device)
+    if not ((others or faces).count > 2).any():
+        raise ValueError("nobody, or nobody who is held out, has three faces: how these are alike cannot be measured.")
 
     # 2. model
     torch.manual_seed(args.seed)
@@ -148,7 +160,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
         checkpoint,
         faces,
         sampler,
-        product=Flow(flow, others),
+        product=Flow(flow, faces, others),
         log=log,
         lr_scheduler=lr_scheduler,
         fixed=fixed,

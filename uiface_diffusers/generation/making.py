@@ -21,7 +21,7 @@ from ..identities import IdentityBank, perturb_embeddings, safe_cosines
 from ..latents import decode_latents
 from ..models import IdentityFlow
 from ..pipeline_uiface import UIFacePipeline
-from ..seeds import PERTURBATION, image_generator, noise_seed
+from ..seeds import COMMON_PERTURBATION, PERTURBATION, image_generator, noise_seed
 from .plan import Attempt, Part
 from .resume import made_images
 from .settings import GenerationSettings
@@ -152,7 +152,9 @@ class ImageMaker:
         perturbations: list[float | None] = [None] * len(attempts)
         if self.settings.identity_perturbation is not None or self.flow is not None:
             generators = [image_generator(seed, *attempt.seed_key, stream=PERTURBATION) for attempt in attempts]
-            embeddings, cosines = perturb_embeddings(embeddings, self._cosine_range(attempts), generators, self.flow)
+            common = [image_generator(seed, a.key.identity, 0, stream=COMMON_PERTURBATION) for a in attempts]
+            cosine_range = self._cosine_range(attempts)
+            embeddings, cosines = perturb_embeddings(embeddings, cosine_range, generators, self.flow, common)
             perturbations = cosines.tolist()
         out = self.pipeline(
             replace(self.bank, embeddings=embeddings, names=[]),

@@ -45,6 +45,7 @@ def perturb_embeddings(
     cosine_range: Sequence[float] | torch.Tensor | None,
     generators: Sequence[torch.Generator],
     flow: IdentityFlow | None = None,
+    identity_generators: Sequence[torch.Generator] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Turns embeddings away from themselves by a random angle: in a random direction (IDperturb, CVPR 2026), or in one
     in which a person's embeddings vary, as a flow has learned.
@@ -55,6 +56,8 @@ def perturb_embeddings(
             2)`, a range for each embedding. `None`: the cosines that the flow has learned from real pairs.
         generators: one per embedding.
         flow (*optional*): of the embeddings' encoder.
+        identity_generators (*optional*): for a flow, one per embedding, in the same state for embeddings of one
+            identity: of what these have in common, see `IdentityFlow`. Without, they have nothing.
 
     Returns:
         The perturbed embeddings, `(N, D)`, of unit length, and their cosines to the given ones, `(N,)`.
@@ -77,6 +80,9 @@ def perturb_embeddings(
         raise ValueError("a range of cosines is needed where no flow has learned them.")
     noise = torch.stack([torch.randn(embeddings.shape[1], generator=each) for each in generators])
     if flow is not None:
+        if identity_generators:
+            common = torch.stack([torch.randn(embeddings.shape[1], generator=each) for each in identity_generators])
+            noise = flow.mix_noise(noise, common)
         directions = flow.directions(noise, embeddings, cosines)
     else:
         # uniform among the directions at a right angle

@@ -59,6 +59,9 @@ class IdentityFlow(ModelMixin, ConfigMixin):
         width (`int`, defaults to 256): of the hidden layers.
         num_blocks (`int`, defaults to 5): residual blocks.
         dropout (`float`, defaults to 0.1): within the blocks, in training mode.
+        shared_noise (`float`, defaults to 0.0): share of the noise's variance that the images of an identity have in
+            common, from 0 to 1. One anchor does not tell how the person looks on average; with it, the images agree
+            on that as real ones do, and each of them is distributed as before.
         cosine_quantiles (`Sequence[float]`, defaults to `(0.5, 1.0)`): evenly spaced quantiles of the cosines to draw
             from where no range is given, ascending; two are a uniform distribution.
         identity_encoder (`str`, *optional*): name of the face recognition model whose embeddings it was trained on.
@@ -66,7 +69,7 @@ class IdentityFlow(ModelMixin, ConfigMixin):
         identity_encoder_fingerprint (`str`, *optional*): of that model's weights, see `FaceEncoder.fingerprint`.
 
     Raises:
-        ValueError: `cosine_quantiles` are not ascending cosines.
+        ValueError: `cosine_quantiles` are not ascending cosines, or `shared_noise` is no share.
     """
 
     @register_to_config
@@ -76,6 +79,7 @@ class IdentityFlow(ModelMixin, ConfigMixin):
         width: int = 256,
         num_blocks: int = 5,
         dropout: float = 0.1,
+        shared_noise: float = 0.0,
         cosine_quantiles: Sequence[float] = (0.5, 1.0),
         identity_encoder: str | None = None,
         identity_encoder_fingerprint: str | None = None,
@@ -84,6 +88,8 @@ class IdentityFlow(ModelMixin, ConfigMixin):
         steps = [-1.0, *cosine_quantiles, 1.0]
         if len(cosine_quantiles) < 2 or any(not low <= high for low, high in zip(steps, steps[1:], strict=False)):
             raise ValueError(f"`cosine_quantiles` have to be ascending cosines but are {list(cosine_quantiles)}.")
+        if not 0 <= shared_noise <= 1:
+            raise ValueError(f"`shared_noise` has to be from 0 to 1 but is {shared_noise}.")
         self.direction_in = nn.Linear(identity_dim, width)
         self.anchor_in = nn.Linear(identity_dim, width)
         self.condition_in = nn.Sequential(nn.Linear(2 * FEATURES, width), nn.SiLU(), nn.Linear(width, width))
@@ -128,6 +134,12 @@ class IdentityFlow(ModelMixin, ConfigMixin):
             hidden = block(hidden, condition)
         velocity = tangent(self.velocity_out(self.norm_out(hidden)), anchors)
         return IdentityFlowOutput(velocity=velocity) if return_dict else (velocity,)
+
+    def mix_noise(self, noise: torch.Tensor, common: torch.Tensor) -> torch.Tensor:
+        """The noise of images `(N, identity_dim)` that have `shared_noise` of it in common with those whose row of
+        `common`, of the same shape, is the same."""
+        share = self.config.shared_noise
+        return share**0.5 * common + (1 - share) ** 0.5 * noise
 
     @torch.no_grad()
     def directions(

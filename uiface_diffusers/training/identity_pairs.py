@@ -133,30 +133,52 @@ def flow_losses(
 
 @torch.no_grad()
 def compare_directions(flow: IdentityFlow, faces: PersonEmbeddings, number: int) -> dict[str, float]:
-    """How a flow does on other people: `loss`, and the mean cosine between two directions of one anchor at the same
-    cosines, of real faces (`real`) and of the flow (`flow`). Independent directions have none.
+    """How a flow does on faces of people with three or more.
 
     Args:
-        faces: of people with three faces or more, as far as `real` counts.
-        number (`int`): anchors.
+        number (`int`): anchors, about as many.
+
+    Returns:
+        `loss`, and the mean cosine between two directions of one anchor at the same cosines: of real faces (`real`),
+        of the flow with its `shared_noise` (`flow`).
+
+    Raises:
+        ValueError: nobody has three faces.
     """
     generator = torch.Generator().manual_seed(0)
-    positions = torch.arange(0, len(faces), max(1, len(faces) // number))
+    of_three = (faces.count > 2).nonzero().flatten()
+    if not len(of_three):
+        raise ValueError("nobody has three faces, which are needed to compare directions.")
+    positions = of_three[:: max(1, len(of_three) // number)]
     first, place, count = faces.first[positions], positions - faces.first[positions], faces.count[positions]
-    positions, first, place, count = (each[count > 2] for each in (positions, first, place, count))
-    if not len(positions):
-        raise ValueError("nobody who is held out has three faces, which the validation needs: --validation-share 0.")
     anchors = faces.embeddings[positions]
     real = [faces.embeddings[first + (place + step) % count] for step in (1, 2)]
-    noise = torch.randn(3, *anchors.shape, generator=generator).to(anchors.device)
+    noise = torch.randn(4, *anchors.shape, generator=generator).to(anchors.device)
     time = torch.rand(len(anchors), generator=generator).to(anchors.device)
-    (cosines, directions), (other_cosines, others) = (cosines_and_directions(anchors, each) for each in real)
-    drawn = flow.directions(noise[1], anchors, cosines), flow.directions(noise[2], anchors, other_cosines)
+    pairs = [cosines_and_directions(anchors, each) for each in real]
+    drawn = [
+        flow.directions(flow.mix_noise(own, noise[3]), anchors, cosines)
+        for own, (cosines, _) in zip(noise[1:3], pairs, strict=True)
+    ]
     return {
         "loss": flow_losses(flow, anchors, real[0], time, noise[0]).mean().item(),
-        "real": (directions * others).sum(dim=1).mean().item(),
+        "real": (pairs[0][1] * pairs[1][1]).sum(dim=1).mean().item(),
         "flow": (drawn[0] * drawn[1]).sum(dim=1).mean().item(),
     }
+
+
+def fit_shared_noise(flow: IdentityFlow, faces: PersonEmbeddings, number: int, rounds: int = 7) -> float:
+    """Sets the `shared_noise` of a flow, by bisection, so that two directions of one anchor are as near to each other
+    as those of real faces; see `compare_directions`."""
+    low, high = 0.0, 1.0
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        flow.register_to_config(shared_noise=middle)
+        figures = compare_directions(flow, faces, number)
+        low, high = (middle, high) if figures["flow"] < figures["real"] else (low, middle)
+    share = round((low + high) / 2, 4)
+    flow.register_to_config(shared_noise=share)
+    return share
 
 
 class FlowLog(RunningMeans):
