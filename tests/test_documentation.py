@@ -19,8 +19,10 @@ import sampling_settings  # noqa: E402
 import train  # noqa: E402
 import train_autoencoder  # noqa: E402
 import train_face_recognition  # noqa: E402
+import train_identity_flow  # noqa: E402
 
-SCRIPTS = (train, train_autoencoder, train_face_recognition, evaluate, export_checkpoint, ablation, sampling_settings)
+TRAININGS = (train, train_autoencoder, train_face_recognition, train_identity_flow)
+SCRIPTS = (*TRAININGS, evaluate, export_checkpoint, ablation, sampling_settings)
 PARSERS = {f"{script.__name__}.py": script.parse_args for script in SCRIPTS}
 START = "(?:python training/|accelerate launch training/|uiface )"
 DOCUMENTS = ["*.md", "docs/**/*.md", "training/configs/*.yaml", "training/*.py", "training/*/*.py"]

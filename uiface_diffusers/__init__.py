@@ -10,6 +10,7 @@ from .generation import generate_dataset, make_identities
 from .identities import IdentityBank, sample_identities
 from .models import (
     EmptyContext,
+    IdentityFlow,
     IdentityProjector,
     IResNetConfig,
     IResNetImageProcessor,
@@ -26,6 +27,7 @@ __all__ = [
     "IResNetImageProcessor",
     "IResNetModel",
     "IdentityBank",
+    "IdentityFlow",
     "IdentityProjector",
     "UIFacePipeline",
     "UIFacePipelineOutput",

@@ -72,6 +72,7 @@ class ContextMeasure(Measure):
     def check(self) -> None:
         bank, faces = self.inputs.identities, self.inputs.faces
         assert bank is not None
+        bank.check_one_each("the cosine to the context")
         if len(set(bank.names)) < len(bank):
             name = Counter(bank.names).most_common(1)[0][0]
             raise ValueError(

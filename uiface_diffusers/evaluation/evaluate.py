@@ -200,7 +200,7 @@ def _check_dimensions(inputs: Inputs) -> None:
     for bank in (inputs.identities, inputs.against):
         if bank is not None and bank.identity_encoder is None:
             encoder = inputs.recognizers[0]
-            given, expected = bank.embeddings.shape[1], encoder.embed_pictures([inputs.faces.read(0)]).shape[1]
+            given, expected = bank.embeddings.shape[-1], encoder.embed_pictures([inputs.faces.read(0)]).shape[1]
             if given != expected:
                 raise ValueError(f"a bank of {given} dimensions is not of `{encoder.name}`, which gives {expected}.")
 

@@ -106,6 +106,7 @@ def measure_leakage(synthetic: IdentityBank, real: IdentityBank) -> LeakageRepor
     Raises:
         ValueError: the banks are of two encoders, or `real` has a single identity.
     """
+    synthetic, real = synthetic.one_per_row(), real.one_per_row()
     check_same_encoder("the synthetic bank", synthetic.encoder_mark, "the real one", real.encoder_mark)
     thresholds, pairs, of_real = impostor_thresholds(real)
     known, images = F.normalize(real.embeddings), F.normalize(synthetic.embeddings)
@@ -167,8 +168,8 @@ class LeakageMeasure(Measure):
             )
 
     def measure(self) -> None:
-        against = self.inputs.against
-        assert against is not None
+        assert self.inputs.against is not None
+        against = self.inputs.against.one_per_row()
         recognizer = self.inputs.recognizer_of(against)
         found = measure_leakage(self.inputs.faces.bank(recognizer, self.inputs.cache), against)
         digest = hashlib.sha256(against.embeddings.contiguous().numpy().tobytes()).hexdigest()[:12]
@@ -214,6 +215,7 @@ def audit_dataset(
     """
     if worst < 1:
         raise ValueError(f"`worst` has to be positive but is {worst}.")
+    real = real.one_per_row()
     cache = Path(f"{plot}.cache")
     synthetic = FaceSet(open_source(dataset)).usable(dataset, cache, skip_unusable=True)
     for file, reason in synthetic.left_out.items():

@@ -79,7 +79,10 @@ def dataset_card(
         if similarities
         else ""
     )
-    perturbation = "none" if settings.identity_perturbation is None else list(settings.identity_perturbation)
+    cosines = settings.identity_perturbation
+    perturbation: object = "none" if cosines is None else cosines if cosines == "auto" else list(cosines)
+    if settings.identity_flow is not None:
+        perturbation = f"{'of real pairs' if cosines is None else perturbation}, flow `{settings.identity_flow}`"
     sampling = ", ".join(f"{name}={value!r}" for name, value in settings.sampling.items()) or "the pipeline's defaults"
     text = f"""
 # Synthetic faces
