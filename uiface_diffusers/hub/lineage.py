@@ -68,7 +68,8 @@ def read_card(card: str | os.PathLike) -> tuple[dict[str, Any], str]:
     try:
         header = yaml.safe_load(found[1])
     except yaml.YAMLError as error:
-        raise ValueError(f"the header of {path}, between the lines ---, is no YAML: {brief(error)}.") from error
+        reason = brief(" ".join(str(error).split()))  # it says the line
+        raise ValueError(f"the header of {path}, between the lines ---, is no YAML: {reason}.") from error
     if not isinstance(header, dict | None):
         raise ValueError(f"the header of {path}, between the lines ---, has to be names with values.")
     return header or {}, content[found.end() :]
