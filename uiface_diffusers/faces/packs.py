@@ -83,7 +83,8 @@ def pack_folder(name: str, root: str | os.PathLike) -> Path:
             ensure_available("models", name, root=str(root))
         except Exception as error:  # connections and archives fail in many ways
             raise ValueError(
-                f"model pack `{name}` is not in {root / 'models'} and cannot be downloaded: {error}"
+                f"model pack `{name}` is not in {root / 'models'} and cannot be downloaded: {error}. Copy its"
+                " folder there, or make one of two ONNX files by `uiface make-pack`."
             ) from error
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file, not the folder of a model pack: unzip it.")
