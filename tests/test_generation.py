@@ -18,6 +18,7 @@ import torchvision
 import webdataset
 from conftest import FIXTURES, TINY_UNET, complaint, tiny_components
 from killed import run_until_complete
+from written_files import write
 
 from uiface_diffusers import (
     IdentityBank,
@@ -128,7 +129,9 @@ def test_what_is_there_is_not_made_again(tiny_pipeline, tmp_path):
                          for x in (before, after)))  # fmt: skip
 
 
-@pytest.mark.parametrize(("output_format", "kills"), [("imagefolder", (1, 7, 10)), ("webdataset", (9,))])
+@pytest.mark.parametrize(
+    ("output_format", "kills"), [("imagefolder", (1, 7, 10)), ("webdataset", (9,)), ("parquet", (9,))]
+)
 def test_killed_again_and_again_the_folder_is_the_same(tmp_path, output_format, kills):
     """SIGKILL after some more images: in the first batch, within a later one, after a resume; then the run goes on."""
     pipe = UIFacePipeline(**tiny_components())
@@ -262,6 +265,54 @@ def test_shards_by_parts_that_do_not_know_each_other(tiny_pipeline, tmp_path):
         keys += [f"shards/{shard.name}/{name}" for name in names]
     assert keys == [row["file_name"] for row in metadata(tmp_path)]
     assert generate_dataset(tiny_pipeline, bank(10), tmp_path, shard=(1, 2), **options).made == 0
+
+
+def test_parquet_shards_with_their_rows(tiny_pipeline, tmp_path):
+    """What the Hub's viewer and `datasets` show, by the card and without it; made in parts, resumed after a kill, and
+    read by our own commands. 1,150 images in two shards."""
+    options = {"images_per_identity": 115, "batch_size": 100, "size": 8, "num_inference_steps": 1}
+    folder = tmp_path / "set"
+    generate_dataset(tiny_pipeline, bank(10), tmp_path / "images", **options)
+    options["output_format"] = "parquet"
+    first = generate_dataset(tiny_pipeline, bank(10), folder, shard=(0, 2), **options)
+    assert (first.made, first.complete) == (1000, False)
+    # a kill while a shard was written, and after it
+    write(folder, {"data/train-00001-of.123.part": b"half", "images/000000/0001.png": b"left after packing"})
+    second = generate_dataset(tiny_pipeline, bank(10), folder, shard=(1, 2), **options)
+    assert (second.made, second.complete) == (150, True)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md", "data", "generation.json", "identities.safetensors", "metadata.parquet", "preview.png"
+    ]  # fmt: skip
+    shards = sorted((folder / "data").iterdir())
+    assert [shard.name for shard in shards] == [f"train-0000{number}-of-00002.parquet" for number in range(2)]
+    tables = [pq.ParquetFile(shard) for shard in shards]
+    assert [table.metadata.num_rows for table in tables] == [1000, 150] and tables[0].metadata.num_row_groups == 10
+    rows = [row for table in tables for row in table.read().to_pylist()]
+    expected = {str(p.relative_to(tmp_path / "images" / "images")): p.read_bytes()
+                for p in sorted((tmp_path / "images" / "images").glob("*/*"))}  # fmt: skip
+    assert_same_images({name: np.asarray(PIL.Image.open(io.BytesIO(content))) for name, content in expected.items()},
+                       {row["image"]["path"]: np.asarray(PIL.Image.open(io.BytesIO(row["image"]["bytes"])))
+                        for row in rows})  # fmt: skip
+    names = [row.pop("image")["path"] for row in rows]
+    listed = metadata(folder)
+    assert names == list(expected)
+    assert [row.pop("file_name") for row in listed] == [
+        f"data/{shards[number // 1000].name}/{name}" for number, name in enumerate(names)
+    ]
+    assert rows == listed
+    for given in (folder, folder / "data"):
+        loaded = datasets.load_dataset(str(given), split="train", cache_dir=str(tmp_path / "cache"))
+        assert len(loaded) == 1150 and loaded[120]["image"].size == (8, 8) and loaded[120]["identity"] == "000001"
+        source = open_source(given)
+        assert source.left_out == {} and len(source.photographs) == 1150
+        assert {photograph.identity for photograph in source.photographs} == set(bank(10).names)
+    assert generate_dataset(tiny_pipeline, bank(10), folder, shard=(1, 2), **options).made == 0
+    cli.main(["convert", str(folder), str(tmp_path / "folders"), "--format", "imagefolder"])
+    converted = {str(p.relative_to(tmp_path / "folders")) for p in (tmp_path / "folders").glob("*/*")}
+    assert converted == set(names)
+    shards[1].unlink()
+    with pytest.raises(ValueError, match="set has 1000 images, its metadata.parquet says 1150: it is not whole"):
+        open_source(folder)
 
 
 def test_images_below_the_similarity_are_made_again(tiny_pipeline, toy_root, tmp_path):

@@ -124,6 +124,8 @@ class TarShards(ImageFolder):
 
     def clean_up(self) -> None:
         shutil.rmtree(self.images, ignore_errors=True)  # empty folders
+        for cut_short in self.shard(self.plan.keys[0]).parent.glob("*.part"):
+            cut_short.unlink()
 
 
 class ParquetShards(TarShards):
