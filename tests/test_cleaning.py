@@ -16,6 +16,7 @@ from uiface_diffusers import cli
 from uiface_diffusers.data.sources import open_source
 from uiface_diffusers.evaluation import cleaning
 from uiface_diffusers.evaluation.cleaning import (
+    clean_dataset,
     find_duplicates,
     find_strangers,
     find_twins,
@@ -26,6 +27,7 @@ from uiface_diffusers.evaluation.cleaning import (
     same_identity_cosine,
     small_picture,
 )
+from uiface_diffusers.faces import FaceEncoder
 
 PEOPLE, IMAGES = 10, 6
 
@@ -127,6 +129,31 @@ def test_thresholds_can_be_given(planted, toy_root, tmp_path):
     )
     assert not {"stranger", "twin"} & set(reasons.values())
     assert [row["threshold"] for row in rows if row["file"] == "p0/a_copy.png"] == [0]
+
+
+class CountingEncoder(FaceEncoder):
+    embedded = 0
+
+    def __call__(self, faces):
+        self.embedded += len(faces)
+        return super().__call__(faces)
+
+
+def test_what_was_embedded_is_kept_until_the_list_is_written(planted, toy_root, tmp_path):
+    root, expected = planted
+    encoder = CountingEncoder("toy", str(toy_root), det_size=160)
+
+    def interrupt(line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        clean_dataset(root, encoder, tmp_path / "list.csv", log=interrupt)
+    first, encoder.embedded = encoder.embedded, 0
+    assert first >= 70 and (tmp_path / "list.csv.cache").is_dir()
+    report = clean_dataset(root, encoder, tmp_path / "list.csv")
+    assert encoder.embedded == 0 and not (tmp_path / "list.csv.cache").exists()
+    assert {finding.file for finding in report.findings} == expected.keys()
+    assert (report.images, report.identities, report.kept_images, report.kept_identities) == (71, 11, 60, 10)
 
 
 def test_what_cannot_be_measured_is_named_first(toy_root, tmp_path):

@@ -221,6 +221,5 @@ def describe_lineage(dataset: str | os.PathLike) -> list[str]:
 
 
 def _in_one_line(value: Any) -> str:
-    return (
-        yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True).removesuffix("...\n").strip()
-    )
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000)
+    return text.removesuffix("...\n").strip()
