@@ -308,8 +308,9 @@ def test_a_step_of_train_autoencoder_waits_for_nothing(faces, toy_root, backbone
     assert not any(waits_of_training(script, options))
 
 
+@pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("head", ["arcface", "adaface"])
-def test_a_step_of_train_face_recognition_waits_for_nothing(head, tmp_path):
+def test_a_step_of_train_face_recognition_waits_for_nothing(head, sampled, tmp_path):
     import train_face_recognition as script
 
     generator = np.random.default_rng(0)
@@ -321,4 +322,6 @@ def test_a_step_of_train_face_recognition_waits_for_nothing(head, tmp_path):
     config = json.dumps({"layers": 18, "width": 4, "embedding_dim": 16, "image_size": 32, "dropout": 0.1})
     options = ["--train-data", str(tmp_path / "faces"), "--recognizer", config, "--head", head, *RARELY]
     options += ["--output-dir", str(tmp_path / "run")]
+    if sampled:
+        options += ["--class-sample-rate", "0.5", "--train-batch-size", "2"]
     assert not any(waits_of_training(script, options))

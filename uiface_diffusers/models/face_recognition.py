@@ -116,6 +116,7 @@ class IResNetModel(PreTrainedModel):
     43.6M parameters with 50 layers, 24.0M with 18.
     """
 
+    config: IResNetConfig
     config_class = IResNetConfig
     main_input_name = "pixel_values"
     _no_split_modules = ["IResNetBlock"]

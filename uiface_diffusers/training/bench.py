@@ -88,7 +88,7 @@ def name_sets(sets: Sequence[str | os.PathLike]) -> dict[str, Path]:
         ValueError: two have the same name.
     """
     named = []
-    for word in map(os.fspath, sets):
+    for word in [os.fspath(each) for each in sets]:
         name, equals, path = word.partition("=")
         if not equals or Path(word).exists():
             found = local_path(word).resolve()

@@ -70,8 +70,15 @@ from .schedules import LR_SCHEDULERS, make_lr_scheduler
 logger = get_logger(__name__)
 
 # what `Augmentation` takes, by the options' names
-AUGMENTATION = ("flip_probability", "crop_probability", "crop_scale", "crop_in_place", "low_resolution_probability")
-AUGMENTATION += ("photometric_probability", "erasing_probability")
+AUGMENTATION = (
+    "flip_probability",
+    "crop_probability",
+    "crop_scale",
+    "crop_in_place",
+    "low_resolution_probability",
+    "photometric_probability",
+    "erasing_probability",
+)
 
 
 def add_data_arguments(group: Options) -> None:
