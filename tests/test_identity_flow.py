@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import PIL.Image
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import REPOSITORY, complaint, draw_person, run_script
+from hub_server import HubServer
 from safetensors.torch import load_file
 
 from uiface_diffusers import IdentityBank, IdentityFlow, IdentityProjector, cli, generate_dataset, sample_identities
@@ -174,6 +176,31 @@ def test_what_is_saved_is_loaded_and_what_is_not_is_named(tmp_path):
     for quantiles in ((0.5,), (0.9, 0.5), (0.5, 1.5), (0.5, float("nan"))):
         with pytest.raises(ValueError, match="ascending cosines"):
             IdentityFlow(cosine_quantiles=quantiles)
+
+
+def test_a_flow_comes_from_the_hub(tmp_path):
+    """Pushed and loaded by the real client in a process of its own; a repository that is not there is named."""
+    program = """
+        import sys
+        from uiface_diffusers import IdentityFlow
+        from uiface_diffusers.loading import load_identity_flow
+        flow = IdentityFlow(16, 32, 1, cosine_quantiles=[0.2, 0.9], identity_encoder="toy")
+        flow.push_to_hub("tester/flow")
+        loaded = load_identity_flow("tester/flow")
+        assert loaded.encoder_mark.name == "toy" and list(loaded.config.cosine_quantiles) == [0.2, 0.9]
+        try:
+            load_identity_flow("tester/nothing")
+        except OSError as error:
+            assert "tester/nothing" in str(error)
+        else:
+            sys.exit("a missing repository was loaded")
+    """
+    with HubServer(tmp_path / "hub") as hub:
+        environment = {**hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+        process = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program)], env=environment, capture_output=True, text=True
+        )
+    assert process.returncode == 0, process.stderr
 
 
 def test_a_neighbor_safe_identity_stays_nearest_to_itself():
