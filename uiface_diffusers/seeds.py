@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 # streams of random numbers of one image; candidates for new identities have no identity
-NOISE, PERTURBATION, CANDIDATE = range(3)
+NOISE, PERTURBATION, CANDIDATE, LAYOUT = range(4)
 # how an image's random numbers come from its seed; data sets and studies begun with another version are refused.
 # 1: `torch.Generator().manual_seed`, which takes 32 bits of a seed only: images shared their noise
 NOISE_VERSION = 2

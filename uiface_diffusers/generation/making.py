@@ -20,6 +20,7 @@ from ..identities import IdentityBank, perturb_embeddings
 from ..latents import decode_latents
 from ..pipeline_uiface import UIFacePipeline
 from ..seeds import PERTURBATION, image_generator, noise_seed
+from .layouts import Layouts
 from .plan import Attempt, Part
 from .resume import made_images
 from .settings import GenerationSettings
@@ -57,6 +58,7 @@ class Sampled:
     latents: torch.Tensor
     boundaries: list[int]
     perturbations: list[float | None]
+    layouts: list[str | None]
 
 
 class ImageMaker:
@@ -68,6 +70,7 @@ class ImageMaker:
         settings: of the data set.
         batch_size (`int`): images per call of the pipeline.
         writer: of the images.
+        layouts (*optional*): each image draws one.
     """
 
     def __init__(
@@ -78,7 +81,9 @@ class ImageMaker:
         settings: GenerationSettings,
         batch_size: int,
         writer: ImageFolder,
+        layouts: Layouts | None = None,
     ):
+        self.layouts = layouts
         self.pipeline, self.bank, self.encoder = pipeline, bank, encoder
         self.settings, self.batch_size, self.writer = settings, batch_size, writer
         self.unet_rows = 0
@@ -147,13 +152,19 @@ class ImageMaker:
             generators = [image_generator(seed, *attempt.seed_key, stream=PERTURBATION) for attempt in attempts]
             embeddings, cosines = perturb_embeddings(embeddings, perturbation, generators)
             perturbations = cosines.tolist()
+        names: list[str | None] = [None] * len(attempts)
+        layout = None
+        if self.layouts is not None:
+            drawn = [self.layouts.drawn(seed, attempt) for attempt in attempts]
+            names, layout = [each.file for each in drawn], [self.layouts.read(each) for each in drawn]
         out = self.pipeline(
             replace(self.bank, embeddings=embeddings, names=[]),
             generator=[image_generator(seed, *attempt.seed_key) for attempt in attempts],
             output_type="latent",
+            layout=layout,
             **self.settings.sampling,
         )
-        return Sampled(attempts, out.images, out.boundary_timesteps.tolist(), perturbations)
+        return Sampled(attempts, out.images, out.boundary_timesteps.tolist(), perturbations, names)
 
     def _embeddings(self, attempts: list[Attempt]) -> torch.Tensor:
         """Of the attempts' identities, `(N, identity_dim)`, of unit length."""
@@ -218,7 +229,7 @@ class ImageMaker:
         if self.encoder is not None:
             wanted = self._embeddings(sampled.attempts)
             similarities = (self.encoder.embed_pictures(pictures) * wanted).sum(dim=1).tolist()
-        columns = (sampled.attempts, sampled.boundaries, sampled.perturbations, similarities)
+        columns = (sampled.attempts, sampled.boundaries, sampled.perturbations, similarities, sampled.layouts)
         return [
             ImageRow(
                 attempt.key.identity,
@@ -229,8 +240,9 @@ class ImageMaker:
                 perturbation=perturbation,
                 similarity=similarity,
                 size=0,
+                layout=layout,
             )
-            for attempt, boundary, perturbation, similarity in zip(*columns, strict=True)
+            for attempt, boundary, perturbation, similarity, layout in zip(*columns, strict=True)
         ]
 
     def _best(

@@ -12,6 +12,7 @@ from ..fingerprint import pipeline_fingerprint
 from ..identities import IdentityBank, bank_hash, check_cosine_range
 from ..pipeline_uiface import UIFacePipeline
 from ..seeds import NOISE_VERSION
+from .layouts import Layouts
 from .writers import OUTPUT_FORMATS
 
 
@@ -32,6 +33,7 @@ class GenerationSettings:
         encoder, encoder_fingerprint (`str`, *optional*): what measures the similarity.
         max_attempts (`int`): at an image; 1 without `min_similarity`.
         sampling (`Mapping[str, Any]`): arguments of the pipeline's call, none left to its defaults.
+        layouts (`str`, *optional*): the fingerprint of the pictures that images take their layouts from.
 
     Raises:
         ValueError: a value is out of range.
@@ -56,6 +58,7 @@ class GenerationSettings:
     encoder_fingerprint: str | None
     max_attempts: int
     sampling: Mapping[str, Any]
+    layouts: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("images_per_identity", "size", "max_attempts"):
@@ -81,6 +84,7 @@ class GenerationSettings:
         identity_perturbation: Sequence[float] | None,
         min_similarity: float | None,
         max_attempts: int,
+        layouts: Layouts | None,
         **given: Any,
     ) -> "GenerationSettings":
         """Of a call of `generate_dataset`, whose numbers may be NumPy's.
@@ -106,13 +110,17 @@ class GenerationSettings:
             encoder_fingerprint=None if encoder is None else encoder.fingerprint,
             max_attempts=1 if similarity is None else attempts,
             sampling=_sampling(pipeline, sampling),
+            layouts=None if layouts is None else layouts.fingerprint,
             **given,
         )
 
     def begin(self, output: Path, **notes: Any) -> None:
         """Writes `generation.json`, or refuses to go on in a folder that was begun with other settings."""
         prints = ("identity_encoder_fingerprint", "encoder_fingerprint")
-        check_settings(output / GENERATION, asdict(self), if_known=prints, **notes)
+        settings = asdict(self)
+        if self.layouts is None:
+            del settings["layouts"]
+        check_settings(output / GENERATION, settings, if_known=prints, **notes)
 
 
 def _is_integer(value: object) -> bool:
