@@ -38,7 +38,7 @@ from .models.identity_projector import IdentityProjector
 from .pictures import Picture, as_pictures, rgb_bytes
 from .two_stage import TwoStageSampler
 from .two_stage.boundary import boundary_rule
-from .two_stage.layout import begin_at, first_evaluation, layout_boundary, noised_layout
+from .two_stage.layout import begin_within, first_evaluation, layout_boundary, noised_layout
 from .two_stage.schedulers import (
     check_scheduler,
     check_timesteps,
@@ -833,8 +833,7 @@ class UIFacePipeline(DiffusionPipeline):
         schedule, first = paper_timesteps(self.scheduler), 0
         if layout is not None:
             boundary = layout_boundary(boundary, latest)
-            first = first_evaluation(self.scheduler, schedule, boundary)
-            begin_at(self.scheduler, first)
+            first = begin_within(self.scheduler, schedule, boundary)
         # the denoiser alone works in its own dtype: rounded between the steps, latents would lead to another image
         latents_dtype = torch.promote_types(torch.float32, self.unet.dtype)
         latents = self.prepare_latents(batch_size, latents_dtype, device, generator, latents, layout, first)

@@ -57,17 +57,19 @@ def _begins_step(scheduler: Any, i: int) -> bool:
     return i % 2 == 0 or not hasattr(scheduler, "state_in_first_order")
 
 
-def begin_at(scheduler: Any, i: int) -> None:
-    """The scheduler's first step will be evaluation `i`. Schedulers without an index look their timesteps up."""
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(i)
+def begin_within(scheduler: Any, schedule: Sequence[float], boundary: float) -> int:
+    """Makes the `first_evaluation` that of the scheduler, and returns it."""
+    first = first_evaluation(scheduler, schedule, boundary)
+    if hasattr(scheduler, "set_begin_index"):  # the others look each timestep up
+        scheduler.set_begin_index(first)
+    return first
 
 
 def noised_layout(scheduler: Any, i: int, layout: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """The latents that evaluation `i` begins with.
 
     Args:
-        scheduler: after `begin_at`.
+        scheduler: after `begin_within`, which gave `i`.
         layout (`torch.Tensor` of shape `(B or 1, channels, height, width)`): clean latents.
         noise (`torch.Tensor` of shape `(B, channels, height, width)`): of unit variance.
 
