@@ -164,6 +164,9 @@ COMMANDS: list[tuple[str, list[str], list[str]]] = [
     ("audit", ["faces", "cache"], ["audit", "faces", "--against", "cache", "--plot", "out/audit.png", *pack()]),
     ("audit", ["made_shards", "cache"],
      ["audit", "made_shards", "--against", "cache", "--plot", "out/audit.png", *pack()]),
+    *(("clean", [name], ["clean", name, "--list", "out/list.csv", "--output", "out/clean", *pack()])
+      for name in ("faces", "recordio", "cache")),
+    ("card", ["made"], ["card", "made"]),
     ("make-benchmark", ["lists/pairs.txt", "faces"],
      ["make-benchmark", "--pairs", "lists/pairs.txt", "--images", "faces", "--output", "out/x.bin", "--aligned"]),
     ("make-benchmark", ["lists/pairs.csv", "faces"],

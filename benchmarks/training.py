@@ -19,7 +19,6 @@ import argparse
 import json
 import resource
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -51,9 +50,7 @@ from uiface_diffusers import (
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.models.margin_heads import ArcFaceHead
 from uiface_diffusers.training.denoising import ConditionalDenoiser, denoising_loss, face_losses
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-from train_face_recognition import FaceClassifier
+from uiface_diffusers.training.recognition import FaceClassifier
 
 SETTINGS = ("float32", "first stage", "channels_last", "bf16", "compile")
 

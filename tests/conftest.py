@@ -3,6 +3,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -293,7 +294,7 @@ TOY_POINTS = ((-2, -2), (2, -2), (0, 0), (-1.6, 2), (1.6, 2))
 
 
 def write_toy_pack(
-    root: Path, name: str = "toy", batch: int | str = "n", needs_blue: bool = False, points=TOY_POINTS
+    root: Path, name: str = "toy", batch: int | str = "n", needs_blue: bool = False, points=TOY_POINTS, dim: int = 16
 ) -> None:
     """An insightface model pack whose faces are red discs: a detector of red in SCRFD's form (scores, box distances,
     landmark distances at strides 8, 16, 32), and a fixed random projection of the 112x112 face as the recognizer; all
@@ -337,7 +338,7 @@ def write_toy_pack(
     _save_onnx(folder / "detector.onnx", nodes, [image], scores + boxes + landmarks, constants)
 
     # packs of other names are other recognizers
-    projection = np.random.default_rng(list(name.encode())).normal(size=(3 * 14 * 14, 16)).astype(np.float32)
+    projection = np.random.default_rng(list(name.encode())).normal(size=(3 * 14 * 14, dim)).astype(np.float32)
     nodes = [
         helper.make_node("AveragePool", ["face"], ["pooled"], kernel_shape=[8, 8], strides=[8, 8]),
         helper.make_node("Flatten", ["pooled"], ["flat"]),
@@ -353,7 +354,7 @@ def write_toy_pack(
         ]
         constants += [_constant("third", np.array([2], np.int64)), _constant("one", np.float32(1))]
     face = helper.make_tensor_value_info("face", TensorProto.FLOAT, [batch, 3, 112, 112])
-    embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [batch, 16])
+    embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [batch, dim])
     _save_onnx(folder / "recognizer.onnx", nodes, [face], [embedding], constants)
 
 
@@ -423,3 +424,34 @@ def write_study_inputs(root: Path, photographs: Path) -> None:
                 face = PIL.Image.open(photographs / "person_0" / f"{index}.png")
             face.save(root / "others" / person / f"{index}.png")
     prepare_faces(root / "others", root / "unseen", encoder, image_size=112)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium of the system, without a window. It reaches no network: what a page asks for is recorded by `visit`."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("needs Chromium")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page in the browser; `problems` has its errors and what it asked for elsewhere."""
+
+    def __init__(self, browser, address: str, width: int = 1280, height: int = 900):
+        self.problems: list[str] = []
+        self.page = browser.new_page(viewport={"width": width, "height": height})
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.route("**/*", self._only_here)
+        self.page.goto(address)
+
+    def _only_here(self, route) -> None:
+        if route.request.url.startswith(("file:", "data:", "blob:", "http://127.0.0.1:")):
+            route.continue_()
+        else:
+            self.problems.append(f"asked for {route.request.url}")
+            route.abort()

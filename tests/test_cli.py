@@ -2,23 +2,27 @@
 
 import argparse
 import inspect
+import re
 import shlex
 import subprocess
 import sys
 import textwrap
+import tomllib
 from types import NoneType
 from typing import get_args
 
 import pytest
+from conftest import REPOSITORY, complaint
 
 import uiface_cli
 from uiface_cli.generate import MODELS_OWN, SAMPLING
-from uiface_cli.options import with_hyphens
+from uiface_cli.options import TRAIN_MODULES, with_hyphens
 from uiface_diffusers import UIFacePipeline, generate_dataset
 from uiface_diffusers.banks import identities_from_images, load_bank
 from uiface_diffusers.convert_original import convert_original
 from uiface_diffusers.data import convert_dataset, prepare_faces
 from uiface_diffusers.evaluation import evaluate_dataset
+from uiface_diffusers.evaluation.cleaning import clean_dataset
 from uiface_diffusers.evaluation.leakage import audit_dataset
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.generation import make_identities
@@ -65,6 +69,18 @@ def test_what_cannot_be_imported_is_named():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.startswith("uiface identities: ") and "torch" in result.stderr
+
+
+def test_what_an_extra_installs_is_named_with_it(tmp_path, monkeypatch):
+    extra = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]["train"]
+    names = {re.match(r"[\w-]+", requirement)[0] for requirement in extra}
+    assert {{"scikit-learn": "sklearn", "pyyaml": "yaml"}.get(name, name) for name in names} == TRAIN_MODULES
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said = complaint("verify", "toy", "--benchmarks", tmp_path, "--output", tmp_path / "out")
+    assert said == (
+        "uiface verify: matplotlib is not installed: it comes with the extra `train`, pip install"
+        ' "uiface-diffusers[train]".'
+    )
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -119,6 +135,7 @@ def defaults_of(function) -> dict:
         ("identities make", identities_from_images, {"encoder"}),
         ("identities make", UIFacePipeline.__call__, set()),
         ("audit", audit_dataset, set()),
+        ("clean", clean_dataset, set()),
         ("convert-original", convert_original, set()),
         ("evaluate", evaluate_dataset, set()),
     ],
@@ -136,7 +153,7 @@ def test_defaults_of_the_encoder_are_its_own():
     for command in commands:
         ours = {name.removeprefix("encoder_"): action.default for name, action in options(command).items()}
         assert {name: ours[name] for name in ("root", "providers", "det_size")}.items() <= defaults.items()
-        assert ours["encoder"] == (None if command == "generate" else defaults["name"])
+        assert ours["encoder"] == (None if command in ("demo", "generate") else defaults["name"])
 
 
 def test_underscores_are_accepted(tmp_path):

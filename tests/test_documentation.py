@@ -19,11 +19,13 @@ import sampling_settings  # noqa: E402
 import train  # noqa: E402
 import train_autoencoder  # noqa: E402
 import train_face_recognition  # noqa: E402
+import train_identity_flow  # noqa: E402
 
-SCRIPTS = (train, train_autoencoder, train_face_recognition, evaluate, export_checkpoint, ablation, sampling_settings)
+TRAININGS = (train, train_autoencoder, train_face_recognition, train_identity_flow)
+SCRIPTS = (*TRAININGS, evaluate, export_checkpoint, ablation, sampling_settings)
 PARSERS = {f"{script.__name__}.py": script.parse_args for script in SCRIPTS}
 START = "(?:python training/|accelerate launch training/|uiface )"
-DOCUMENTS = ["README.md", "model_card.md", "docs/*.md", "training/configs/*.yaml", "training/*.py", "training/*/*.py"]
+DOCUMENTS = ["*.md", "docs/**/*.md", "training/configs/*.yaml", "training/*.py", "training/*/*.py"]
 
 
 def commands() -> list[str]:
@@ -49,7 +51,8 @@ def words_of(command: str) -> list[str]:
 def is_whole(command: str) -> bool:
     """Not an outline, as `uiface generate ...` or `--output DIR`."""
     words = words_of(command)
-    return len(words) > 2 and "..." not in words and not any(word.isupper() for word in words)
+    name = 3 if words[1:2] == ["identities"] else 2
+    return len(words) > name and "..." not in words and not any(word.isupper() for word in words)
 
 
 @pytest.mark.parametrize("command", filter(is_whole, commands()))

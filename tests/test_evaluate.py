@@ -29,7 +29,7 @@ from uiface_diffusers.data.sources import open_source
 from uiface_diffusers.evaluation import compare_reports, evaluate_dataset, load_lpips, load_report, registry
 from uiface_diffusers.evaluation.face_set import FaceSet, computed_once
 from uiface_diffusers.evaluation.features import LpipsFeatures
-from uiface_diffusers.evaluation.figures import Description
+from uiface_diffusers.evaluation.figures import Description, Question
 from uiface_diffusers.evaluation.measure import Measure
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.identities import bank_hash
@@ -156,7 +156,7 @@ def test_lpips_of_all_pairs(workspace, encoder, perceptual, tmp_path):
 class Page(html.parser.HTMLParser):
     """Tags are closed in order; keeps their attributes and the text."""
 
-    VOID = ("img", "meta")
+    VOID = ("br", "img", "meta")
 
     def __init__(self, content: str):
         super().__init__()
@@ -179,7 +179,8 @@ class Page(html.parser.HTMLParser):
 def test_the_page_needs_no_other_file(evaluated):
     content = (evaluated / "report.html").read_text()
     page = Page(content)
-    assert {tag for tag, _ in page.tags} <= set("html head meta title style body h1 h2 p table tr th td img".split())
+    plain = "html head meta title style body h1 h2 p br table tr th td small details summary div figure figcaption img"
+    assert {tag for tag, _ in page.tags} <= set(plain.split())
     sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
     assert len(sources) == 6 and all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r"https?:|url\(|@import|<script|onerror=alert\(1\)>[^,&]*<", content)
@@ -191,6 +192,54 @@ def test_the_page_needs_no_other_file(evaluated):
     shown = [grid[:112, 112 * column : 112 * (column + 1)] for column in range(IMAGES)]
     rows = {name: np.asarray(face(person, 0)) for person, name in enumerate(PEOPLE)}
     assert any(np.array_equal(shown[0], each) for each in rows.values())
+
+
+QUESTIONS = [question.text for question in Question if question != Question.OTHER]
+
+
+def test_the_page_answers_questions(evaluated):
+    """Pictures first, then the questions with the recognizers as columns and real faces' values beside; details and
+    settings are folded."""
+    content = (evaluated / "report.html").read_text()
+    places = [content.index("<img alt"), *(content.index(f"<h2>{text}</h2>") for text in QUESTIONS)]
+    assert places == sorted(places) and content.rindex("<img alt") < places[1] and "Other figures" not in content
+    sections = dict(zip(QUESTIONS, re.split("<h2>", content)[1:], strict=False))
+    shown = {text: section.partition("<details>")[0] for text, section in sections.items()}
+    assert "weights" not in "".join(shown.values()) and "weights" in sections[QUESTIONS[0]]
+    one_person, distinct, diverse, real, leak = shown.values()
+    for section in (one_person, distinct):
+        assert re.findall(r'<th class="value">(.*?)</th>', section) == ["toy", "judge"]
+    report, row = load_report(evaluated), re.search(r"<tr><th>Equal error rate</th>(.*?)</tr>", distinct)[1]
+    percent = [f"{100 * figures(report, name)['eer']:.2f} %" for name in ("toy", "judge")]
+    assert re.findall(r">([^<]+)</td>", row) == percent
+    assert "Improved recall" in diverse and "Improved precision" in real
+    # with both false accept rates, the strangers beside the set
+    expected = r'<th>Images near a real face<small>(.*?)</small></th><td class="value">(.*?)<small>(.*?)</small>'
+    rows = re.findall(expected, leak)
+    assert [rate for rate, _, _ in rows] == ["FAR 0.001", "FAR 0.0001"] and "near another person" not in leak
+    strangers = [each["value"] for each in report["figures"] if each["name"] == "leakage_strangers"]
+    assert [text for _, _, text in rows] == [f"real faces {100 * value:.2f} %" for value in strangers]
+    assert content.count("<details>") == 6 and content.rstrip().endswith("</details>\n</body>\n</html>")
+
+
+def test_the_terminal_answers_questions(workspace, evaluated, encoder, perceptual, tmp_path):
+    """One line per question, in the order of the page; without what it needs, a question says so."""
+    lines, given = [], {"perceptual": perceptual, "lpips_pairs": 6}
+    evaluate_dataset(workspace / "set", tmp_path, encoder, log=lines.append, **given)
+    summary, *answers = lines
+    assert summary == "20 images of 4 identities, 5 of each"
+    assert [line.partition("?")[0] + "?" for line in answers] == QUESTIONS
+    eer = figures(load_report(evaluated), "toy")["eer"]
+    assert f"Equal error rate: {100 * eer:.2f} % by toy" in answers[1]
+    assert answers[3].endswith("Not measured: it needs real faces (`--real`).")
+
+
+def test_every_figure_has_a_question():
+    described = [each for measure in registry.MEASURES for each in measure.figures.values()]
+    assert all(each.question != Question.OTHER for each in described)
+    names = {name for measure in registry.MEASURES for name in measure.figures}
+    assert {each.real for each in described} - {""} <= names
+    assert {each.question for each in described if each.headline} == {*Question} - {Question.OTHER}
 
 
 def test_nothing_is_computed_twice(evaluated, workspace, encoder, perceptual, monkeypatch):
@@ -424,6 +473,8 @@ def test_comparison(evaluated, workspace, tmp_path, capsys):
     assert len(notes) == 2 and "Intra-class LPIPS" not in "".join(notes)
     assert any("Equal error rate, FMR100," in note and "recognizer: toy | judge" in note for note in notes)
     assert any("Improved recall" in note and note.endswith("(k: 2 | 5).") for note in notes)
+    # the questions are lines of their own, in their order
+    assert [line for line in printed.splitlines() if line in QUESTIONS] == QUESTIONS
     page = Page((tmp_path / "comparison" / "comparison.html").read_text())
     assert "other <set>" in page.text and "recognizer judge" in page.text
     content = json.loads((tmp_path / "comparison" / "comparison.json").read_text())

@@ -231,6 +231,30 @@ def test_a_data_set_is_pushed_with_its_card(hub, folder, tmp_path):
     assert "| identities | 2 |" in pushed.text
 
 
+LINEAGE = """
+from uiface_diffusers import IdentityBank, UIFacePipeline, generate_dataset
+
+data = [{"name": "Faces", "license": "research only"}]
+metadata = {"license": "cc-by-nc-4.0", "lineage": {"training_data": data}}
+UIFacePipeline.from_pretrained(sys.argv[1]).push_to_hub("tester/model", card_metadata=metadata)
+for name in ("tester/model", UIFacePipeline.download("tester/model")):
+    pipe = UIFacePipeline.from_pretrained(name)
+    bank = IdentityBank(torch.eye(16)[:2], "toy")
+    output = f"{sys.argv[2]}-{len(name)}"
+    generate_dataset(pipe, bank, output, 1, push_to_hub="tester/faces", num_inference_steps=1)
+    assert "research only" in open(f"{output}/README.md").read()
+"""
+
+
+def test_the_lineage_goes_from_the_models_card_to_the_data_sets(hub, folder, tmp_path):
+    client(hub, tmp_path / "home", LINEAGE, folder, tmp_path / "faces")
+    lineage = DatasetCard(hub.read("datasets/tester/faces", "README.md").decode()).data.to_dict()["lineage"]
+    generator = lineage["generator"]
+    assert (generator["name"], generator["license"]) == ("tester/model", "cc-by-nc-4.0")
+    assert generator["training_data"] == [{"name": "Faces", "license": "research only"}]
+    assert lineage["encoder"]["name"] == "toy"
+
+
 def test_the_embedded_checkpoint_has_a_card():
     card = ModelCard.load(Path(__file__).parents[1] / "model_card.md")
     assert card.data.library_name == "diffusers" and card.data.license == "other" and "uiface" in card.data.tags

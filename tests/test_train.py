@@ -17,6 +17,7 @@ from conftest import TINY_UNET, tiny_autoencoder, write_toy_pack
 from diffusers import DDPMScheduler
 from filelock import FileLock
 from hub_server import HubServer
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny_training import TRAIN, Oracle, options_of, train, train_script, write_workspace
 
@@ -25,6 +26,7 @@ from uiface_diffusers.convert_original import NOISE_SCHEDULE
 from uiface_diffusers.data import FaceCache, LatentSet, cache_latents, prepare_faces
 from uiface_diffusers.evaluation import load_lpips
 from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.hub.lineage import read_header
 from uiface_diffusers.seeds import mix_seed
 from uiface_diffusers.training import denoising
 from uiface_diffusers.training.datasets import LatentFaces
@@ -647,6 +649,12 @@ def test_pushes_at_checkpoints_and_survives_a_failed_upload(workspace, tmp_path)
         assert pushed == (workspace / "pushed" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
         card = hub.read("tester/trained", "README.md").decode()
         assert "license: mit" in card and "train_batch_size: 4" in card and str(workspace) not in card
+        # the folder has the same card, by which a data set tells what its generator was trained on
+        lineage = read_header(workspace / "pushed" / "README.md")["lineage"]
+        cache = FaceCache(workspace / "cache")
+        about = {"name": "cache", "faces": len(cache), "fingerprint": cache.fingerprint}
+        assert lineage["training_data"] == [about] and lineage["encoder"]["name"] == "toy"
+        assert ModelCard(card).data.to_dict()["lineage"] == lineage
 
 
 def test_reports_to_wandb(workspace, monkeypatch):
@@ -726,4 +734,5 @@ def test_an_earlier_training_is_not_overwritten(uninterrupted, workspace, toy_ro
 def test_recipes_are_checked_as_the_command_line(workspace, entry):
     (workspace / "typo.yaml").write_text(entry + "\n")
     result = train(workspace, "typo", "--config", str(workspace / "typo.yaml"))
-    assert result.returncode == 2 and entry.split(":")[0] in result.stderr
+    name = entry.split(":")[0]
+    assert result.returncode == 2 and (name in result.stderr or f"--{name.replace('_', '-')}:" in result.stderr)

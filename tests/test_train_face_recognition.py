@@ -34,6 +34,7 @@ from uiface_diffusers.evaluation.recognizers import ModelRecognizer
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.training.datasets import Augmentation
 from uiface_diffusers.training.order import NumberedBatches
+from uiface_diffusers.training.recognition import image_processor
 from uiface_diffusers.training.schedules import make_lr_scheduler, multi_step
 
 SCRIPT = REPOSITORY / "training" / "train_face_recognition.py"
@@ -121,7 +122,7 @@ def test_learns_to_tell_people_apart(workspace):
 
     def separation(model: IResNetModel) -> float:
         faces = np.stack([np.asarray(toy_face(i, 100 + j)) for i in range(IDENTITIES) for j in range(4)])
-        embeddings = ModelRecognizer(model, script.image_processor(model), "toy")(faces)
+        embeddings = ModelRecognizer(model, image_processor(model.config), "toy")(faces)
         embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
         same = np.kron(np.eye(IDENTITIES), np.ones((4, 4))).astype(bool)
         pairs = np.triu(np.ones_like(same), 1)

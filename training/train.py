@@ -14,6 +14,7 @@ weights.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +32,10 @@ from uiface_diffusers.encoders import EncoderMark, common_encoder
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.files import write_json
 from uiface_diffusers.fingerprint import model_fingerprint
+from uiface_diffusers.hub import save_card
 from uiface_diffusers.latents import FirstStage
 from uiface_diffusers.training.averages import WeightAverage
-from uiface_diffusers.training.datasets import LatentFaces, open_caches
+from uiface_diffusers.training.datasets import LatentFaces, describe_caches, open_caches
 from uiface_diffusers.training.denoising import (
     TIMESTEP_SAMPLING,
     DenoisingLog,
@@ -181,6 +183,15 @@ class Pipeline(Product):
         self.pipeline.save_pretrained(folder)
         samples = run.step * run.per_step["samples"]
         write_json(folder / "progress.json", {"step": run.step, "samples": samples, "hours": round(run.hours, 4)})
+        save_card(folder, self.pipeline, **self.card(run.args))
+
+    def card(self, args: argparse.Namespace) -> dict[str, Any]:
+        paths = ("train_data", "vae", "output_dir", "init_from", "hub_model_id", "encoder_root")
+        lineage = {"training_data": describe_caches(args.train_data)}
+        return {
+            "recipe": describe_recipe("training/train.py", args, paths),
+            "card_metadata": {"license": args.license, "lineage": lineage},
+        }
 
     def validate(self, run: Run) -> None:
         seeds, steps, images = run.args.validation_seeds, run.args.validation_inference_steps, []
@@ -197,13 +208,8 @@ class Pipeline(Product):
         run.save_picture(grid)
 
     def upload(self, run: Run, repo_id: str, message: str) -> None:
-        args = run.args
-        paths = ("train_data", "vae", "output_dir", "init_from", "hub_model_id", "encoder_root")
-        card = {
-            "recipe": describe_recipe("training/train.py", args, paths),
-            "card_metadata": {"license": args.license},
-        }
-        self.pipeline.push_to_hub(repo_id, commit_message=message, private=args.hub_private or None, **card)
+        private = run.args.hub_private or None
+        self.pipeline.push_to_hub(repo_id, commit_message=message, private=private, **self.card(run.args))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,24 +8,34 @@ import sys
 
 from . import (
     audit,
+    bench,
+    browse,
+    card,
+    clean,
     compare,
     convert,
     convert_original,
+    demo,
     evaluate,
     generate,
     identify,
     identities,
     make_benchmark,
+    make_pack,
     poses,
     prepare,
     verify,
 )
-from .options import expand_home, paragraph, with_hyphens
+from .options import complaint, expand_home, with_hyphens
 
 COMMANDS = (
+    demo,
     prepare,
     convert,
+    clean,
     generate,
+    browse,
+    card,
     identities,
     audit,
     make_benchmark,
@@ -35,6 +45,8 @@ COMMANDS = (
     convert_original,
     evaluate,
     compare,
+    make_pack,
+    bench,
 )
 
 
@@ -57,4 +69,4 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args.run(args)
     except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"uiface {args.command}: {paragraph(error)}")
+        sys.exit(f"uiface {args.command}: {complaint(error)}")

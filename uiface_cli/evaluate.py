@@ -12,7 +12,7 @@ def add(commands: Commands) -> None:
         run,
         help="measure realism, diversity, consistency, separability and leakage of a data set",
         description="Measures a data set of aligned faces: of `uiface generate` or `uiface prepare`, identity folders,"
-        " RecordIO or webdataset shards. Run the same command again to continue.",
+        " RecordIO, webdataset shards, parquet files, LMDB or zip archives. Run the same command again to continue.",
         examples="""
             # against real faces, with a second recognizer that the generator has not seen
             uiface evaluate data --encoder buffalo_l --judge antelopev2 --real cache/photos

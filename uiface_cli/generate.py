@@ -72,6 +72,9 @@ def add(commands: Commands) -> None:
             # part 0 of 32, with each image's identity turned by a random angle
             uiface generate org/model --identities bank.safetensors --output data \\
                 --shard 0/32 --identity-perturbation 0.6 1.0
+
+            # in directions in which real people's embeddings vary
+            uiface generate org/model --identities bank.safetensors --output data --identity-flow runs/identity_flow
         """,
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL)
@@ -91,7 +94,7 @@ def add_data_set_arguments(parser: argparse.ArgumentParser) -> None:
         "--images-per-identity",
         type=whole(),
         metavar="NUMBER",
-        help="default: 50; 8 if the identities are the model's own",
+        help="default: 50; 8 if the identities are the model's own; all of a bank with an embedding per image",
     )
     parser.add_argument(
         "--max-identities",
@@ -110,16 +113,23 @@ def add_data_set_arguments(parser: argparse.ArgumentParser) -> None:
         "--output-format",
         default="imagefolder",
         metavar="FORMAT",
-        help="imagefolder or webdataset (default: %(default)s)",
+        help="imagefolder, webdataset or parquet (default: %(default)s)",
     )
     parser.add_argument("--shard", type=part, default=(0, 1), metavar="i/n", help="only part i of n, for job arrays")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the complete data set to the Hub")
     parser.add_argument(
         "--identity-perturbation",
-        type=real(-1, 1),
-        nargs=2,
-        metavar=("A", "B"),
-        help="turn each image's identity by a random angle, with a cosine from A to B",
+        type=any_of(real(-1, 1), one_of("auto")),
+        nargs="+",
+        metavar="COSINE",
+        help="turn each image's identity by a random angle, with a cosine from A to B (two numbers); auto: by less"
+        " than half the way to its nearest neighbor in the bank",
+    )
+    parser.add_argument(
+        "--identity-flow",
+        metavar="FLOW",
+        help="turn each image's identity in a direction that a flow of training/train_identity_flow.py has learned:"
+        " folder or Hub repository (by cosines as between real faces if there is no --identity-perturbation)",
     )
     parser.add_argument(
         "--layouts",
@@ -176,31 +186,34 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from accelerate import PartialState
 
-    from uiface_diffusers import IdentityBank, generate_dataset
-    from uiface_diffusers.identities import IDENTITIES
-    from uiface_diffusers.loading import load_pipeline, pipeline_folder
+    from uiface_diffusers import generate_dataset
+    from uiface_diffusers.loading import load_identity_flow, load_pipeline, model_identities, pipeline_folder
 
+    perturbation = args.identity_perturbation
+    if perturbation == ["auto"]:
+        perturbation = "auto"
+    elif perturbation is not None and (len(perturbation) != 2 or "auto" in perturbation):
+        raise ValueError("--identity-perturbation takes two cosines, such as 0.6 1.0, or auto.")
     state = PartialState(cpu=args.device == "cpu")
     folder = pipeline_folder(args.model)
-    bank_file = args.identities or folder / IDENTITIES
-    if not bank_file.is_file():
-        raise ValueError(f"{bank_file} is missing: name a bank of identities by --identities.")
-    identities = IdentityBank.load(bank_file)
+    identities = model_identities(folder, args.identities)
     pipeline = load_pipeline(folder, args.scheduler, dtype=getattr(torch, args.dtype))
     # all of a bank that was asked for, a handful of the model's own
     number = args.max_identities or (len(identities) if args.identities else 4)
+    flow = None if args.identity_flow is None else load_identity_flow(args.identity_flow)
     report = generate_dataset(
         pipeline.to(args.device or state.device),
         identities.take(range(min(number, len(identities)))),
         args.output,
-        images_per_identity=args.images_per_identity or (50 if args.identities else 8),
+        images_per_identity=args.images_per_identity or identities.images or (50 if args.identities else 8),
         seed=args.seed,
         batch_size=args.batch_size,
         size=args.size,
         image_format=args.image_format,
         output_format=args.output_format,
         shard=args.shard,
-        identity_perturbation=args.identity_perturbation,
+        identity_perturbation=perturbation,
+        identity_flow=None if flow is None else flow.to(args.device or state.device),
         min_similarity=args.min_similarity,
         encoder=None if args.encoder is None else face_encoder(args, device=args.device),
         max_attempts=args.max_attempts,

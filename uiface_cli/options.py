@@ -26,6 +26,20 @@ def with_hyphens(argv: Sequence[str]) -> list[str]:
     return [*names, *argv[end:]]
 
 
+# import names of what the extra `train` installs
+TRAIN_MODULES = frozenset(
+    {"datasets", "lpips", "matplotlib", "onnx2torch", "sklearn", "tensorboard", "torchvision", "yaml"}
+)
+
+
+def complaint(error: Exception) -> str:
+    """What is said of an error that a user can mend; of a module that an extra has, also where to get it."""
+    module = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ImportError) and module in TRAIN_MODULES:
+        return f'{module} is not installed: it comes with the extra `train`, pip install "uiface-diffusers[train]".'
+    return paragraph(error)
+
+
 def paragraph(error: object, most: int = 10) -> str:
     """An error's text for the command line: without empty lines, and at most so many of the others."""
     lines = [line for line in str(error).splitlines() if line.strip()]

@@ -14,7 +14,8 @@ def add(commands: Commands) -> None:
         help="align and embed photographs, once",
         description="Aligns and embeds the faces in photographs and keeps them in a cache, for training and measuring."
         " Run the same command again to continue. SOURCE is a folder ROOT/IDENTITY/*.jpg, InsightFace's RecordIO"
-        " (train.rec and train.idx), webdataset shards (*.tar), a data set of `uiface generate`, or a cache.",
+        " (train.rec and train.idx), webdataset shards (*.tar), parquet files, LMDB, zip archives, a data set of"
+        " `uiface generate`, or a cache.",
         examples="""
             # photographs of people, one folder per person
             uiface prepare photos --output cache/photos --encoder buffalo_l

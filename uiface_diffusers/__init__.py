@@ -10,6 +10,7 @@ from .generation import generate_dataset, make_identities
 from .identities import IdentityBank, sample_identities
 from .models import (
     EmptyContext,
+    IdentityFlow,
     IdentityProjector,
     IResNetConfig,
     IResNetImageProcessor,
@@ -18,7 +19,7 @@ from .models import (
 )
 from .pipeline_uiface import UIFacePipeline, UIFacePipelineOutput
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "EmptyContext",
@@ -26,6 +27,7 @@ __all__ = [
     "IResNetImageProcessor",
     "IResNetModel",
     "IdentityBank",
+    "IdentityFlow",
     "IdentityProjector",
     "UIFacePipeline",
     "UIFacePipelineOutput",

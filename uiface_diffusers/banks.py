@@ -86,6 +86,7 @@ def perturb_identities(
     Returns:
         The bank of the turned ones, and their cosines to the given ones, `(N,)`.
     """
+    bank.check_one_each("the perturbation")
     generators = [image_generator(seed, name, 0, stream=PERTURBATION) for name in bank.names]
     embeddings, cosines = perturb_embeddings(F.normalize(bank.embeddings), cosine_range, generators)
     return replace(bank, embeddings=embeddings), cosines

@@ -6,6 +6,10 @@ from typing import Any, NamedTuple
 
 from .files import warn_once
 
+# of insightface's own packs, see its model zoo
+INSIGHTFACE_PACKS = ("antelopev2", "buffalo_l", "buffalo_m", "buffalo_s", "buffalo_sc")
+INSIGHTFACE_LICENSE = "non-commercial research only"
+
 
 class EncoderMark(NamedTuple):
     """
@@ -20,6 +24,11 @@ class EncoderMark(NamedTuple):
     def __str__(self) -> str:
         weights = "" if self.fingerprint is None else f" (weights {self.fingerprint})"
         return ("an unnamed encoder" if self.name is None else f"encoder `{self.name}`") + weights
+
+    @property
+    def license(self) -> str | None:
+        """That of insightface's own packs; `None` of other encoders."""
+        return INSIGHTFACE_LICENSE if self.name in INSIGHTFACE_PACKS else None
 
 
 def check_same_encoder(what: str, mark: EncoderMark, other: str, wanted: EncoderMark) -> None:

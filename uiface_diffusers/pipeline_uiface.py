@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import diffusers
@@ -20,6 +20,7 @@ import torch
 from diffusers import AutoModel, DiffusionPipeline, ModelMixin, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.attention import AttentionMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
@@ -179,7 +180,7 @@ class UIFacePipeline(DiffusionPipeline):
     empty_context: EmptyContext
 
     model_cpu_offload_seq = "identity_projector->empty_context->unet->vae"  # type: ignore[assignment]  # `None` there
-    _callback_tensor_inputs = ["latents", "stage_two"]
+    _callback_tensor_inputs = ["latents", "stage_two", "attention_maps"]
 
     def __init__(
         self,
@@ -783,8 +784,9 @@ class UIFacePipeline(DiffusionPipeline):
             callback_on_step_end (`Callable`, *optional*): called as `callback(pipe, step, timestep, callback_kwargs)`
                 after every step, with the scheduler's timestep, a tensor on the CPU; the `"latents"` that it returns
                 replace the call's. Diffusers' `PipelineCallback` objects say themselves which tensors they take.
-            callback_on_step_end_tensor_inputs (`list[str]`): of `latents` and `stage_two`, the `(B,)` booleans of the
-                samples that followed their identity in this step.
+            callback_on_step_end_tensor_inputs (`list[str]`): of `latents`; `stage_two`, the `(B,)` booleans of the
+                samples that followed their identity in this step; and `attention_maps`, the newest ones by which the
+                adaptive boundary is found, `(B, 32, 32)` in [0, 1], NaN for a sample in stage two, or `None`.
 
         Examples:
 
@@ -847,7 +849,10 @@ class UIFacePipeline(DiffusionPipeline):
             rule, has_identities, scale, injection, guidance_interval, reuse_empty_branch, device
         )
         denoiser = denoiser_kind(self.unet)(self.unet, contexts, device, sampler.injects_cross, strength)
-        with installed_processors(self.unet), self.progress_bar(total=len(timesteps)) as progress_bar:
+        with (
+            installed_processors(cast(AttentionMixin, self.unet)),
+            self.progress_bar(total=len(timesteps)) as progress_bar,
+        ):
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
@@ -862,7 +867,11 @@ class UIFacePipeline(DiffusionPipeline):
                 latents = step_after_switch(self.scheduler, sampler.switched, noise_pred, t, latents, **step_kwargs)
 
                 if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "stage_two": sampler.stage_two}
+                    tensors = {
+                        "latents": latents,
+                        "stage_two": sampler.stage_two,
+                        "attention_maps": rule.attention_maps,
+                    }
                     callback_kwargs = {k: tensors[k] for k in callback_on_step_end_tensor_inputs}
                     callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
                     latents = callback_outputs.pop("latents", latents)

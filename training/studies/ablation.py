@@ -23,10 +23,9 @@ import hashlib
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +38,14 @@ from diffusers.utils import make_image_grid
 from uiface_cli.options import expand_home, real, whole
 from uiface_diffusers import IdentityBank, UIFacePipeline, default_checkpoint, generate_dataset
 from uiface_diffusers.data.benchmarks import read_benchmarks
-from uiface_diffusers.evaluation import evaluate_dataset, load_lpips, load_recognizer, verify_benchmarks
+from uiface_diffusers.evaluation import evaluate_dataset, load_lpips
 from uiface_diffusers.evaluation.people import People
 from uiface_diffusers.faces import ALIGNED_SIZE, FaceEncoder, load_photograph
 from uiface_diffusers.files import check_settings, complete_file, write_json
 from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.identities import bank_hash
 from uiface_diffusers.seeds import NOISE_VERSION
+from uiface_diffusers.training.bench import TrainingFailed, mean_text, train_and_verify
 from uiface_diffusers.training.options import run_script
 
 TRAINING = Path(__file__).parents[1]
@@ -228,15 +228,9 @@ def train(args: argparse.Namespace, arm: str) -> None:
     saved = saved_results(args).get(arm, {}).get("accuracy", {})
     for seed in args.seeds:
         folder = args.work / arm / f"recognizer-{seed}"
-        # the second: verified in a run that was stopped before the arm's last seed
-        if folder.name in saved or (folder / "verification.json").exists():
+        if folder.name in saved:
             continue
-        command = [sys.executable, str(TRAINING / "train_face_recognition.py"), "--config", str(args.recipe)]
-        command += ["--train_data", *map(str, groups_of(args, arm)), "--output_dir", str(folder), "--seed", str(seed)]
-        subprocess.run([*command, "--resume_from_checkpoint", "latest"], check=True)
-        results = verify_benchmarks(load_recognizer(folder), args.benchmarks)
-        accuracies = {name: result.accuracy for name, result in results.items()}
-        write_json(folder / "verification.json", accuracies)
+        train_and_verify(args.recipe, groups_of(args, arm), folder, seed, args.benchmarks)
 
 
 def figures_of(args: argparse.Namespace, report: dict) -> dict[str, float]:
@@ -286,14 +280,6 @@ def is_finished(args: argparse.Namespace, arm: str) -> bool:
     return evaluated and all(f"recognizer-{seed}" in row.get("accuracy", {}) for seed in args.seeds)
 
 
-def text_of(values: Collection[float]) -> str:
-    """Mean and standard deviation."""
-    if not values:
-        return "-"
-    spread = f" +- {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{spread}"
-
-
 def print_table(table: dict[str, dict[str, dict[str, float]]]) -> None:
     """Mean and deviation of every figure; then the differences to one stage, group by group and seed by seed."""
     columns = (*BOUNDARIES, *FIGURES, "learned", "accuracy")
@@ -303,7 +289,7 @@ def print_table(table: dict[str, dict[str, dict[str, float]]]) -> None:
 
     print_row("arm", columns)
     for arm, row in table.items():
-        print_row(arm, [text_of(row.get(title, {}).values()) for title in columns])
+        print_row(arm, [mean_text(row.get(title, {}).values()) for title in columns])
     for base in ONE_STAGE:
         for arm, row in table.items():
             if base not in table or arm in (base, "single", "real"):
@@ -311,7 +297,7 @@ def print_table(table: dict[str, dict[str, dict[str, float]]]) -> None:
             cells = []
             for title in columns:
                 ours, theirs = row.get(title, {}), table[base].get(title, {})
-                cells.append(text_of([ours[key] - theirs[key] for key in ours if key in theirs]))
+                cells.append(mean_text([ours[key] - theirs[key] for key in ours if key in theirs]))
             print_row(f"{arm} - {base}", cells)
     adaptive = table.get("adaptive", {}).get("capped")
     if adaptive and statistics.mean(adaptive.values()) > 0.95:
@@ -374,7 +360,7 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             try:
                 actions[piece](args, arm)
-            except subprocess.CalledProcessError as error:  # one arm's training; the others go on
+            except TrainingFailed as error:  # one arm's training; the others go on
                 failed.append(f"{arm}: {error}")
             write_json(args.results, {"settings": settings, "arms": collect(args, latest)})
     print_table(collect(args, latest))

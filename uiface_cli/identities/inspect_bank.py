@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> None:
     bank = load_bank(args.bank)
     known = None if args.against is None else load_bank(args.against)
     report = inspect_bank(bank, known)
-    print(f"{len(bank)} identities of `{bank.identity_encoder}`, {bank.embeddings.shape[1]}-d")
+    each = "" if bank.images is None else f", {bank.images} embeddings of each"
+    print(f"{len(bank)} identities of `{bank.identity_encoder}`, {bank.embeddings.shape[-1]}-d{each}")
     histograms = {"nearest other identity": report.nearest_other}
     if report.nearest_known is not None:
         histograms[f"nearest of {args.against}"] = report.nearest_known
@@ -39,7 +40,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"duplicate: {first} and {second}, {cosine:.4f}")
     if report.nearest_known is not None:
         position = int(report.nearest_known.argmax())
-        print(f"nearest: {bank.names[position]} to {report.known_names[position]}, {report.nearest_known.max():.4f}")
+        name = bank.one_per_row().names[position]
+        print(f"nearest: {name} to {report.known_names[position]}, {report.nearest_known.max():.4f}")
     if args.plot is not None:
         from uiface_diffusers.evaluation.plots import plot_histograms
 

@@ -5,17 +5,21 @@ import os
 import re
 import shutil
 import tarfile
+import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 import PIL.Image
+import pyarrow as pa
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..files import MAX_NAME, local_path
 from .image_folder import IMAGES_A_SHARD, add_member, shard_name
+from .lmdb_set import DatabaseWriter, import_lmdb
+from .parquet_set import hub_schema, write_parquet
 from .recordio import INEXACT, RecordWriter
 from .sources import (
     FolderSource,
@@ -30,40 +34,18 @@ from .sources import (
     unreadable_reason,
 )
 
-FORMATS = ("imagefolder", "recordio", "webdataset")
 MARKER = "conversion-not-finished"
 # of names of folders and files; the last three would break the list of a record file
 FORBIDDEN = re.compile(r"[/\\\0\t\r\n]")
 SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2", "PPM": ".ppm"}
 
 
-def convert_dataset(
-    source: str | os.PathLike, output: str | os.PathLike, output_format: str, nested: bool = False
-) -> dict:
-    """Writes a data set in another form. Pictures are copied byte for byte, identities keep their names.
-
-    - `imagefolder`: `IDENTITY/FILE`, for torchvision's `ImageFolder` and `datasets`.
-    - `recordio`: `train.rec` and `train.idx` of InsightFace's form, for its loaders, and `train.lst` (key, label and
-      `IDENTITY/FILE`), by which `open_source` finds the names again. Labels are the names, where these are whole
-      numbers, or count the identities in their order.
-    - `webdataset`: shards of 1,000 pictures `IDENTITY/KEY.jpg` with `KEY.cls`, the label.
-
-    Args:
-        source: of any form that `open_source` opens.
-        output: a folder that is not there yet, or empty. It appears when it is complete: of a conversion that was
-            killed only `OUTPUT.part` is left, which the next one replaces.
-        output_format: `"imagefolder"`, `"recordio"` or `"webdataset"`.
-        nested: whether `SOURCE/PERSON/VIDEO/*.jpg` is meant where all pictures are in folders within those of SOURCE.
-
-    Returns:
-        `photographs`, `identities`, and `left_out`: reason -> `count`, and the `first` ten names.
+def check_output(source: str | os.PathLike, output: str | os.PathLike) -> Path:
+    """Where a conversion of `source` can be written, links followed.
 
     Raises:
-        ValueError: `output` is not empty, lies within the source, cannot be replaced or is written by another
-            conversion; a name cannot be a folder's; or the set that was written does not hold what was read.
+        ValueError: `output` is not empty, lies within the source, or cannot be replaced.
     """
-    if output_format not in FORMATS:
-        raise ValueError(f"`output_format` has to be one of {FORMATS} but is {output_format!r}.")
     # a link to a folder is replaced where it leads to
     source, output = local_path(source), local_path(output).resolve()
     if output == Path.cwd() or os.path.ismount(output):
@@ -74,6 +56,48 @@ def convert_dataset(
         raise ValueError(f"{output} is not empty: choose another folder.")
     if source.is_dir() and output.is_relative_to(source.resolve()):
         raise ValueError(f"{output} lies within {source}: choose a folder beside it.")
+    return output
+
+
+def convert_dataset(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    output_format: str,
+    nested: bool = False,
+    without: Mapping[str, str] | None = None,
+) -> dict:
+    """Writes a data set in another form. Pictures are copied byte for byte, identities keep their names.
+
+    - `imagefolder`: `IDENTITY/FILE`, for torchvision's `ImageFolder` and `datasets`.
+    - `recordio`: `train.rec` and `train.idx` of InsightFace's form, for its loaders, and `train.lst` (key, label and
+      `IDENTITY/FILE`), by which `open_source` finds the names again. Labels are the names, where these are whole
+      numbers, or count the identities in their order.
+    - `webdataset`: shards of 1,000 pictures `IDENTITY/KEY.jpg` with `KEY.cls`, the label.
+    - `parquet`: `data/train-NNNNN-of-NNNNN.parquet` of 1,000 rows `image`, `identity`, `label`, for `datasets` and the
+      Hub's viewer.
+    - `lmdb`: `train.lmdb` of the form of Vec2Face's authors, for their loaders. Needs the package `lmdb`.
+    - `zip`: `images.zip` of `IDENTITY/FILE`.
+
+    Args:
+        source: of any form that `open_source` opens.
+        output: a folder that is not there yet, or empty. It appears when it is complete: of a conversion that was
+            killed only `OUTPUT.part` is left, which the next one replaces.
+        output_format: one of `FORMATS`.
+        nested: whether `SOURCE/PERSON/VIDEO/*.jpg` is meant where all pictures are in folders within those of SOURCE.
+        without (*optional*): files of the source that are not converted -> why.
+
+    Returns:
+        `photographs`, `identities`, and `left_out`: reason -> `count`, and the `first` ten names.
+
+    Raises:
+        ValueError: `output` is not empty, lies within the source, cannot be replaced or is written by another
+            conversion; a name cannot be a folder's; or the set that was written does not hold what was read.
+    """
+    if output_format not in FORMATS:
+        raise ValueError(f"`output_format` has to be one of {FORMATS} but is {output_format!r}.")
+    if output_format == "lmdb":
+        import_lmdb()
+    output = check_output(source, output)
     part = output.with_name(f"{output.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(part.with_name(f"{part.name}.lock"), timeout=0)
@@ -82,7 +106,11 @@ def convert_dataset(
     except Timeout as error:
         raise ValueError(f"another conversion writes to {output}: wait for it, or choose another folder.") from error
     try:
-        return _convert(open_source(source, nested=nested), output, part, output_format)
+        opened = open_source(source, nested=nested)
+        if without:
+            opened.left_out |= without
+            opened.photographs = [each for each in opened.photographs if each.file not in without]
+        return _convert(opened, output, part, output_format)
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
@@ -96,9 +124,8 @@ def _convert(opened: PhotographSource, output: Path, part: Path, output_format: 
         raise ValueError(f"{part} is in the way: the conversion is written there until it is complete. Remove it.")
     part.mkdir()
     (part / MARKER).touch()
-    write = {"imagefolder": _write_folders, "recordio": _write_records, "webdataset": _write_shards}[output_format]
     try:
-        written = write(opened, folders, part)
+        written = WRITERS[output_format](opened, folders, part)
         _check_written(part, written)
         (part / MARKER).unlink()
     except BaseException:
@@ -242,3 +269,53 @@ def _write_shards(source: PhotographSource, folders: dict[str, str], output: Pat
                 add_member(shard, f"{key}.cls", str(labels[folder]).encode())
                 written[folder] += 1
     return written
+
+
+def _write_parquet(source: PhotographSource, folders: dict[str, str], output: Path) -> Counter[str]:
+    written: Counter[str] = Counter()
+    labels, pictures = _labels(folders), enumerate(_pictures(source, folders))
+    schema = hub_schema({"identity": pa.string(), "label": pa.int64()})
+    files = []
+
+    def row(folder: str, name: str, content: bytes) -> dict:
+        written[folder] += 1
+        return {"image": {"bytes": content, "path": name}, "identity": folder, "label": labels[folder]}
+
+    for number, part in groupby(pictures, lambda picture: picture[0] // IMAGES_A_SHARD):
+        files.append(output / "data" / f"train-{number:05d}.parquet")
+        write_parquet(files[-1], schema, (row(*picture) for _, picture in part))
+    for number, file in enumerate(files):  # how many there are is known when all pictures are read
+        file.rename(file.with_name(f"train-{number:05d}-of-{len(files):05d}.parquet"))
+    return written
+
+
+def _write_database(source: PhotographSource, folders: dict[str, str], output: Path) -> Counter[str]:
+    written: Counter[str] = Counter()
+    labels = _labels(folders)
+    with DatabaseWriter(output / "train.lmdb") as database:
+        for folder, _, content in _pictures(source, folders, by_identity=True):
+            database.write(labels[folder], content)
+            written[folder] += 1
+        database.finish(labels)
+    return written
+
+
+def _write_archive(source: PhotographSource, folders: dict[str, str], output: Path) -> Counter[str]:
+    written: Counter[str] = Counter()
+    # pictures are compressed already
+    with zipfile.ZipFile(output / "images.zip", "w", zipfile.ZIP_STORED) as archive:
+        for folder, name, content in _pictures(source, folders):
+            archive.writestr(zipfile.ZipInfo(f"{folder}/{name}"), content)
+            written[folder] += 1
+    return written
+
+
+WRITERS: dict[str, Callable[[PhotographSource, dict[str, str], Path], Counter[str]]] = {
+    "imagefolder": _write_folders,
+    "recordio": _write_records,
+    "webdataset": _write_shards,
+    "parquet": _write_parquet,
+    "lmdb": _write_database,
+    "zip": _write_archive,
+}
+FORMATS = tuple(WRITERS)

@@ -1,7 +1,7 @@
 """Photographs in folders, one for each identity, or in a single folder."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,16 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:
         return False
+
+
+def find_part(inner: Mapping[str, Collection]) -> str | None:
+    """A folder that may be a part of a set instead of an identity, where all pictures are in folders within.
+
+    Args:
+        inner: folder -> the folders within that have pictures.
+    """
+    several = [name for name, folders in inner.items() if len(folders) > 1]
+    return next(iter(several or inner), None) if several or all(name.lower() in PARTS for name in inner) else None
 
 
 class FolderSource(PhotographSource):
@@ -53,9 +63,8 @@ class FolderSource(PhotographSource):
             else:
                 self._leave_out(Path(entry.path), HIDDEN if is_system_entry(entry.name) else OUTSIDE)
         direct = {photo.identity for photo in self.photographs if photo.file.count("/") == 1}
-        several = [name for name, folders in inner.items() if len(folders) > 1]
-        if inner and not (direct or nested) and (several or all(name.lower() in PARTS for name in inner)):
-            name = (several or list(inner))[0]
+        name = None if direct or nested else find_part(inner)
+        if name is not None:
             example = printable(min(inner[name]).relative_to(root).as_posix())
             raise ValueError(
                 f"{root} has no pictures directly in its folders, but in folders within them, such as {example}. If"

@@ -55,7 +55,7 @@ def _data_set(path: str | os.PathLike) -> Path:
     path = local_path(path).resolve()
     if path.suffix == ".rec" and path.is_file():
         return path.parent if path.name == "train.rec" or list(path.parent.glob("*.rec")) == [path] else path
-    return path.parent if path.name in ("images", "shards") and (path.parent / GENERATION).exists() else path
+    return path.parent if path.name in ("images", "shards", "data") and (path.parent / GENERATION).exists() else path
 
 
 class LabeledFaces(Dataset):

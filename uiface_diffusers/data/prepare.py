@@ -153,8 +153,7 @@ def prepare_faces(
     """Aligns and embeds photographs into a cache. Goes on where an earlier call was stopped.
 
     Args:
-        source: a folder `ROOT/IDENTITY/*.jpg`, InsightFace's RecordIO (`train.rec`) or webdataset shards (`*.tar`);
-            see `open_source`.
+        source: of any form that `open_source` opens.
         output: the cache's folder.
         encoder: detects and embeds.
         image_size (`int`, defaults to 128): side of the stored faces in pixels.

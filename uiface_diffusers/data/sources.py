@@ -1,10 +1,11 @@
-"""Where photographs come from: a folder of identities, InsightFace's RecordIO, webdataset shards, a data set of
-`generate_dataset` or a cache of `prepare_faces`."""
+"""Where photographs come from: a folder of identities, InsightFace's RecordIO, webdataset shards, parquet files, zip
+archives, LMDB, a data set of `generate_dataset` or a cache of `prepare_faces`."""
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +14,8 @@ from ..files import COMPRESSED, local_path, printable, same_name, why_unreadable
 from .face_cache import FaceCacheSource
 from .folders import FlatFolderSource, FolderSource
 from .image_folder import GENERATION, JOURNAL, METADATA
+from .lmdb_set import LmdbSource, beside_database, find_databases
+from .parquet_set import ParquetSource, find_parquet
 from .photographs import (
     HIDDEN,
     OUTSIDE,
@@ -28,14 +31,18 @@ from .photographs import (
 from .record_list import find_list, record_identities
 from .recordio import RecordReader
 from .webdataset import WebDatasetSource
+from .zip_set import ZipSource
 
 __all__ = [
     "FlatFolderSource",
     "FolderSource",
+    "LmdbSource",
+    "ParquetSource",
     "Photograph",
     "PhotographSource",
     "RecordIOSource",
     "WebDatasetSource",
+    "ZipSource",
     "describe_left_out",
     "has_image_suffix",
     "is_system_entry",
@@ -87,20 +94,23 @@ def _open_generated(path: Path) -> PhotographSource:
             " there is."
         )
     if (path / "shards").is_dir():
-        source: PhotographSource = WebDatasetSource(_shards(path / "shards"))
+        source: PhotographSource = WebDatasetSource(find_shards(path / "shards"))
         # the class file has a number; the key `IDENTITY/NNNN` has the name
         keys = [PurePosixPath(photograph.file.partition(":")[2]) for photograph in source.photographs]
         source.photographs = [
             photograph._replace(identity=key.parent.name)
             for photograph, key in zip(source.photographs, keys, strict=True)
         ]
+    elif (path / "data").is_dir():
+        source = ParquetSource(find_parquet(path / "data"))
     else:
         source = FolderSource(path / "images")
     try:
         expected = pq.read_metadata(path / METADATA).num_rows
     except pa.ArrowException as error:
         raise ValueError(f"no parquet file: {why_unreadable(path / METADATA, error)}. Restore it.") from error
-    used = [path / name for name in (*GENERATED, "shards" if (path / "shards").is_dir() else "images")]
+    images = next((name for name in ("shards", "data") if (path / name).is_dir()), "images")
+    used = [path / name for name in (*GENERATED, images)]
     _leave_out_beside(source, path, used, "the generated images")
     found = len(source.photographs)
     if found != expected:
@@ -115,12 +125,47 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if not is_system_entry(entry.name))
 
 
-def _shards(folder: Path) -> list[Path]:
-    return [entry for entry in _visible(folder) if entry.suffix.lower() == ".tar" and entry.is_file()]
+def find_shards(path: Path) -> list[Path]:
+    """The tar shards at a path: it is one, or a folder of them.
+
+    Raises:
+        ValueError: all are compressed.
+    """
+    files = _visible(path) if path.is_dir() else [path]
+    shards = [file for file in files if file.suffix.lower() == ".tar" and file.is_file()]
+    compressed = [file for file in files if file.name.lower().endswith(COMPRESSED_TARS) and file.is_file()]
+    if compressed and not shards:
+        raise ValueError(f"{compressed[0]} is compressed: pictures could not be read at their places. Unpack it.")
+    return shards
 
 
-def _is_compressed(path: Path) -> bool:
-    return path.name.lower().endswith(COMPRESSED_TARS) and path.is_file()
+def find_archives(path: Path) -> list[Path]:
+    """The zip archives at a path: it is one, or a folder of them."""
+    files = _visible(path) if path.is_dir() else [path]
+    return [file for file in files if file.suffix.lower() == ".zip" and file.is_file()]
+
+
+class Form(NamedTuple):
+    """Files that are read at their places.
+
+    Args:
+        find: the files of the form at a path; empty if there are none.
+        open: the photographs in them; takes `nested`, too, see `open_source`.
+        files: what they are called.
+    """
+
+    find: Callable[[Path], list[Path]]
+    open: Callable[[list[Path], bool], PhotographSource]
+    files: str
+
+
+# a new form is a module with its source, and a line; the first that a folder has is read
+FORMS = (
+    Form(find_shards, lambda files, nested: WebDatasetSource(files), "the tar shards"),
+    Form(find_parquet, lambda files, nested: ParquetSource(files), "the parquet files"),
+    Form(find_databases, lambda files, nested: LmdbSource(files[0]), "the LMDB file"),
+    Form(find_archives, ZipSource, "the zip archives"),
+)
 
 
 def find_records(path: Path) -> Path | None:
@@ -162,12 +207,14 @@ def _check_no_folders_beside(folder: Path, files: list[Path]) -> None:
 
 
 def _leave_out_beside(source: PhotographSource, folder: Path, used: Iterable[Path | None], what: str) -> None:
-    """What lies in a folder of which only some files are read."""
-    used = set(used)
-    for entry in sorted(folder.iterdir()):
-        if entry not in used:
+    """What lies in a folder of which only some files are read, and in the folders that these are in."""
+    there = {file for file in used if file is not None}
+    around = {folder, *(parent for file in there for parent in file.parents if parent.is_relative_to(folder))}
+    for entry in sorted(entry for inner in around for entry in inner.iterdir()):
+        if entry not in there and entry not in around:
             system = is_system_entry(entry.name)
-            source.left_out[printable(entry.name)] = HIDDEN if system else f"beside {what}"
+            name = printable(entry.relative_to(folder).as_posix())
+            source.left_out[name] = HIDDEN if system else f"beside {what}"
 
 
 def _open_form(path: Path, nested: bool) -> PhotographSource:
@@ -189,17 +236,15 @@ def _open_form(path: Path, nested: bool) -> PhotographSource:
             used = (records, records.with_suffix(".idx"), find_list(records))
             _leave_out_beside(source, path, used, records.name)
         return source
-    compressed = [entry for entry in (_visible(path) if path.is_dir() else [path]) if _is_compressed(entry)]
-    shards = _shards(path) if path.is_dir() else [path] if path.suffix.lower() == ".tar" else []
-    if compressed and not shards:
-        raise ValueError(f"{compressed[0]} is compressed: pictures could not be read at their places. Unpack it.")
-    if shards:
-        if path.is_dir():
-            _check_no_folders_beside(path, shards)
-        source = WebDatasetSource(shards)
-        if path.is_dir():
-            _leave_out_beside(source, path, shards, "the tar shards")
-        return source
+    for form in FORMS:
+        files = form.find(path)
+        if files:
+            if path.is_dir():
+                _check_no_folders_beside(path, files)
+            source = form.open(files, nested)
+            if path.is_dir():
+                _leave_out_beside(source, path, [*files, *beside_database(files[0])], form.files)
+            return source
     return FolderSource(path, nested)
 
 
@@ -223,8 +268,8 @@ def open_source(
 
     Args:
         path: a folder `ROOT/IDENTITY/*.jpg`; a `.rec` file, or a folder with `train.rec` or a single other one; a
-            `.tar` shard, or a folder of them; a folder of `generate_dataset` or a cache of `prepare_faces`. It is
-            taken literally but for a `~` at its start.
+            `.tar` shard, a parquet file or a zip archive, or a folder of them; an LMDB file or folder; a folder of
+            `generate_dataset` or a cache of `prepare_faces`. It is taken literally but for a `~` at its start.
         identities: only these; all if not given. Names match in any Unicode normal form.
         min_images: identities with fewer photographs are left out.
         nested: for a folder, see `FolderSource`.
@@ -255,7 +300,7 @@ def open_source(
         flat = any(reason == OUTSIDE and has_image_suffix(name) for name, reason in source.left_out.items())
         raise ValueError(
             f"{path} has no photographs: neither IDENTITY/FILE with a picture's suffix, nor a .rec file, nor tar"
-            " shards"
+            " shards, parquet files with pictures, an LMDB file or zip archives"
             + (f", with at least {min_images} of an identity." if min_images > 1 else ".")
             + (f" It has {found}." if found else "")
             + (f" Are its pictures of one identity? Then give {path.parent}." if flat else "")

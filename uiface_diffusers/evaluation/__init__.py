@@ -1,4 +1,5 @@
 from .class_structure import class_uniqueness, intra_class_consistency
+from .comparison import compare_reports
 from .consistency import identity_consistency
 from .corruptions import corrupt, verify_corruptions
 from .evaluate import evaluate_dataset
@@ -11,7 +12,7 @@ from .precision_recall import class_precision_recall, improved_precision_recall
 from .realism import Realism, classifier_test, kernel_distance, measure_realism
 from .recognizers import load_recognizer
 from .reconstruction import reconstruction_quality
-from .report import compare_reports, load_report
+from .report import load_report
 from .separability import measure_separability
 from .templates import TemplateFolder, TemplateResult, pool_templates, verify_templates
 from .verification import (

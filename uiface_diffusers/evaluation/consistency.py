@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ..files import read_settings
 from ..identities import bank_hash, largest_cosines
-from .figures import Description
+from .figures import Description, Question
 from .measure import Measure, conditions_of
 from .plots import plot_histograms
 
@@ -58,17 +58,21 @@ class ContextMeasure(Measure):
             "",
             "Cosine of an image to its identity's embedding in the bank. With `--identity-perturbation`, images"
             " follow embeddings that were turned away from those of the bank.",
+            Question.ONE_PERSON,
+            headline=True,
         ),
         "context_nearest": Description(
             "Nearest to its own context",
             "%",
             "Share of images that are nearer to their own context than to any other in the bank.",
+            Question.ONE_PERSON,
         ),
     }
 
     def check(self) -> None:
         bank, faces = self.inputs.identities, self.inputs.faces
         assert bank is not None
+        bank.check_one_each("the cosine to the context")
         if len(set(bank.names)) < len(bank):
             name = Counter(bank.names).most_common(1)[0][0]
             raise ValueError(

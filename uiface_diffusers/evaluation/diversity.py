@@ -8,7 +8,7 @@ from ..faces import ALIGNED_SIZE
 from ..fingerprint import weights_fingerprint
 from ..seeds import image_seed
 from .face_set import computed_once, digest
-from .figures import Description
+from .figures import Description, Question
 from .measure import Measure
 from .plots import plot_histograms
 from .separability import genuine_pairs
@@ -54,6 +54,8 @@ class DiversityMeasure(Measure):
             "Intra-class LPIPS",
             "",
             "Perceptual distance between images of one identity, averaged over identities. Larger means more varied.",
+            Question.DIVERSE,
+            headline=True,
         ),
     }
 

@@ -17,6 +17,7 @@ from ..faces import FaceEncoder
 from ..files import local_path
 from ..identities import IdentityBank
 from . import registry
+from .answers import arrange
 from .face_set import FaceSet, open_faces
 from .features import LpipsFeatures
 from .measure import Inputs, Measure, Settings
@@ -54,7 +55,7 @@ def evaluate_dataset(
     stopped; a call with other settings computes only what is new. The measures are listed in `registry.py`.
 
     Args:
-        dataset: folder of `generate_dataset` or `prepare_faces`, identity folders, RecordIO or webdataset shards.
+        dataset: of any form that `open_source` opens.
         output: folder of the report.
         encoder: the recognizer that the generator was conditioned on, or any other.
         judge (*optional*): another recognizer, which the generator has not seen.
@@ -150,8 +151,8 @@ def evaluate_dataset(
     }
     pictures = [picture for measure in measures for picture in measure.pictures]
     write_report(output, report, [(f"{len(shown)} identities, drawn at random: {', '.join(shown)}", grid), *pictures])
-    figures = [f"{figure.title}: {figure.text}" for measure in measures for figure in measure.found]
-    for line in (described["summary"], *figures, *notes):
+    answers = arrange([[figure for measure in measures for figure in measure.found]])
+    for line in (described["summary"], *(answer.line for answer in answers), *notes):
         log(line)
     return report
 
@@ -199,7 +200,7 @@ def _check_dimensions(inputs: Inputs) -> None:
     for bank in (inputs.identities, inputs.against):
         if bank is not None and bank.identity_encoder is None:
             encoder = inputs.recognizers[0]
-            given, expected = bank.embeddings.shape[1], encoder.embed_pictures([inputs.faces.read(0)]).shape[1]
+            given, expected = bank.embeddings.shape[-1], encoder.embed_pictures([inputs.faces.read(0)]).shape[1]
             if given != expected:
                 raise ValueError(f"a bank of {given} dimensions is not of `{encoder.name}`, which gives {expected}.")
 

@@ -2,21 +2,42 @@
 
 import math
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, NamedTuple
 
 
+class Question(Enum):
+    """What a reader of a report wants to know, in the order of the report, and what an answer needs."""
+
+    ONE_PERSON = ("Is an identity one person?", "")
+    DISTINCT = ("Are people distinct?", "")
+    DIVERSE = ("Is it diverse?", "")
+    REAL = ("Does it look real?", "real faces (`--real`)")
+    LEAK = ("Does it leak?", "embeddings of real people (`--against`)")
+    OTHER = ("Other figures", "")
+
+    def __init__(self, text: str, needs: str):
+        self.text, self.needs = text, needs
+
+
 class Description(NamedTuple):
-    """What a figure says.
+    """What a figure says. The first three are part of `report.json`.
 
     Args:
         label (`str`): its name in reports.
         unit (`str`): `"%"` for a share, shown in hundredths; `"x 1000"`, shown in thousandths; or none.
         meaning (`str`): one or two sentences, also on whether more is better.
+        question: that it answers.
+        real (`str`): name of the figure with the value of real faces, which is shown beside it; if any.
+        headline (`bool`): the first to look at for an answer.
     """
 
     label: str
     unit: str
     meaning: str
+    question: Question = Question.OTHER
+    real: str = ""
+    headline: bool = False
 
 
 @dataclass
@@ -74,7 +95,7 @@ class Figure:
 
     def as_json(self) -> dict[str, Any]:
         """For `report.json`, which can be read without this package."""
-        _, unit, meaning = self.description
+        unit, meaning = self.description.unit, self.description.meaning
         described = {"label": self.label, "unit": unit, "meaning": meaning, "detail": self.detail}
         return {"name": self.name, "value": self.value, "conditions": self.conditions, **described}
 
@@ -86,7 +107,7 @@ class Figure:
             KeyError, TypeError, ValueError: the content is no figure.
         """
         name, value = str(content["name"]), content["value"]
-        label, unit, meaning = (str(content[part]) for part in Description._fields)
+        label, unit, meaning = (str(content[part]) for part in ("label", "unit", "meaning"))
         description = Description(label.removesuffix(f" by {name.partition('/')[2]}"), unit, meaning)
         conditions, detail = dict(content["conditions"]), str(content.get("detail", ""))
         return cls(name, None if value is None else float(value), description, conditions, detail)

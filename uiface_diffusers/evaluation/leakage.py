@@ -14,13 +14,15 @@ import torch.nn.functional as F
 from diffusers.utils import make_image_grid
 
 from ..data.face_cache import FaceCache
+from ..data.image_folder import GENERATION
 from ..data.sources import open_source
 from ..encoders import check_same_encoder
 from ..faces import ALIGNED_SIZE, FaceEncoder
-from ..files import complete_file
-from ..identities import CANDIDATE_ROWS, KNOWN_ROWS, IdentityBank, largest_cosines
+from ..files import complete_file, local_path
+from ..hub.lineage import CARD, note_audit
+from ..identities import CANDIDATE_ROWS, KNOWN_ROWS, IdentityBank, bank_hash, largest_cosines
 from .face_set import FaceSet
-from .figures import Description
+from .figures import Description, Question
 from .measure import Measure, conditions_of
 from .plots import plot_histograms
 
@@ -104,6 +106,7 @@ def measure_leakage(synthetic: IdentityBank, real: IdentityBank) -> LeakageRepor
     Raises:
         ValueError: the banks are of two encoders, or `real` has a single identity.
     """
+    synthetic, real = synthetic.one_per_row(), real.one_per_row()
     check_same_encoder("the synthetic bank", synthetic.encoder_mark, "the real one", real.encoder_mark)
     thresholds, pairs, of_real = impostor_thresholds(real)
     known, images = F.normalize(real.embeddings), F.normalize(synthetic.embeddings)
@@ -133,17 +136,27 @@ class LeakageMeasure(Measure):
             "Images near a real face",
             "%",
             "Share of images whose nearest real embedding exceeds the threshold of real impostors.",
+            Question.LEAK,
+            real="leakage_strangers",
+            headline=True,
         ),
         "leakage_identities": Description(
-            "Identities near a real face", "%", "The same for the mean embedding of each identity."
+            "Identities near a real face",
+            "%",
+            "The same for the mean embedding of each identity.",
+            Question.LEAK,
         ),
         "leakage_strangers": Description(
             "Real images near another person",
             "%",
             "The same for real images and the nearest other person: what to expect of strangers.",
+            Question.LEAK,
         ),
         "leakage_largest": Description(
-            "Largest cosine to a real face", "", "Largest cosine of any image to any real embedding."
+            "Largest cosine to a real face",
+            "",
+            "Largest cosine of any image to any real embedding.",
+            Question.LEAK,
         ),
     }
 
@@ -155,8 +168,8 @@ class LeakageMeasure(Measure):
             )
 
     def measure(self) -> None:
-        against = self.inputs.against
-        assert against is not None
+        assert self.inputs.against is not None
+        against = self.inputs.against.one_per_row()
         recognizer = self.inputs.recognizer_of(against)
         found = measure_leakage(self.inputs.faces.bank(recognizer, self.inputs.cache), against)
         digest = hashlib.sha256(against.embeddings.contiguous().numpy().tobytes()).hexdigest()[:12]
@@ -186,7 +199,7 @@ def audit_dataset(
 ) -> LeakageReport:
     """Embeds a data set, measures its leakage, and saves a picture of the worst images. Pictures that cannot be used
     are named and left out. Embeddings are kept in a folder beside the picture until it is written, so that the same
-    call goes on where an earlier one was stopped.
+    call goes on where an earlier one was stopped. The result is noted in the card of a generated data set.
 
     Args:
         dataset: aligned faces in any form that `open_source` opens.
@@ -202,6 +215,7 @@ def audit_dataset(
     """
     if worst < 1:
         raise ValueError(f"`worst` has to be positive but is {worst}.")
+    real = real.one_per_row()
     cache = Path(f"{plot}.cache")
     synthetic = FaceSet(open_source(dataset)).usable(dataset, cache, skip_unusable=True)
     for file, reason in synthetic.left_out.items():
@@ -223,8 +237,37 @@ def audit_dataset(
     with complete_file(plot) as beside:
         make_image_grid(cells, rows=len(order), cols=len(columns)).save(beside, "png")
     shutil.rmtree(cache)
+    _note_audit(local_path(dataset), report, real, faces, log)
     log(f"the worst are in {plot}" + (", each beside the nearest real face" if faces is not None else ""))
     return report
+
+
+def _note_audit(
+    dataset: Path, report: LeakageReport, real: IdentityBank, faces: FaceCache | None, log: Callable[[str], None]
+) -> None:
+    """Writes the result into the card of a generated data set."""
+    if not ((dataset / GENERATION).is_file() and (dataset / CARD).is_file()):
+        return
+    shares = (report.image_shares, report.identity_shares, report.real_shares)
+    audit = {
+        "against": None if faces is None else faces.folder.resolve().name,
+        "embeddings": len(real),
+        "fingerprint": bank_hash(real),
+        "encoder": real.identity_encoder,
+        "encoder_fingerprint": real.identity_encoder_fingerprint,
+        "images": len(report.image_cosines),
+        "largest_cosine": round(float(report.image_cosines.max()), 4),
+        "thresholds": [
+            {"false_accept_rate": rate, "cosine": round(cosine, 4)}
+            | dict(zip(("images", "identities", "strangers"), (share[rate] for share in shares), strict=True))
+            for rate, cosine in report.thresholds.items()
+        ],
+    }
+    try:
+        note_audit(dataset / CARD, {name: value for name, value in audit.items() if value is not None})
+        log(f"noted in {dataset / CARD}")
+    except (OSError, ValueError) as error:
+        log(f"not noted in {dataset / CARD}: {error}")
 
 
 def _in_words(report: LeakageReport, number: int) -> list[str]:

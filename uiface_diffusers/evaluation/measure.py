@@ -106,7 +106,7 @@ class Measure(ABC):
         inputs: what is measured.
     """
 
-    # name of each figure -> its label, unit and meaning
+    # name of each figure -> its label, unit, meaning, and the question that it answers
     figures: ClassVar[dict[str, Description]]
     # fields of `Inputs`: where one is not given, the measure is left out
     needs: ClassVar[tuple[str, ...]] = ()

@@ -32,7 +32,7 @@ def plot_histograms(
     """
     from matplotlib.figure import Figure  # of the extra `train`; without pyplot it needs no display
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axis = figure.subplots()
     values = {name: np.asarray(each, np.float64) for name, each in values.items()}
     low, high = min(each.min() for each in values.values()), max(each.max() for each in values.values())
@@ -44,7 +44,7 @@ def plot_histograms(
         axis.axvline(value, color="black", linestyle=style, label=f"{name}: {value:.3f}")
     axis.set_xlabel(label)
     axis.set_ylabel("density")
-    figure.legend(loc="outside upper center", ncols=4)
+    figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from .face_set import FaceSet
-from .figures import Description
+from .figures import Description, Question
 from .measure import Measure, conditions_of
 
 # rows and columns of one matrix product: 1024 x 4096 distances are 32 MiB
@@ -153,8 +153,15 @@ class PrecisionRecallMeasure(Measure):
             "%",
             "Share of the set's images that lie among the real ones. Broken faces can pass; KID and the classifier"
             " test see them.",
+            Question.REAL,
         ),
-        "recall": Description("Improved recall", "%", "Share of real images that lie among those of the set."),
+        "recall": Description(
+            "Improved recall",
+            "%",
+            "Share of real images that lie among those of the set.",
+            Question.DIVERSE,
+            headline=True,
+        ),
     }
 
     def check(self) -> None:
@@ -192,12 +199,14 @@ class ClassPrecisionRecallMeasure(Measure):
             "Improved precision within identities",
             "%",
             "Share of a person's images that lie among the real images of that person, averaged over people.",
+            Question.REAL,
         ),
         "class_recall": Description(
             "Improved recall within identities",
             "%",
             "Share of a person's real images that lie among the set's images of that person, averaged over people."
             " With Inception features, this is DCFace's D_intra.",
+            Question.DIVERSE,
         ),
     }
 

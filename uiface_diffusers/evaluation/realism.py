@@ -18,7 +18,7 @@ from torch import nn
 from ..faces import FaceEncoder
 from .face_set import FaceSet
 from .features import LpipsGridFeatures
-from .figures import Description
+from .figures import Description, Question
 from .measure import Measure, conditions_of
 
 # of each side: more faces change the classifier test, which learns from them
@@ -90,7 +90,7 @@ def kernel_distance(
     Args:
         real (`torch.Tensor` of shape `(N, D)`): features; see `kernel_features` for their length.
         generated (`torch.Tensor` of shape `(M, D)`): by the same network.
-        num_subsets (`int`, defaults to 100).
+        num_subsets (`int`, defaults to 100): how many are drawn.
         seed (`int`, defaults to 0): of the subsets.
 
     Returns:
@@ -260,25 +260,36 @@ class RealismMeasure(Measure):
             "x 1000",
             "Kernel distance between generated and real faces. Lower is better. It is unbiased: faces that look the"
             " same give about 0, sometimes less. Depends on the real faces and on the numbers of faces and people.",
+            Question.REAL,
+            real="kid_real",
+            headline=True,
         ),
         "kid_std": Description(
             "Deviation of KID",
             "x 1000",
             "Standard deviation over subsets of half the faces, about the standard error of KID.",
+            Question.REAL,
         ),
         "kid_real": Description(
-            "KID of real faces", "x 1000", "KID of as many other real faces, of other people: the noise level."
+            "KID of real faces",
+            "x 1000",
+            "KID of as many other real faces, of other people: the noise level.",
+            Question.REAL,
         ),
         "c2st": Description(
             "Classifier two-sample test",
             "",
             "AUC of a classifier that separates generated from real faces, on people that it was not trained on."
             " Lower is better: 0.5 means that they cannot be told apart, 1 that they always can.",
+            Question.REAL,
+            real="c2st_real",
+            headline=True,
         ),
         "c2st_real": Description(
             "Classifier test of real faces",
             "",
             "The same for as many other real faces, of other people: the noise level.",
+            Question.REAL,
         ),
     }
 

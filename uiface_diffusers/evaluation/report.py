@@ -1,30 +1,42 @@
-"""Figures of data sets: as JSON, as a page that needs no other file, and side by side."""
+"""The report of a data set: as JSON, and as a page that needs no other file."""
 
 import base64
 import html
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 
 from ..files import brief, complete_file, write_json
-from . import registry
+from .answers import Answer, Row, arrange
 from .figures import Figure
 from .plots import Picture
 
 REPORT = "report.json"
 STYLE = """
-body { font: 15px/1.5 sans-serif; max-width: 68em; margin: 2em auto; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; margin: 1em 0; }
-th, td { border-bottom: 1px solid #ddd; padding: .3em .8em; text-align: left; vertical-align: top; }
-td.value { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-img { max-width: 100%; }
+* { box-sizing: border-box; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 76em; margin: 0 auto; padding: 1em; color: #222; }
+h1 { font-size: 1.6em; line-height: 1.2; overflow-wrap: anywhere; }
+h2 { font-size: 1.2em; margin: 1.6em 0 .3em; }
+p { overflow-wrap: anywhere; }
+div.scroll { overflow-x: auto; }
+table { border-collapse: collapse; margin: .5em 0; }
+th, td { border-bottom: 1px solid #ddd; padding: .3em .8em .3em 0; text-align: left; vertical-align: top; }
+th { font-weight: 600; }
+td.value, th.value { text-align: right; white-space: nowrap; padding-left: .8em; }
+td.value { font-variant-numeric: tabular-nums; }
+small { display: block; color: #666; font-weight: normal; white-space: normal; }
+details { margin: .5em 0; }
+details td { overflow-wrap: anywhere; }
+summary { cursor: pointer; color: #0645ad; }
+div.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30em), 1fr)); gap: 1em; }
+figure { margin: 0; }
+figcaption { font-weight: 600; overflow-wrap: anywhere; }
+img { max-width: 100%; height: auto; }
 """
 
 
@@ -33,30 +45,85 @@ def _png_bytes(picture: Picture) -> bytes:
     if isinstance(picture, PIL.Image.Image):
         picture.save(buffer, "png")
     else:
-        picture.savefig(buffer, format="png", dpi=100)
+        picture.savefig(buffer, format="png", dpi=144)
     return buffer.getvalue()
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], value_columns: Sequence[int]) -> str:
-    """An HTML table of plain text."""
-    lines = ["<tr>" + "".join(f"<th>{html.escape(text)}</th>" for text in head) + "</tr>"]
-    for row in rows:
-        cells = [
-            f'<td class="value">{html.escape(text)}</td>' if i in value_columns else f"<td>{html.escape(text)}</td>"
-            for i, text in enumerate(row)
-        ]
-        lines.append("<tr>" + "".join(cells) + "</tr>")
-    return "<table>\n" + "\n".join(lines) + "\n</table>\n"
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An HTML table of plain text; a line within a cell is a paragraph."""
+    lines = ["".join(f"<th>{html.escape(text)}</th>" for text in head)]
+    lines += ["".join(f"<td>{html.escape(text).replace(chr(10), '<br>')}</td>" for text in row) for row in rows]
+    return _scrolling(lines)
 
 
-def _paragraphs(lines: Sequence[str]) -> str:
+def _scrolling(rows: Sequence[str]) -> str:
+    """A table of rows that is wider than a telephone."""
+    return '<div class="scroll"><table>\n' + "\n".join(f"<tr>{row}</tr>" for row in rows) + "\n</table></div>\n"
+
+
+def _folded(summary: str, body: str) -> str:
+    return f"<details>\n<summary>{html.escape(summary)}</summary>\n{body}</details>\n"
+
+
+def answer_sections(answers: Sequence[Answer], sets: Sequence[str]) -> str:
+    """The questions in their order, each with a table and, folded, what its figures say.
+
+    Args:
+        answers: of `arrange`.
+        sets: names of the data sets: columns within each network's, where there are several.
+    """
+    body = ""
+    for answer in answers:
+        body += f"<h2>{html.escape(answer.question.text)}</h2>\n"
+        if answer.rows:
+            body += _answer_table(answer, sets)
+            details = [("\n".join([row.label, row.conditions]).strip(), *_meaning(row)) for row in answer.rows]
+            explained = table(("figure", "what it says", "measured with"), details)
+            body += _folded("What the figures say, and how they were measured", explained)
+        else:
+            body += paragraphs([f"Not measured: it needs {answer.question.needs}."])
+    return body
+
+
+def _answer_table(answer: Answer, sets: Sequence[str]) -> str:
+    several = len(sets) > 1
+    span = f' colspan="{len(sets)}"' if several else ""
+    heads = [f'<th class="value"{span}>{html.escape(network)}</th>' for network in answer.networks]
+    rows = ["<th></th>" + "".join(heads)] if any(answer.networks) or not several else []
+    if several:
+        names = "".join(f'<th class="value">{html.escape(name)}</th>' for name in sets)
+        rows.append("<th></th>" + names * len(heads))
+    for row in answer.rows:
+        label = html.escape(row.label)
+        label += f"<small>{html.escape(row.conditions)}</small>" if row.conditions else ""
+        cells = [f"<th>{label}</th>" if row.headline else f"<td>{label}</td>"]
+        for network in answer.networks:
+            for position in range(len(sets)):
+                real = html.escape(row.real_text(network, position))
+                beside = f"<small>real faces {real}</small>" if real else ""
+                cells.append(f'<td class="value">{html.escape(row.text(network, position))}{beside}</td>')
+        rows.append("".join(cells))
+    return _scrolling(rows)
+
+
+def _meaning(row: Row) -> tuple[str, str]:
+    """What a row says, and all conditions of its figures, a line each."""
+    shown = [figure for figures in (row.figures, row.real) for each in figures.values() for figure in each if figure]
+    lines = (dict.fromkeys(each) for each in zip(*((f.meaning, f.measured_with) for f in shown), strict=True))
+    meanings, conditions = ("\n".join(each) for each in lines)
+    return meanings, conditions
+
+
+def paragraphs(lines: Sequence[str]) -> str:
     return "".join(f"<p>{html.escape(line)}</p>\n" for line in lines)
 
 
-def _page(title: str, body: str) -> str:
+def page(title: str, body: str) -> str:
     title = html.escape(title)
     return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n"
         f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{body}</body>\n</html>\n"
     )
 
@@ -68,17 +135,19 @@ def render_report(report: dict[str, Any], pictures: Sequence[tuple[str, Picture]
         report: as `evaluate_dataset` returns it.
         pictures: with their captions.
     """
-    rows = [(each.label, each.text, each.meaning, each.measured_with) for each in _figures(report)]
-    body = _paragraphs([report["dataset"]["summary"]])
-    body += _table(("figure", "value", "what it says", "measured with"), rows, value_columns=[1])
-    body += _paragraphs(report["notes"])
+    body = paragraphs([report["dataset"]["summary"]])
+    shown = []
     for caption, picture in pictures:
         data, caption = base64.b64encode(_png_bytes(picture)).decode(), html.escape(caption)
-        body += f'<h2>{caption}</h2>\n<img alt="{caption}" src="data:image/png;base64,{data}">\n'
-    body += "<h2>Settings and versions</h2>\n"
+        image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+        shown.append(f"<figure>\n<figcaption>{caption}</figcaption>\n{image}\n</figure>\n")
+    body += f'<div class="pictures">\n{"".join(shown)}</div>\n'
+    body += answer_sections(arrange([figures_of(report)]), [report["dataset"]["name"]])
+    if report["notes"]:
+        body += "<h2>Notes</h2>\n" + paragraphs(report["notes"])
     settings = report["settings"] | report["versions"]
-    body += _table(("setting", "value"), [(name, str(value)) for name, value in settings.items()], value_columns=[])
-    return _page(f"Evaluation of {report['dataset']['name']}", body)
+    body += _folded("Settings and versions", table(("setting", "value"), [(n, str(v)) for n, v in settings.items()]))
+    return page(f"Evaluation of {report['dataset']['name']}", body)
 
 
 def write_report(output: Path, report: dict[str, Any], pictures: Sequence[tuple[str, Picture]]) -> None:
@@ -104,7 +173,7 @@ def load_report(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} is missing: make it by `uiface evaluate`.")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        _figures(report)
+        figures_of(report)
         for name in ("name", "path", "summary"):
             report["dataset"][name] + ""
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -113,121 +182,5 @@ def load_report(path: str | os.PathLike) -> dict[str, Any]:
     return report
 
 
-def _figures(report: dict[str, Any]) -> list[Figure]:
+def figures_of(report: dict[str, Any]) -> list[Figure]:
     return [Figure.from_json(figure) for figure in report["figures"]]
-
-
-@dataclass
-class ComparedFigure:
-    """A figure of several data sets, measured with the same conditions in all of them.
-
-    Args:
-        label (`str`): the figure's.
-        measured_with (`str`): the conditions.
-        figures (`list[Figure | None]`): one per set; None where a set has none with these conditions.
-    """
-
-    label: str
-    measured_with: str
-    figures: list[Figure | None]
-
-    @property
-    def texts(self) -> list[str]:
-        return ["-" if figure is None else figure.text for figure in self.figures]
-
-
-@dataclass
-class Comparison:
-    """
-    Args:
-        sets (`list[str]`): names of the data sets.
-        summaries (`list[str]`): their sizes.
-        rows (`list[ComparedFigure]`).
-        notes (`list[str]`): which figures are not compared, and why.
-    """
-
-    sets: list[str]
-    summaries: list[str]
-    rows: list[ComparedFigure]
-    notes: list[str]
-
-    def lines(self) -> list[str]:
-        """For a terminal: an aligned table, with the conditions as footnotes."""
-        conditions = list(dict.fromkeys(row.measured_with for row in self.rows))
-        numbers = {text: f"[{number}]" for number, text in enumerate(conditions, start=1)}
-        cells = [["figure", *self.sets]]
-        cells += [[f"{row.label} {numbers[row.measured_with]}", *row.texts] for row in self.rows]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        table = []
-        for title, *values in cells:
-            aligned = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
-            table.append("  ".join([title.ljust(widths[0]), *aligned]))
-        summaries = [f"{name}: {summary}" for name, summary in zip(self.sets, self.summaries, strict=True)]
-        return [*summaries, *table, *(f"{number} {text}" for text, number in numbers.items()), *self.notes]
-
-    def write(self, output: Path) -> None:
-        """`comparison.json` and `comparison.html`."""
-        output.mkdir(parents=True, exist_ok=True)
-        page = _table(("data set", "size"), list(zip(self.sets, self.summaries, strict=True)), value_columns=[])
-        cells = [[row.label, *row.texts, row.measured_with] for row in self.rows]
-        page += _table(["figure", *self.sets, "measured with"], cells, value_columns=range(1, len(self.sets) + 1))
-        page += _paragraphs(self.notes)
-        with complete_file(output / "comparison.html") as beside:
-            beside.write_text(_page("Comparison of data sets", page), encoding="utf-8", errors="replace")
-        rows = [[None if each is None else each.as_json() for each in row.figures] for row in self.rows]
-        content = {"sets": self.sets, "summaries": self.summaries, "rows": rows, "notes": self.notes}
-        write_json(output / "comparison.json", content)
-
-
-def compare_reports(reports: Sequence[dict[str, Any]]) -> Comparison:
-    """Figures of several data sets side by side. Only what was measured with the same conditions (recognizer, feature
-    network, k, real set, ...) stands in one row; where a figure has different ones, a note says so.
-
-    Args:
-        reports: two or more, from `load_report`.
-
-    Raises:
-        ValueError: fewer than two reports.
-    """
-    if len(reports) < 2:
-        raise ValueError(f"a comparison needs two reports or more, not {len(reports)}.")
-    of_sets = [{figure.title: figure for figure in _figures(report)} for report in reports]
-    known = {title: figure for of_set in of_sets for title, figure in of_set.items()}
-    # rows of one figure next to each other, in the order of the report; figures of other versions last
-    kinds = dict.fromkeys(
-        chain(*(measure.figures for measure in registry.MEASURES), (each.kind for each in known.values()))
-    )
-    order = {kind: position for position, kind in enumerate(kinds)}
-    rows = [
-        ComparedFigure(figure.label, figure.measured_with, [of_set.get(title) for of_set in of_sets])
-        for title, figure in sorted(known.items(), key=lambda item: order[item[1].kind])
-    ]
-    names = [report["dataset"]["name"] for report in reports]
-    return Comparison(
-        sets=[f"{name} [{i}]" if names.count(name) > 1 else name for i, name in enumerate(names, start=1)],
-        summaries=[report["dataset"]["summary"] for report in reports],
-        rows=rows,
-        notes=_differences(of_sets, order),
-    )
-
-
-def _differences(of_sets: Sequence[dict[str, Figure]], kinds: Iterable[str]) -> list[str]:
-    """Says which figures not all of the sets that have them have under the same conditions."""
-    labels: dict[str, list[str]] = {}
-    for kind in kinds:
-        figures = [[each for each in of_set.values() if each.kind == kind] for of_set in of_sets]
-        titles = [{each.title for each in of_set} for of_set in figures if of_set]
-        if any(each != titles[0] for each in titles):
-            found = list(chain.from_iterable(figures))
-            labels.setdefault(_differing(found), []).append(found[0].description.label)
-    return [
-        f"Measured with different conditions, in rows of their own: {', '.join(each)} ({differing})."
-        for differing, each in labels.items()
-    ]
-
-
-def _differing(figures: Sequence[Figure]) -> str:
-    """The conditions that are not the same in all, with their values."""
-    names = dict.fromkeys(chain.from_iterable(figure.conditions for figure in figures))
-    values = {name: list(dict.fromkeys(str(each.conditions.get(name, "-")) for each in figures)) for name in names}
-    return "; ".join(f"{name}: {' | '.join(each)}" for name, each in values.items() if len(each) > 1)

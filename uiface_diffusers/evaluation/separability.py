@@ -7,7 +7,7 @@ import torch
 
 from ..faces import FaceEncoder
 from .class_structure import class_centers, class_uniqueness, intra_class_consistency
-from .figures import Description
+from .figures import Description, Question
 from .measure import Measure, conditions_of
 from .plots import plot_histograms
 from .verification import equal_error_rate, true_accept_rate
@@ -142,37 +142,58 @@ class SeparabilityMeasure(Measure):
             "%",
             "The error rate at the threshold where as many genuine pairs are rejected as impostor pairs are"
             " accepted. Lower is better.",
+            Question.DISTINCT,
+            headline=True,
         ),
         "fmr100": Description(
             "FMR100",
             "%",
             "Share of genuine pairs rejected when at most 1 % of impostor pairs are accepted. Lower is better.",
+            Question.DISTINCT,
         ),
         "fmr1000": Description(
             "FMR1000",
             "%",
             "Share of genuine pairs rejected when at most 0.1 % of impostor pairs are accepted. Lower is better.",
+            Question.DISTINCT,
         ),
         "fdr": Description(
             "Fisher discriminant ratio",
             "",
             "Squared distance between the two means, divided by the sum of the two variances. Higher is better.",
+            Question.DISTINCT,
         ),
-        "genuine_mean": Description("Mean of genuine pairs", "", "Cosine of two images of one identity."),
+        "genuine_mean": Description(
+            "Mean of genuine pairs",
+            "",
+            "Cosine of two images of one identity.",
+            Question.ONE_PERSON,
+        ),
         "genuine_std": Description(
-            "Deviation of genuine pairs", "", "Standard deviation of the cosines of genuine pairs."
+            "Deviation of genuine pairs",
+            "",
+            "Standard deviation of the cosines of genuine pairs.",
+            Question.ONE_PERSON,
         ),
         "impostor_mean": Description(
-            "Mean of impostor pairs", "", "Cosine of images of two identities. Strangers have about 0."
+            "Mean of impostor pairs",
+            "",
+            "Cosine of images of two identities. Strangers have about 0.",
+            Question.DISTINCT,
         ),
         "impostor_std": Description(
-            "Deviation of impostor pairs", "", "Standard deviation of the cosines of impostor pairs."
+            "Deviation of impostor pairs",
+            "",
+            "Standard deviation of the cosines of impostor pairs.",
+            Question.DISTINCT,
         ),
         "uniqueness": Description(
             "Uniqueness",
             "%",
             "Share of distinct identities: going through them in order, one is dropped when the cosine of its mean"
             " embedding to one kept before reaches the threshold (DCFace's U_class). Falls as identities are added.",
+            Question.DISTINCT,
+            headline=True,
         ),
         "consistency": Description(
             "Intra-class consistency",
@@ -180,16 +201,20 @@ class SeparabilityMeasure(Measure):
             "Share of an identity's images whose cosine to its mean embedding exceeds the threshold, averaged over"
             " identities (DCFace's C_intra). Each image is part of that mean, so with few images per identity even"
             " strangers pass.",
+            Question.ONE_PERSON,
         ),
         "consistency_others": Description(
             "Consistency, left out of the mean",
             "%",
             "The same, but each image is compared with the mean of the identity's other images.",
+            Question.ONE_PERSON,
+            headline=True,
         ),
         "impostors_above": Description(
             "Impostor pairs above the threshold",
             "%",
             "How often this recognizer takes two identities for one at the threshold.",
+            Question.DISTINCT,
         ),
     }
 

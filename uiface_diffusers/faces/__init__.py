@@ -14,6 +14,7 @@ from .geometry import (
     resize_aligned,
     template_landmarks,
 )
+from .make_pack import PackReport, make_pack
 from .packs import execution_providers
 from .recognizer import NoEmbeddingError, Recognizer, has_direction, unit_embeddings
 from .torch_recognizer import TorchRecognizer
@@ -27,6 +28,7 @@ __all__ = [
     "FaceEncoder",
     "NoEmbeddingError",
     "NoFaceError",
+    "PackReport",
     "Recognizer",
     "TorchRecognizer",
     "UnusableFaceError",
@@ -36,6 +38,7 @@ __all__ = [
     "has_direction",
     "head_pose",
     "load_photograph",
+    "make_pack",
     "out_of_frame",
     "resize_aligned",
     "template_landmarks",

@@ -140,8 +140,13 @@ def load_pack(folder: Path, providers: list | None, threads: int | None = None) 
 def file_fingerprint(file: str | os.PathLike) -> str:
     """Twelve hexadecimal digits of an ONNX model: of its file and, if they are elsewhere, of its weights' files."""
     digest = hashlib.sha256(Path(file).read_bytes())
+    for beside in weights_beside(file):
+        digest.update(beside.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def weights_beside(file: str | os.PathLike) -> list[Path]:
+    """The files in which an ONNX model keeps weights outside its own."""
     model = onnx.load(file, load_external_data=False)
     entries = [entry for tensor in model.graph.initializer for entry in tensor.external_data]
-    for name in sorted({entry.value for entry in entries if entry.key == "location"}):
-        digest.update((Path(file).parent / name).read_bytes())
-    return digest.hexdigest()[:12]
+    return [Path(file).parent / name for name in sorted({each.value for each in entries if each.key == "location"})]

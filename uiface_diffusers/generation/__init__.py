@@ -3,7 +3,7 @@
 A run belongs to a folder:
 
     generation.json    every setting, the model's hash, versions
-    images/            one folder per identity; for `webdataset`, tar shards instead
+    images/            one folder per identity; for `webdataset` or `parquet`, `shards/` or `data/` instead
     metadata.parquet   one row per image, when all are made; until then the rows are in `journal/`
     identities.safetensors, preview.png, README.md
 

@@ -1,13 +1,15 @@
 """What a data set gets when all of its images are there: metadata, bank, preview and card."""
 
+import os
 import shutil
 
 from diffusers.utils import make_image_grid
 
 from ..data.image_folder import JOURNAL, METADATA, read_rows, write_metadata
 from ..files import complete_file
+from ..hub.lineage import CARD, read_header
 from ..identities import IDENTITIES, IdentityBank
-from .card import dataset_card
+from .card import dataset_card, dataset_header
 from .plan import ImageKey
 from .resume import lock
 from .settings import GenerationSettings
@@ -17,9 +19,15 @@ from .writers import ImageFolder
 GRID_ROWS, GRID_COLUMNS = 8, 8
 
 
-def finish_dataset(settings: GenerationSettings, bank: IdentityBank, writer: ImageFolder) -> tuple[bool, bool]:
+def finish_dataset(
+    settings: GenerationSettings, bank: IdentityBank, writer: ImageFolder, model: str | os.PathLike | None
+) -> tuple[bool, bool]:
     """Metadata, bank, preview and card, once all parts are complete; says whether they are, and whether this call
-    wrote them."""
+    wrote them. What the header of a card that is there says stays.
+
+    Args:
+        model: folder or Hub repository of the pipeline, for the card.
+    """
     output, keys = writer.output, writer.plan.keys
     with lock(output, "finish", timeout=-1):
         rows = read_rows(output)
@@ -31,8 +39,10 @@ def finish_dataset(settings: GenerationSettings, bank: IdentityBank, writer: Ima
         write_metadata(output, ordered, [writer.file_name(key) for key in keys])
         bank.save(output / IDENTITIES)
         _write_preview(writer)
-        with complete_file(output / "README.md") as beside:
-            beside.write_text(dataset_card(settings, ordered))
+        header = dataset_header(settings, len(ordered), bank, model)
+        card = dataset_card(settings, ordered, header, kept=read_header(output / CARD))
+        with complete_file(output / CARD) as beside:
+            beside.write_text(card, encoding="utf-8")
         writer.clean_up()
         shutil.rmtree(output / JOURNAL)
     return True, True

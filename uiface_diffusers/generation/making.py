@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -16,10 +17,11 @@ from tqdm import tqdm
 
 from ..data.image_folder import ImageKey, ImageRow, Journal
 from ..faces import FaceEncoder
-from ..identities import IdentityBank, perturb_embeddings
+from ..identities import IdentityBank, perturb_embeddings, safe_cosines
 from ..latents import decode_latents
+from ..models import IdentityFlow
 from ..pipeline_uiface import UIFacePipeline
-from ..seeds import PERTURBATION, image_generator, noise_seed
+from ..seeds import COMMON_PERTURBATION, PERTURBATION, image_generator, noise_seed
 from .layouts import Layouts
 from .plan import Attempt, Part
 from .resume import made_images
@@ -70,6 +72,7 @@ class ImageMaker:
         settings: of the data set.
         batch_size (`int`): images per call of the pipeline.
         writer: of the images.
+        flow (*optional*): gives the directions of the perturbation.
         layouts (*optional*): each image draws one.
     """
 
@@ -81,11 +84,15 @@ class ImageMaker:
         settings: GenerationSettings,
         batch_size: int,
         writer: ImageFolder,
+        flow: IdentityFlow | None = None,
         layouts: Layouts | None = None,
     ):
         self.layouts = layouts
         self.pipeline, self.bank, self.encoder = pipeline, bank, encoder
         self.settings, self.batch_size, self.writer = settings, batch_size, writer
+        self.flow = flow
+        # of each identity, with a neighbor-safe perturbation
+        self.safe = safe_cosines(bank) if settings.identity_perturbation == "auto" else None
         self.unet_rows = 0
         self.stream: torch.cuda.Stream | None = None
         self.rows: dict[ImageKey, ImageRow] = {}
@@ -145,12 +152,14 @@ class ImageMaker:
         return len(keys)
 
     def _sample(self, attempts: list[Attempt]) -> Sampled:
-        seed, perturbation = self.settings.seed, self.settings.identity_perturbation
+        seed = self.settings.seed
         embeddings = self._embeddings(attempts)
         perturbations: list[float | None] = [None] * len(attempts)
-        if perturbation is not None:
+        if self.settings.identity_perturbation is not None or self.flow is not None:
             generators = [image_generator(seed, *attempt.seed_key, stream=PERTURBATION) for attempt in attempts]
-            embeddings, cosines = perturb_embeddings(embeddings, perturbation, generators)
+            common = [image_generator(seed, a.key.identity, 0, stream=COMMON_PERTURBATION) for a in attempts]
+            cosine_range = self._cosine_range(attempts)
+            embeddings, cosines = perturb_embeddings(embeddings, cosine_range, generators, self.flow, common)
             perturbations = cosines.tolist()
         names: list[str | None] = [None] * len(attempts)
         layout = None
@@ -167,9 +176,24 @@ class ImageMaker:
         return Sampled(attempts, out.images, out.boundary_timesteps.tolist(), perturbations, names)
 
     def _embeddings(self, attempts: list[Attempt]) -> torch.Tensor:
-        """Of the attempts' identities, `(N, identity_dim)`, of unit length."""
-        rows = self.writer.plan.rows
-        return F.normalize(self.bank.embeddings[[rows[attempt.key.identity] for attempt in attempts]])
+        """Of the attempts' identities, or of their images where the bank has one for each, `(N, identity_dim)`, of
+        unit length."""
+        rows = self._bank_rows(attempts)
+        if self.bank.images is None:
+            return F.normalize(self.bank.embeddings[rows])
+        return F.normalize(self.bank.embeddings[rows, [attempt.key.index for attempt in attempts]])
+
+    def _bank_rows(self, attempts: list[Attempt]) -> list[int]:
+        return [self.writer.plan.rows[attempt.key.identity] for attempt in attempts]
+
+    def _cosine_range(self, attempts: list[Attempt]) -> Sequence[float] | torch.Tensor | None:
+        """As `perturb_embeddings` takes it."""
+        given = self.settings.identity_perturbation
+        if self.safe is None:
+            assert given != "auto"
+            return given
+        low = self.safe[self._bank_rows(attempts)]
+        return torch.stack([low, torch.ones_like(low)], dim=1)
 
     def _start_decoding(
         self, latents: torch.Tensor, decoder: ThreadPoolExecutor | None

@@ -2,10 +2,10 @@
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import numpy as np
@@ -15,7 +15,10 @@ from accelerate import PartialState
 from ..encoders import check_same_encoder
 from ..faces import FaceEncoder
 from ..files import local_path, plain_numbers
-from ..identities import IdentityBank
+from ..hub.lineage import CARD, read_header
+from ..identities import IdentityBank, safe_cosines
+from ..identities.selection import check_same_dimension
+from ..models import IdentityFlow
 from ..pipeline_uiface import UIFacePipeline
 from .finish import finish_dataset
 from .layouts import Layouts
@@ -56,11 +59,12 @@ def generate_dataset(
     image_format: str = "png",
     output_format: str = "imagefolder",
     shard: tuple[int, int] = (0, 1),
-    identity_perturbation: tuple[float, float] | None = None,
+    identity_perturbation: tuple[float, float] | Literal["auto"] | None = None,
     min_similarity: float | None = None,
     encoder: FaceEncoder | None = None,
     max_attempts: int = 3,
     push_to_hub: str | None = None,
+    identity_flow: IdentityFlow | None = None,
     layouts: str | os.PathLike | None = None,
     **sampling: Any,
 ) -> GenerationReport:
@@ -69,23 +73,28 @@ def generate_dataset(
 
     Args:
         pipeline: samples; its own progress bar is switched off.
-        identities: of the faces; their names become folders.
+        identities: of the faces; their names become folders. Of a bank with an embedding per image, image n follows
+            embedding n, and its similarity is measured to that one.
         output: the data set's folder.
-        images_per_identity (`int`, defaults to 50).
-        seed (`int`, defaults to 0).
+        images_per_identity (`int`, defaults to 50): how many of each.
+        seed (`int`, defaults to 0): of all noise.
         batch_size (`int`, *optional*): images per call of the pipeline, filled across identities; by default
             `default_batch_size(pipeline)`.
         size (`int`, defaults to 112): height and width of the images (bilinear, with antialiasing).
         image_format (`str`, defaults to `"png"`): `"png"`, `"jpeg"` or `"webp"`, the last two with quality 95.
-        output_format (`str`, defaults to `"imagefolder"`): `images/IDENTITY/NNNN.png`, or `"webdataset"` tar shards.
+        output_format (`str`, defaults to `"imagefolder"`): `images/IDENTITY/NNNN.png`, `"webdataset"` tar shards, or
+            `"parquet"` files as the Hub's viewer shows them.
         shard (`tuple[int, int]`, defaults to `(0, 1)`): part i of n, for jobs that do not know each other.
         identity_perturbation (`tuple[float, float]`, *optional*): every image follows its own embedding, with a cosine
-            drawn from this range to the identity's; see `perturb_embeddings`.
+            drawn from this range to the identity's; see `perturb_embeddings`. `"auto"`: from 1 to each identity's
+            `safe_cosines`.
         min_similarity (`float`, *optional*): an image whose embedding has a smaller cosine to the identity's is made
             anew from the next sub-seed; the best of all attempts is kept.
         encoder: measures the similarity, also without `min_similarity`; the encoder of the bank.
         max_attempts (`int`, defaults to 3): attempts at an image, if `min_similarity` is given.
         push_to_hub (`str`, *optional*): `"org/name"` of a data set on the Hub to upload to when complete.
+        identity_flow (`IdentityFlow`, *optional*): gives the directions in which the embeddings are turned, and the
+            cosines, too, where there is no `identity_perturbation`.
         layouts (*optional*): aligned faces in a folder, or in another form that `open_faces` reads. Each image draws
             one, whose layout it takes: see `layout` of the pipeline's call. All are read before anything is generated.
         sampling: further arguments of the pipeline's call, as `guidance_scale`.
@@ -97,6 +106,7 @@ def generate_dataset(
     sampling = {name: plain_numbers(value) for name, value in sampling.items()}
     drawn_from = None if layouts is None else Layouts(layouts)
     _check_inputs(pipeline, identities, encoder, drawn_from, sampling)
+    _check_perturbation(identities, plain_numbers(images_per_identity), identity_perturbation, identity_flow)
     batch_size = default_batch_size(pipeline) if batch_size is None else plain_numbers(batch_size)
     check_positive("batch_size", batch_size)
     state = PartialState()
@@ -107,6 +117,7 @@ def generate_dataset(
         encoder,
         sampling,
         identity_perturbation,
+        identity_flow,
         min_similarity,
         max_attempts,
         drawn_from,
@@ -119,14 +130,15 @@ def generate_dataset(
     folder = local_path(output)
     if (folder / "prepare.json").exists():
         raise ValueError(f"{folder} is a cache of faces, not a data set of generated ones: choose another folder.")
+    read_header(folder / CARD)  # of an earlier run: what is wrong with it is named before the work
     plan = Plan(identities.names, settings.images_per_identity)
     writer = OUTPUT_FORMATS[output_format](folder, plan, settings.size, image_format)
-    maker = ImageMaker(pipeline, identities, encoder, settings, batch_size, writer, drawn_from)
+    maker = ImageMaker(pipeline, identities, encoder, settings, batch_size, writer, identity_flow, drawn_from)
     with locked(folder, part):
         with_noise_of(settings, writer, part).begin(folder, versions=_versions())
         made, seconds = maker.make(part)
     # the last one to come here completes the data set
-    complete, wrote = finish_dataset(settings, identities, writer)
+    complete, wrote = finish_dataset(settings, identities, writer, pipeline.config.get("_name_or_path"))
     if push_to_hub is not None and (wrote or (complete and part.position == 0)):
         upload_dataset(folder, push_to_hub)
     return GenerationReport(
@@ -151,10 +163,28 @@ def _check_inputs(
         check_same_encoder("the bank", bank.encoder_mark, "the pack that measures", encoder.encoder_mark)
     if any(hasattr(module, "_hf_hook") for module in pipeline.components.values()):
         raise ValueError("the pipeline is offloaded; images are decoded beside sampling: put it on one device.")
-    embeds = pipeline.prepare_identity_embeds(bank)
+    embeds = pipeline.prepare_identity_embeds(bank.one_per_row())
     pipeline.check_sampling(embeds, **sampling)
     for shape in () if layouts is None else layouts.shapes:
         pipeline.check_sampling(embeds, [np.zeros(shape, np.uint8)], **sampling)
+
+
+def _check_perturbation(
+    bank: IdentityBank, images: int, perturbation: Sequence[float] | str | None, flow: IdentityFlow | None
+) -> None:
+    """Names a bank that has not what the images are to follow."""
+    if bank.images is not None and (perturbation is not None or flow is not None):
+        bank.check_one_each("a perturbation")
+    if bank.images is not None and isinstance(images, int) and images > bank.images:
+        raise ValueError(
+            f"the bank has embeddings for {bank.images} images of each identity, {images} are asked for: ask for"
+            f" {bank.images} or fewer (--images-per-identity)."
+        )
+    if flow is not None:
+        check_same_encoder("the bank", bank.encoder_mark, "the identity flow", flow.encoder_mark)
+        check_same_dimension(bank.embeddings.shape[1], flow.config.identity_dim)
+    if perturbation == "auto":
+        safe_cosines(bank)
 
 
 def _versions() -> dict[str, str]:

@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..data.image_folder import GENERATION, IMAGE_FORMATS
 from ..faces import FaceEncoder
 from ..files import check_settings, plain_numbers
-from ..fingerprint import pipeline_fingerprint
+from ..fingerprint import model_fingerprint, pipeline_fingerprint
 from ..identities import IdentityBank, bank_hash, check_cosine_range
+from ..models import IdentityFlow
 from ..pipeline_uiface import UIFacePipeline
 from ..seeds import NOISE_VERSION
 from .layouts import Layouts
@@ -30,6 +31,8 @@ class GenerationSettings:
         identity_encoder, identity_encoder_fingerprint (`str`, *optional*): of the bank.
         images_per_identity, seed, size, image_format, output_format, identity_perturbation, min_similarity: see
             `generate_dataset`.
+        identity_flow (`str`, *optional*): fingerprint of the flow that gives the directions of the perturbation. Left
+            out of the file where there is none, as in folders of earlier versions.
         encoder, encoder_fingerprint (`str`, *optional*): what measures the similarity.
         max_attempts (`int`): at an image; 1 without `min_similarity`.
         sampling (`Mapping[str, Any]`): arguments of the pipeline's call, none left to its defaults.
@@ -52,7 +55,8 @@ class GenerationSettings:
     size: int
     image_format: str
     output_format: str
-    identity_perturbation: tuple[float, float] | None
+    identity_perturbation: tuple[float, float] | Literal["auto"] | None
+    identity_flow: str | None
     min_similarity: float | None
     encoder: str | None
     encoder_fingerprint: str | None
@@ -81,7 +85,8 @@ class GenerationSettings:
         bank: IdentityBank,
         encoder: FaceEncoder | None,
         sampling: Mapping[str, Any],
-        identity_perturbation: Sequence[float] | None,
+        identity_perturbation: Sequence[float] | Literal["auto"] | None,
+        identity_flow: IdentityFlow | None,
         min_similarity: float | None,
         max_attempts: int,
         layouts: Layouts | None,
@@ -95,6 +100,9 @@ class GenerationSettings:
         given = {name: plain_numbers(value) for name, value in given.items()}
         attempts, similarity = plain_numbers(max_attempts), plain_numbers(min_similarity)
         check_positive("max_attempts", attempts)
+        perturbation = identity_perturbation
+        if perturbation is not None and perturbation != "auto":
+            perturbation = check_cosine_range(perturbation)
         return cls(
             model=pipeline_fingerprint(pipeline),
             scheduler=type(pipeline.scheduler).__name__,
@@ -104,7 +112,8 @@ class GenerationSettings:
             number_of_identities=len(bank),
             identity_encoder=bank.identity_encoder,
             identity_encoder_fingerprint=bank.identity_encoder_fingerprint,
-            identity_perturbation=None if identity_perturbation is None else check_cosine_range(identity_perturbation),
+            identity_perturbation=perturbation,
+            identity_flow=None if identity_flow is None else model_fingerprint(identity_flow),
             min_similarity=float(similarity) if isinstance(similarity, int) else similarity,
             encoder=None if encoder is None else encoder.name,
             encoder_fingerprint=None if encoder is None else encoder.fingerprint,
@@ -118,8 +127,9 @@ class GenerationSettings:
         """Writes `generation.json`, or refuses to go on in a folder that was begun with other settings."""
         prints = ("identity_encoder_fingerprint", "encoder_fingerprint")
         settings = asdict(self)
-        if self.layouts is None:
-            del settings["layouts"]
+        for name in ("identity_flow", "layouts"):
+            if settings[name] is None:
+                del settings[name]
         check_settings(output / GENERATION, settings, if_known=prints, **notes)
 
 

@@ -1,15 +1,21 @@
 """The forms of a data set's images on the disk, one class each."""
 
 import io
+import os
 import shutil
 import tarfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ..data.image_folder import (
     IMAGES_A_SHARD,
+    SCHEMA,
     ImageKey,
     ImageRow,
     encode_image,
@@ -18,6 +24,7 @@ from ..data.image_folder import (
     pack_shard,
     shard_name,
 )
+from ..data.parquet_set import hub_schema, write_parquet
 from ..files import complete_file
 from .plan import Part, Plan
 
@@ -33,7 +40,7 @@ class ImageFolder:
     """
 
     # of the data set's card, where `datasets` reads it
-    data_files = '["images/**", metadata.parquet]'
+    data_files: str | list[str] = ["images/**", "metadata.parquet"]
 
     def __init__(self, output: Path, plan: Plan, size: int, image_format: str):
         self.output, self.plan, self.size, self.image_format = output, plan, size, image_format
@@ -119,4 +126,40 @@ class TarShards(ImageFolder):
         shutil.rmtree(self.images, ignore_errors=True)  # empty folders
 
 
-OUTPUT_FORMATS: dict[str, type[ImageFolder]] = {"imagefolder": ImageFolder, "webdataset": TarShards}
+class ParquetShards(TarShards):
+    """`data/train-NNNNN-of-NNNNN.parquet` as the Hub's viewer shows it, one for a thousand planned images: the image
+    and its row of metadata."""
+
+    data_files = "data/*.parquet"
+
+    def shard(self, key: ImageKey) -> Path:
+        number, total = self.plan.position(key) // IMAGES_A_SHARD, -(-len(self.plan.keys) // IMAGES_A_SHARD)
+        return self.output / "data" / f"train-{number:05d}-of-{total:05d}.parquet"
+
+    def file_name(self, key: ImageKey) -> str:
+        return f"data/{self.shard(key).name}/{self.name(key)}"
+
+    def close(self, unit: Sequence[ImageKey], rows: Mapping[ImageKey, ImageRow]) -> None:
+        shard = self.shard(unit[0])
+        if not shard.exists():
+            schema = hub_schema({field.name: field.type for field in SCHEMA if field.name != "file_name"})
+            write_parquet(shard, schema, (self._row(key, rows[key]) for key in unit))
+        for key in unit:
+            (self.images / self.name(key)).unlink(missing_ok=True)
+
+    def _row(self, key: ImageKey, row: ImageRow) -> dict[str, Any]:
+        content = (self.images / self.name(key)).read_bytes()
+        return {"image": {"bytes": content, "path": self.name(key)}, **asdict(row)}
+
+    def open(self, key: ImageKey) -> PIL.Image.Image:
+        row = self.plan.position(key) % IMAGES_A_SHARD
+        with pa.OSFile(os.fspath(self.shard(key))) as file:
+            image = pq.read_table(file, columns=["image"])["image"][row].as_py()
+        return PIL.Image.open(io.BytesIO(image["bytes"]))
+
+
+OUTPUT_FORMATS: dict[str, type[ImageFolder]] = {
+    "imagefolder": ImageFolder,
+    "webdataset": TarShards,
+    "parquet": ParquetShards,
+}

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 
+from ..encoders import projector_mark
 from ..fingerprint import unwrapped
 from ..two_stage.schedulers import prediction_type
 
@@ -31,7 +33,7 @@ def fill_card(
     Args:
         card: what the repository has already. Its metadata and text stay; only what is missing is added, and a section
             that an earlier push wrote is written anew if nobody has changed it.
-        metadata: of the card, as `license`, `datasets`, `base_model`.
+        metadata: of the card, as `license`, `datasets`, `base_model`, and `lineage` with `training_data`.
         recipe: how it was trained, in Markdown.
     """
     if card is None:
@@ -39,15 +41,66 @@ def fill_card(
         card = ModelCard(f"---\n{head}\n---\n\n# {repo_id.split('/')[-1]}\n")
         card.text += f"\n{BEGIN.format(digest=_digest(''))}\n{END}\n"
     assert isinstance(card.data, ModelCardData)  # `ModelCard` is annotated as any card
-    for name, value in {**CARD_METADATA, **metadata}.items():
-        if card.data.get(name) is None and value is not None:
-            card.data[name] = value
+    own = _without_outdated(card.data.to_dict(), pipeline, metadata)
+    known = merge(metadata, {**CARD_METADATA, "lineage": {"encoder": _encoder(pipeline)}})
+    for name, value in merge(own, without_unknown(known)).items():
+        card.data[name] = value
     card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *CARD_TAGS]))
     found = WRITTEN.search(card.text)
     if found and _digest(found[2]) == found[1]:
         section = _card_section(pipeline, repo_id, card.data, recipe)
         card.text = card.text.replace(found[0], f"{BEGIN.format(digest=_digest(section))}\n{section}{END}")
     return card
+
+
+def _encoder(pipeline: DiffusionPipeline) -> dict[str, str | None]:
+    mark = projector_mark(unwrapped(pipeline.identity_projector))
+    return {"name": mark.name, "fingerprint": mark.fingerprint, "license": mark.license}
+
+
+def _without_outdated(
+    header: Mapping[str, Any], pipeline: DiffusionPipeline, metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A card's metadata without an encoder that is not this pipeline's, and with the training data that are given in
+    place of those of an earlier training, which have a fingerprint. What people wrote of either stays."""
+    lineage = {**header["lineage"]} if isinstance(header.get("lineage"), Mapping) else {}
+    encoder, ours = lineage.get("encoder"), _encoder(pipeline)
+    marks = ("name", "fingerprint")
+    if isinstance(encoder, Mapping) and any(encoder.get(mark) not in (None, ours[mark]) for mark in marks):
+        del lineage["encoder"]
+    kept, new = lineage.get("training_data"), (metadata.get("lineage") or {}).get("training_data")
+    if isinstance(kept, list) and new:
+        written = {each["fingerprint"]: each for each in kept if isinstance(each, Mapping) and each.get("fingerprint")}
+        by_people = [each for each in kept if each not in written.values()]
+        lineage["training_data"] = [merge(written.get(each["fingerprint"], {}), each) for each in new] + by_people
+    return {**header, "lineage": lineage}
+
+
+def save_card(folder: Path, pipeline: DiffusionPipeline, card_metadata: Mapping[str, Any], recipe: str | None) -> None:
+    """Writes the model card of a pipeline's folder, or fills the one that is there, as `fill_card`."""
+    file = folder / "README.md"
+    there = ModelCard.load(file) if file.exists() else None
+    fill_card(there, pipeline, folder.resolve().name, card_metadata, recipe).save(file)
+
+
+def merge(kept: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Two headers as one, key by key and in mappings within: what `kept` says stays."""
+    merged = {**kept}
+    for name, value in new.items():
+        own = kept.get(name)
+        if isinstance(own, Mapping) and isinstance(value, Mapping):
+            merged[name] = merge(own, value)
+        elif own in (None, "", [], {}):
+            merged[name] = value
+    return merged
+
+
+def without_unknown(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata without what is not known: `None`, and what is empty, in mappings within, too."""
+    cleaned = {
+        name: without_unknown(value) if isinstance(value, Mapping) else value for name, value in metadata.items()
+    }
+    return {name: value for name, value in cleaned.items() if value not in (None, "", [], {})}
 
 
 def _digest(text: str) -> str:
@@ -70,7 +123,7 @@ face recognition data, of [uiface-diffusers](https://pypi.org/project/uiface-dif
 | | |
 |---|---|
 | license | {metadata.get("license") or "not stated"} |
-| training data | {metadata.get("datasets") or "not stated"} |
+| training data | {_training_data(metadata)} |
 | identity encoder | `{encoder}`, {projector.config.identity_dim}-d unit embeddings |
 | first stage | {type(vae).__name__}, latents of {latents} |
 | denoiser | {type(unet).__name__}, {prediction_type(pipeline.scheduler)} prediction |
@@ -94,6 +147,13 @@ pipe(embedding, generator=torch.Generator().manual_seed(0)).images[0].save("face
 Training and testing face recognition with synthetic people. Not for imitating, identifying or tracking real people: an
 embedding of a real person gives pictures that resemble them.
 """
+
+
+def _training_data(metadata: ModelCardData) -> str:
+    data = (metadata.get("lineage") or {}).get("training_data") or metadata.get("datasets") or "not stated"
+    each = [data] if isinstance(data, str | dict) else data
+    names = [one.get("name", "unnamed") if isinstance(one, dict) else str(one) for one in each]
+    return ", ".join(names)
 
 
 def _modules(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:

@@ -2,7 +2,7 @@
 them by an angle (`perturbation`)."""
 
 from .bank import IDENTITIES, IdentityBank, bank_hash
-from .perturbation import check_cosine_range, perturb_embeddings
+from .perturbation import check_cosine_range, perturb_embeddings, safe_cosines
 from .published import import_identities
 from .report import BankReport, inspect_bank, text_histogram
 from .selection import (
@@ -30,6 +30,7 @@ __all__ = [
     "keep_distinct",
     "largest_cosines",
     "perturb_embeddings",
+    "safe_cosines",
     "sample_identities",
     "text_histogram",
 ]

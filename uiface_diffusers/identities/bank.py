@@ -21,7 +21,8 @@ class IdentityBank:
     """Identity embeddings of one encoder.
 
     Args:
-        embeddings (`torch.Tensor` of shape `(N, identity_dim)`): float32.
+        embeddings (`torch.Tensor` of shape `(N, identity_dim)`): float32. Or of shape `(N, M, identity_dim)`: an
+            embedding for each of M images of an identity, which others have perturbed.
         identity_encoder (`str`, *optional*): the face recognition model that made them.
         names (`list[str]`): N names of the identities; numbers if not given.
         identity_encoder_fingerprint (`str`, *optional*): of that model's weights, see `FaceEncoder.fingerprint`; banks
@@ -38,23 +39,50 @@ class IdentityBank:
 
     def __post_init__(self) -> None:
         self.embeddings = torch.as_tensor(self.embeddings, dtype=torch.float32)
-        if self.embeddings.ndim != 2:
+        if self.embeddings.ndim not in (2, 3) or 0 in self.embeddings.shape[1:]:
             raise ValueError(
-                f"an identity bank holds (N, identity_dim) embeddings, not {tuple(self.embeddings.shape)}."
+                f"an identity bank holds (N, identity_dim) embeddings, or (N, images, identity_dim), not"
+                f" {tuple(self.embeddings.shape)}."
             )
         self.names = list(self.names) or [f"{i:06d}" for i in range(len(self.embeddings))]
         if len(self.names) != len(self.embeddings):
             raise ValueError(f"{len(self.names)} names for {len(self.embeddings)} embeddings.")
         # a cosine to one would be NaN, and every search for the nearest would miss what is near
-        wrong = without_direction(self.embeddings.norm(dim=1))
+        lengths = self.embeddings.norm(dim=-1)
+        wrong = without_direction(lengths.flatten())
         if wrong:
+            row, image = divmod(wrong[0], self.images or 1)
+            place = f"row {row}" if self.images is None else f"row {row}, image {image}"
             raise ValueError(
-                f"{len(wrong)} of {len(self)} embeddings are zero or not finite, as that of `{self.names[wrong[0]]}`"
-                f" in row {wrong[0]}: leave them out."
+                f"{len(wrong)} of {lengths.numel()} embeddings are zero or not finite, as that of `{self.names[row]}`"
+                f" in {place}: leave them out."
             )
 
     def __len__(self) -> int:
         return len(self.embeddings)
+
+    @property
+    def images(self) -> int | None:
+        """How many images of an identity have an embedding of their own; `None` if there is one per identity."""
+        return self.embeddings.shape[1] if self.embeddings.ndim == 3 else None
+
+    def one_per_row(self) -> "IdentityBank":
+        """Itself; of a bank with an embedding per image, all of them as rows, each under its identity's name."""
+        if self.images is None:
+            return self
+        names = [name for name in self.names for _ in range(self.images)]
+        return replace(self, embeddings=self.embeddings.flatten(0, 1), names=names)
+
+    def check_one_each(self, what: str) -> None:
+        """
+        Raises:
+            ValueError: the bank has an embedding per image, which `what` does not take.
+        """
+        if self.images is not None:
+            raise ValueError(
+                f"the bank has {self.images} embeddings of each identity, one per image: {what} takes banks with one"
+                " per identity."
+            )
 
     def take(self, positions: Sequence[int]) -> "IdentityBank":
         """The bank of some of its identities."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ..encoders import check_same_encoder
 from .bank import IdentityBank
-from .selection import CANDIDATE_ROWS, largest_cosines
+from .selection import largest_cosines, nearest_others
 
 # of cosines, for histograms
 BIN_EDGES = np.linspace(-0.2, 1.0, 25)
@@ -32,11 +32,12 @@ class BankReport:
 
 def inspect_bank(bank: IdentityBank, known: IdentityBank | None = None) -> BankReport:
     """How near the identities of a bank (two or more) are to each other, and to known ones, such as those of the
-    training.
+    training. Of a bank with an embedding per image, every embedding counts, under its identity's name.
 
     Raises:
         ValueError: the two are of different encoders, or too small.
     """
+    bank, known = bank.one_per_row(), None if known is None else known.one_per_row()
     if len(bank) < 2 or (known is not None and not len(known)):
         raise ValueError(
             f"the bank has {len(bank)} identities: two are needed to compare."
@@ -48,22 +49,17 @@ def inspect_bank(bank: IdentityBank, known: IdentityBank | None = None) -> BankR
     embeddings = F.normalize(bank.embeddings)
     numbers = {name: i for i, name in enumerate(dict.fromkeys(bank.names))}
     labels = torch.tensor([numbers[name] for name in bank.names])
-    nearest, partners = [], []
-    for start in range(0, len(embeddings), CANDIDATE_ROWS):
-        similarity = embeddings[start : start + CANDIDATE_ROWS] @ embeddings.T
-        similarity[labels[start : start + CANDIDATE_ROWS, None] == labels] = -1  # not to itself
-        values, positions = similarity.max(dim=1)
-        nearest += values.tolist()
-        partners += positions.tolist()
+    nearest, positions = nearest_others(embeddings, labels)
+    partners = positions.tolist()
     duplicates = [
         (bank.names[i], bank.names[j], cosine)
-        for i, (j, cosine) in enumerate(zip(partners, nearest, strict=True))
+        for i, (j, cosine) in enumerate(zip(partners, nearest.tolist(), strict=True))
         if cosine > 0.99 and (i < j or partners[j] != i)
     ]
     if known is None:
-        return BankReport(torch.tensor(nearest), duplicates, None, [])
+        return BankReport(nearest, duplicates, None, [])
     cosines, positions = largest_cosines(embeddings, F.normalize(known.embeddings))
-    return BankReport(torch.tensor(nearest), duplicates, cosines, [known.names[i] for i in positions.tolist()])
+    return BankReport(nearest, duplicates, cosines, [known.names[i] for i in positions.tolist()])
 
 
 def text_histogram(cosines: torch.Tensor) -> list[str]:

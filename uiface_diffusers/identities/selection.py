@@ -50,6 +50,26 @@ def largest_cosines(embeddings: torch.Tensor, known: torch.Tensor) -> tuple[torc
     return cosines, positions
 
 
+def nearest_others(embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine to, and position of, the nearest embedding of another identity.
+
+    Args:
+        embeddings (`torch.Tensor` of shape `(N, D)`): of unit length.
+        labels (`torch.Tensor` of shape `(N,)`): equal ones are of one identity.
+
+    Returns:
+        Two tensors of shape `(N,)`: cosines (-1 where there is no other identity) and positions.
+    """
+    nearest, partners = [], []
+    for start in range(0, len(embeddings), CANDIDATE_ROWS):
+        similarity = embeddings[start : start + CANDIDATE_ROWS] @ embeddings.T
+        similarity[labels[start : start + CANDIDATE_ROWS, None] == labels] = -1  # not to itself
+        values, positions = similarity.max(dim=1)
+        nearest.append(values)
+        partners.append(positions)
+    return torch.cat(nearest), torch.cat(partners)
+
+
 class DistinctIdentities:
     """Keeps embeddings greedily, in the order that they come: one whose cosine to an excluded or to a kept embedding
     is `max_similarity` or more falls (Kim et al. 2023).
@@ -98,6 +118,7 @@ class DistinctIdentities:
 
 def join_embeddings(banks: Sequence[IdentityBank], dimension: int) -> torch.Tensor:
     """The embeddings of all banks, `(N, dimension)`, of unit length."""
+    banks = [bank.one_per_row() for bank in banks]
     for bank in banks:
         check_same_dimension(bank.embeddings.shape[1], dimension)
     return torch.cat([torch.empty(0, dimension), *(F.normalize(bank.embeddings) for bank in banks)])
@@ -108,6 +129,7 @@ def keep_distinct(
 ) -> tuple[IdentityBank, dict[str, int]]:
     """The identities of a bank, in its order, that are unlike each other and unlike the excluded ones; and the report
     of `DistinctIdentities`."""
+    bank.check_one_each("the choice of distinct identities")
     for other in exclude:
         check_same_encoder("the bank", bank.encoder_mark, "an excluded bank", other.encoder_mark)
     distinct = DistinctIdentities(join_embeddings(exclude, bank.embeddings.shape[1]), max_similarity, number)
@@ -130,6 +152,7 @@ def sample_identities(bank: IdentityBank, number: int, max_similarity: float = 0
     Raises:
         ValueError: so many do not fit, or the bank is too small.
     """
+    bank = bank.one_per_row()
     if len(bank) < 2:
         raise ValueError(f"a distribution needs two embeddings or more; the bank has {len(bank)}.")
     known = F.normalize(bank.embeddings)

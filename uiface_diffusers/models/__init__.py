@@ -3,6 +3,7 @@ from diffusers import ModelMixin
 
 from .empty_context import EmptyContext, EmptyContextOutput
 from .face_recognition import IResNetConfig, IResNetImageProcessor, IResNetModel, IResNetModelOutput
+from .identity_flow import IdentityFlow, IdentityFlowOutput
 from .identity_projector import IdentityProjector, IdentityProjectorOutput
 from .unet_uiface import UIFaceUNet2DModel
 
@@ -13,6 +14,8 @@ __all__ = [
     "IResNetImageProcessor",
     "IResNetModel",
     "IResNetModelOutput",
+    "IdentityFlow",
+    "IdentityFlowOutput",
     "IdentityProjector",
     "IdentityProjectorOutput",
     "ModelMixin",

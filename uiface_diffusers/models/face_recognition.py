@@ -22,6 +22,8 @@ from ..pictures import Picture, as_pictures, rgb_bytes, scale_to_unit_range
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 200: (6, 26, 60, 6)}
 # every stage halves height and width
 DOWNSAMPLING = 2**4
+# of the channels, within a squeeze-and-excitation block
+SE_REDUCTION = 16
 
 
 class IResNetConfig(PretrainedConfig):
@@ -32,6 +34,7 @@ class IResNetConfig(PretrainedConfig):
         embedding_dim (`int`, defaults to 512): width of the embedding.
         image_size (`int`, defaults to 112): height and width of the faces; the last layer's shape depends on it.
         dropout (`float`, defaults to 0.0): of the features before the last layer, while training.
+        use_se (`bool`, defaults to `False`): squeeze-and-excitation in every block, as in the field's IR-SE networks.
 
     Raises:
         ValueError: there is no IResNet of so many layers.
@@ -46,12 +49,13 @@ class IResNetConfig(PretrainedConfig):
         embedding_dim: int = 512,
         image_size: int = 112,
         dropout: float = 0.0,
+        use_se: bool = False,
         **kwargs: Any,
     ):
         if layers not in DEPTHS:
             raise ValueError(f"`layers` has to be one of {tuple(DEPTHS)} but is {layers!r}.")
         self.layers, self.width, self.embedding_dim = layers, width, embedding_dim
-        self.image_size, self.dropout = image_size, dropout
+        self.image_size, self.dropout, self.use_se = image_size, dropout, use_se
         super().__init__(**kwargs)
 
 
@@ -66,10 +70,25 @@ class IResNetModelOutput(ModelOutput):
     embeddings: torch.FloatTensor | None = None
 
 
-class IResNetBlock(nn.Module):
-    """The improved residual unit (Deng et al. 2019, sec. 3.1): BN, conv, BN, PReLU, strided conv, BN."""
+class SqueezeExcitation(nn.Module):
+    """Weighs channels by what all positions show (Hu et al., CVPR 2018), with the layers of the IR-SE networks: mean,
+    1x1 conv to a sixteenth of the channels, ReLU, 1x1 conv, sigmoid; no biases."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int):
+    def __init__(self, channels: int):
+        super().__init__()
+        hidden = max(channels // SE_REDUCTION, 1)
+        self.fc1 = nn.Conv2d(channels, hidden, 1, bias=False)
+        self.fc2 = nn.Conv2d(hidden, channels, 1, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * self.fc2(F.relu(self.fc1(F.adaptive_avg_pool2d(hidden_states, 1)))).sigmoid()
+
+
+class IResNetBlock(nn.Module):
+    """The improved residual unit (Deng et al. 2019, sec. 3.1): BN, conv, BN, PReLU, strided conv, BN; then
+    squeeze-and-excitation with `use_se`."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, use_se: bool = False):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
@@ -77,6 +96,7 @@ class IResNetBlock(nn.Module):
         self.prelu = nn.PReLU(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, stride, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
+        self.se = SqueezeExcitation(out_channels) if use_se else None
         self.downsample = None
         if stride > 1:
             shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
@@ -85,6 +105,8 @@ class IResNetBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         residual = self.prelu(self.bn2(self.conv1(self.bn1(hidden_states))))
         residual = self.bn3(self.conv2(residual))
+        if self.se is not None:
+            residual = self.se(residual)
         return residual + (hidden_states if self.downsample is None else self.downsample(hidden_states))
 
 
@@ -107,8 +129,8 @@ class IResNetModel(PreTrainedModel):
         channels = width
         for stage, depth in enumerate(DEPTHS[config.layers]):
             out_channels = width * 2**stage
-            blocks = [IResNetBlock(channels, out_channels, stride=2)]
-            blocks += [IResNetBlock(out_channels, out_channels, stride=1) for _ in range(depth - 1)]
+            blocks = [IResNetBlock(channels, out_channels, 2, config.use_se)]
+            blocks += [IResNetBlock(out_channels, out_channels, 1, config.use_se) for _ in range(depth - 1)]
             stages.append(nn.Sequential(*blocks))
             channels = out_channels
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
@@ -170,7 +192,8 @@ class IResNetModel(PreTrainedModel):
         only batch norm's counters, which nothing reads, may be missing.
 
         Args:
-            state_dict: InsightFace's names: `conv1.weight`, `layer1.0.bn1.weight`, ..., `features.bias`.
+            state_dict: InsightFace's names: `conv1.weight`, `layer1.0.bn1.weight`, ..., `features.bias`; with
+                squeeze-and-excitation also `layer1.0.se.fc1.weight`, ....
             image_size (`int`, defaults to 112): of the faces that it was trained on.
 
         Raises:
@@ -204,7 +227,13 @@ def _insightface_config(state_dict: Mapping[str, torch.Tensor], image_size: int)
     if layers is None:
         raise ValueError(f"no IResNet of InsightFace has {depths} blocks in its stages: {DEPTHS} are known.")
     width, embedding_dim = state_dict["conv1.weight"].shape[0], state_dict["fc.weight"].shape[0]
-    return IResNetConfig(layers=layers, width=width, embedding_dim=embedding_dim, image_size=image_size)
+    return IResNetConfig(
+        layers=layers,
+        width=width,
+        embedding_dim=embedding_dim,
+        image_size=image_size,
+        use_se="layer1.0.se.fc1.weight" in state_dict,
+    )
 
 
 class IResNetImageProcessor(BaseImageProcessor):

@@ -37,19 +37,26 @@ class MarginHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim))
         nn.init.normal_(self.weight, std=0.01)
 
-    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, embeddings: torch.Tensor, labels: torch.Tensor, classes: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
         Args:
             embeddings (`torch.Tensor` of shape `(batch_size, embedding_dim)`): not normalized.
-            labels (`torch.Tensor` of shape `(batch_size,)`): identities as integers in [0, num_classes).
+            labels (`torch.Tensor` of shape `(batch_size,)`): identities as integers in [0, num_classes); positions
+                in `classes` if these are given.
+            classes (`torch.Tensor` of shape `(number,)`, *optional*): the identities to compare with, as Partial FC
+                (An et al., CVPR 2022) samples them; all by default. The others get no gradient.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, num_classes)`: float32 logits for the cross-entropy.
+            `torch.Tensor` of shape `(batch_size, num_classes)`, or `(batch_size, number)`: float32 logits for the
+            cross-entropy.
         """
         with torch.autocast(embeddings.device.type, enabled=False):
             embeddings, labels = embeddings.float(), labels[:, None]
             # batch norm makes lengths of about sqrt(embedding_dim): one of zero keeps a gradient that float16 can hold
-            directions, centers = F.normalize(embeddings, eps=1e-2), F.normalize(self.weight.float())
+            weight = self.weight if classes is None else self.weight.index_select(0, classes)
+            directions, centers = F.normalize(embeddings, eps=1e-2), F.normalize(weight.float())
             cosine = F.linear(directions, centers)
             lengths = embeddings.detach().norm(dim=1, keepdim=True)
             own = self.apply_margin(cosine.gather(1, labels), lengths)

@@ -8,6 +8,7 @@
 - `denoising`: the denoiser and the loss of UIFace
 - `means`: running means for the log
 - `checkpoints`: complete folders, and what has to be the same on resume
+- `recognition`, `face_recognition`: the training of a recognizer, which `uiface bench` needs, too; its parts
 - `run`: the engine: batches for the loop of a script, and what is due between its steps
 
 It needs the extra `train`.

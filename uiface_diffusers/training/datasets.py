@@ -2,14 +2,19 @@
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
+import cv2
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import Dataset
+from torchvision import transforms
 from torchvision.transforms import v2
 
 from ..data import FaceCache, LatentSet
 from ..data.face_cache import load_pictures
+from ..hub.lineage import CARD, read_header
 from ..pictures import rgb_bytes
 from ..seeds import mix_seed
 
@@ -28,6 +33,18 @@ def open_caches(folders: Sequence[str | os.PathLike]) -> list[FaceCache]:
     if len(set(sizes.values())) > 1:
         raise ValueError(f"the caches differ in `image_size`: {sizes}. Prepare them alike.")
     return caches
+
+
+def describe_caches(folders: Sequence[str | os.PathLike]) -> list[dict[str, Any]]:
+    """The caches of a training, for `lineage.training_data` of the model's card: `name`, `faces`, `fingerprint`, and
+    `license` where the header of FOLDER/README.md has one."""
+    caches = [FaceCache(folder) for folder in folders]
+    licenses = [read_header(cache.folder / CARD).get("license") for cache in caches]
+    return [
+        {"name": cache.folder.resolve().name, "faces": len(cache), "fingerprint": cache.fingerprint}
+        | ({} if license is None else {"license": license})
+        for cache, license in zip(caches, licenses, strict=True)
+    ]
 
 
 class LatentFaces(Dataset):
@@ -64,9 +81,55 @@ class FacePictures(Dataset):
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
+class CropInPlace(nn.Module):
+    """Keeps a random part of a face at its place; the rest becomes black (AdaFace, Kim et al., CVPR 2022)."""
+
+    def __init__(self, scale: tuple[float, float]):
+        super().__init__()
+        self.scale = list(scale)
+
+    def forward(self, face: torch.Tensor) -> torch.Tensor:
+        top, left, height, width = transforms.RandomResizedCrop.get_params(face, self.scale, [3 / 4, 4 / 3])
+        rows, columns = slice(top, top + height), slice(left, left + width)
+        kept = torch.zeros_like(face)
+        kept[:, rows, columns] = face[:, rows, columns]
+        return kept
+
+
+class LowResolution(nn.Module):
+    """Makes a face smaller, to a fifth of its side or more, and as large as before, by two of OpenCV's five
+    interpolations (AdaFace, Kim et al., CVPR 2022)."""
+
+    SMALLEST = 0.2
+    INTERPOLATIONS = (cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_AREA, cv2.INTER_CUBIC, cv2.INTER_LANCZOS4)
+
+    def forward(self, face: torch.Tensor) -> torch.Tensor:
+        size = face.shape[-1]
+        small = max(int(size * torch.empty(1).uniform_(self.SMALLEST, 1).item()), 1)
+        picture = face.permute(1, 2, 0).numpy()
+        for side, kind in zip((small, size), torch.randint(len(self.INTERPOLATIONS), (2,)).tolist(), strict=True):
+            picture = cv2.resize(picture, (side, side), interpolation=self.INTERPOLATIONS[kind])
+        return torch.from_numpy(picture).permute(2, 0, 1)
+
+
+class Erasing(nn.Module):
+    """Random erasing (Zhong et al., AAAI 2020): a rectangle of random place and form gets random bytes. Its area is 2
+    to 40 % of the face, the ratio of its sides 0.3 to 1 / 0.3, as in the paper."""
+
+    def forward(self, face: torch.Tensor) -> torch.Tensor:
+        top, left, height, width, found = transforms.RandomErasing.get_params(face, (0.02, 0.4), (0.3, 1 / 0.3), [0.0])
+        if found is face:  # no rectangle fitted in
+            return face
+        erased = face.clone()
+        noise = torch.randint(256, (len(face), height, width), dtype=face.dtype)
+        erased[:, top : top + height, left : left + width] = noise
+        return erased
+
+
 class Augmentation:
-    """Flips and crops a face by random numbers of its own, so that neither the number of workers nor an interruption
-    changes them.
+    """Changes a face by random numbers of its own, so that neither the number of workers nor an interruption changes
+    them. In this order: mirrored, cropped, of low resolution, of other colors, partly erased. Without the options, no
+    random numbers are drawn for the last three.
 
     Args:
         seed (`int`): of the training.
@@ -74,6 +137,11 @@ class Augmentation:
         flip_probability (`float`): of mirroring.
         crop_probability (`float`): of a random resized crop.
         crop_scale (`tuple[float, float]`): least and largest share of the area that a crop keeps.
+        crop_in_place (`bool`, defaults to `False`): a crop is not resized, see `CropInPlace`.
+        low_resolution_probability (`float`, defaults to 0.0): of `LowResolution`.
+        photometric_probability (`float`, defaults to 0.0): of changing brightness, contrast and saturation by up to a
+            half (AdaFace, Kim et al., CVPR 2022).
+        erasing_probability (`float`, defaults to 0.0): of `Erasing`.
     """
 
     def __init__(
@@ -83,11 +151,26 @@ class Augmentation:
         flip_probability: float,
         crop_probability: float,
         crop_scale: tuple[float, float],
+        crop_in_place: bool = False,
+        low_resolution_probability: float = 0.0,
+        photometric_probability: float = 0.0,
+        erasing_probability: float = 0.0,
     ):
         self.seed = seed
-        crop = v2.RandomResizedCrop(image_size, scale=tuple(crop_scale), antialias=True)
+        crop: nn.Module = v2.RandomResizedCrop(image_size, scale=tuple(crop_scale), antialias=True)
+        if crop_in_place:
+            crop = CropInPlace(crop_scale)
+        further: list[tuple[nn.Module, float]] = [
+            (LowResolution(), low_resolution_probability),
+            (v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5), photometric_probability),
+            (Erasing(), erasing_probability),
+        ]
         self.transform = v2.Compose(
-            [v2.RandomHorizontalFlip(flip_probability), v2.RandomApply([crop], crop_probability)]
+            [
+                v2.RandomHorizontalFlip(flip_probability),
+                v2.RandomApply([crop], crop_probability),
+                *(v2.RandomApply([change], probability) for change, probability in further if probability),
+            ]
         )
 
     def __call__(self, face: torch.Tensor, number: int) -> torch.Tensor:

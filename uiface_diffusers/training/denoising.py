@@ -2,12 +2,12 @@
 
 import argparse
 import json
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers import ConfigMixin, ModelMixin, SchedulerMixin
 from torch import nn
 
 from .. import EmptyContext, IdentityProjector, UIFacePipeline
@@ -123,6 +123,8 @@ def load_judges(
     """
     face_encoder = recognizer = perceptual = None
     if args.encoder_root is not None:
+        if encoder.name is None:
+            raise ValueError("the training data do not name their encoder, which --encoder-root is to have.")
         face_encoder = FaceEncoder(encoder.name, args.encoder_root, det_size=160, device=accelerator.device)
         own = face_encoder.encoder_mark
         check_same_encoder("the training data", encoder, "the pack of --encoder-root", own)
@@ -164,7 +166,8 @@ def denoising_loss(
     flip = torch.randint(2, (batch_size,), device=device)
     latents = latents[torch.arange(batch_size, device=device), flip].float()
     noise = torch.randn_like(latents)
-    timesteps = TIMESTEP_SAMPLING[timestep_sampling](batch_size, scheduler.config.num_train_timesteps, device)
+    num_train_timesteps = cast(ConfigMixin, scheduler).config.num_train_timesteps
+    timesteps = TIMESTEP_SAMPLING[timestep_sampling](batch_size, num_train_timesteps, device)
     is_empty = torch.rand(batch_size, device=device) < empty_probability
     # the empty context gets a gradient in every step
     is_empty[:1].fill_(True)  # assigning to `is_empty[0]` would wait for the device

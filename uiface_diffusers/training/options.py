@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from uiface_cli.options import expand_home, paragraph, real, whole, with_hyphens
+from uiface_cli.options import complaint, expand_home, real, whole, with_hyphens
 
 from .schedules import LR_SCHEDULERS
 
@@ -29,7 +29,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {paragraph(error)}")
+        sys.exit(f"{Path(sys.argv[0]).name}: {complaint(error)}")
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:

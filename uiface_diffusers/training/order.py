@@ -135,3 +135,24 @@ def sampling_weights(
                 f" {of_caches}: choose others."
             )
     return torch.from_numpy(weights)
+
+
+def set_weights(lengths: Sequence[int], weights: Sequence[float] | None) -> torch.Tensor | None:
+    """How often each face of several sets is drawn, for `EndlessBatchSampler`: as its set's weight says, relative to
+    the faces of the other sets.
+
+    Args:
+        lengths: faces of each set.
+        weights: one per set, above 0.
+
+    Returns:
+        `torch.Tensor` of shape `(sum(lengths),)`, or `None` if all faces are drawn alike: each once per epoch.
+
+    Raises:
+        ValueError: there are more faces than torch can draw from.
+    """
+    if weights is None or len(set(weights)) == 1:
+        return None
+    if sum(lengths) > 2**24:
+        raise ValueError(f"--train-data-weights can draw from {2**24} faces at most, these are {sum(lengths)}.")
+    return torch.tensor(weights, dtype=torch.float64).repeat_interleave(torch.tensor(lengths))

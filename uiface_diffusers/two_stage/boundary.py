@@ -21,6 +21,8 @@ class BoundaryRule:
 
     # the single stage has no empty branch to inject from
     injects = True
+    # the newest that were observed, `(B, 32, 32)` in [0, 1]; NaN for samples that are in stage two
+    attention_maps: torch.Tensor | None = None
 
     def __init__(self, num_samples: int, latest_boundary: float, guide_from_boundary: bool = False):
         self.num_samples = num_samples
@@ -65,7 +67,6 @@ class AttentionAtRest(BoundaryRule):
         super().__init__(num_samples, latest_boundary, guide_from_boundary)
         self.threshold = threshold
         self._flags = torch.zeros(num_samples, dtype=torch.bool)
-        self._previous_map: torch.Tensor | None = None
         self._distance: torch.Tensor | None = None
 
     def stage_two(self, t: float) -> torch.Tensor:
@@ -87,9 +88,9 @@ class AttentionAtRest(BoundaryRule):
         # a sample's first map has no predecessor
         current = maps.new_full((self.num_samples, *maps.shape[1:]), torch.nan)
         current[samples] = maps
-        if self._previous_map is not None:
-            self._distance = map_distance(current, self._previous_map)
-        self._previous_map = current
+        if self.attention_maps is not None:
+            self._distance = map_distance(current, self.attention_maps)
+        self.attention_maps = current
 
 
 class FixedTimestep(BoundaryRule):

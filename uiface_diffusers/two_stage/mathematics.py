@@ -72,7 +72,7 @@ def logit_std(query: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
     sqrt(q^T Cov(K) q).
 
     Args:
-        query (`torch.Tensor` of shape `(..., positions, dim)`).
+        query (`torch.Tensor` of shape `(..., positions, dim)`): of one branch.
         covariance (`torch.Tensor` of shape `(..., dim, dim)`): `key_covariance` of the keys.
 
     Returns:
