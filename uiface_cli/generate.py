@@ -132,6 +132,13 @@ def add_data_set_arguments(parser: argparse.ArgumentParser) -> None:
         " folder or Hub repository (by cosines as between real faces if there is no --identity-perturbation)",
     )
     parser.add_argument(
+        "--layouts",
+        type=path,
+        metavar="SOURCE",
+        help="aligned faces: each image takes pose, light, expression and background of one; --boundary is how little"
+        " of it stays",
+    )
+    parser.add_argument(
         "--min-similarity",
         type=real(-1, 1),
         metavar="COSINE",
@@ -211,6 +218,7 @@ def run(args: argparse.Namespace) -> None:
         encoder=None if args.encoder is None else face_encoder(args, device=args.device),
         max_attempts=args.max_attempts,
         push_to_hub=args.push_to_hub,
+        layouts=args.layouts,
         **{name: value for name, value in vars(args).items() if name in SAMPLING},
     )
     print(

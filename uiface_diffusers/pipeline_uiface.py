@@ -33,11 +33,13 @@ from .files import plain_numbers
 from .fingerprint import unwrapped
 from .hub import download_pipeline, fill_card, load_card, own_class_names, write_remote_code
 from .identities import IdentityBank
-from .latents import FirstStage, decode_latents
+from .latents import FirstStage, decode_latents, encode_pictures
 from .models.empty_context import EmptyContext
 from .models.identity_projector import IdentityProjector
+from .pictures import Picture, as_pictures, rgb_bytes
 from .two_stage import TwoStageSampler
 from .two_stage.boundary import boundary_rule
+from .two_stage.layout import begin_within, first_evaluation, layout_boundary, noised_layout
 from .two_stage.schedulers import (
     check_scheduler,
     check_timesteps,
@@ -99,6 +101,7 @@ CALL_ARGUMENTS = {
     "num_images_per_prompt",
     "generator",
     "latents",
+    "layout",
     "output_type",
     "return_dict",
     "callback_on_step_end",
@@ -405,6 +408,7 @@ class UIFacePipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str] | None,
+        layout: torch.Tensor | list[np.ndarray] | None = None,
     ) -> None:
         # components may have been exchanged
         self._check_components(self.vae, self.unet, self.identity_projector, self.empty_context)
@@ -471,6 +475,34 @@ class UIFacePipeline(DiffusionPipeline):
         scheduler = copy.deepcopy(self.scheduler)
         set_timesteps(scheduler, int(num_inference_steps))
         check_timesteps(scheduler)
+        if layout is not None:
+            self._check_layout(layout, batch_size, self._latent_size(latents))
+            latest = self.config["latest_boundary"] if latest_boundary is None else latest_boundary
+            first_evaluation(scheduler, paper_timesteps(scheduler), layout_boundary(boundary, latest))
+
+    def _check_layout(self, layout: torch.Tensor | list[np.ndarray], batch_size: int, size: tuple[int, int]) -> None:
+        if len(layout) not in (1, batch_size):
+            raise ValueError(
+                f"`layout` has {len(layout)} pictures for a batch of {batch_size}: give one, or one each."
+            )
+        height, width = size
+        if isinstance(layout, torch.Tensor):
+            expected = (self.unet.config.in_channels, height, width)
+            if layout.shape[1:] != expected or not layout.is_floating_point() or not layout.isfinite().all():
+                raise ValueError(
+                    f"`layout` has shape {tuple(layout.shape)} and type {layout.dtype}: latents have to be finite, of"
+                    f" shape ({batch_size} or 1, {', '.join(map(str, expected))}). Pictures are given as PIL images,"
+                    " arrays or paths."
+                )
+            return
+        if self.vae is None:
+            raise ValueError("`vae` is None, which `layout` pictures are encoded by: give their latents.")
+        for i, picture in enumerate(layout):
+            if picture.shape[0] * width != picture.shape[1] * height:
+                raise ValueError(
+                    f"`layout` {i} is {picture.shape[1]}x{picture.shape[0]}, the pipeline's pictures are"
+                    f" {width}:{height}: give faces aligned as those of its training, see `uiface prepare`."
+                )
 
     @classmethod
     def sampling_defaults(cls) -> dict[str, Any]:
@@ -478,11 +510,17 @@ class UIFacePipeline(DiffusionPipeline):
         parameters = inspect.signature(cls.__call__).parameters
         return {name: each.default for name, each in parameters.items() if name not in {"self", *CALL_ARGUMENTS}}
 
-    def check_sampling(self, identity_embeds: torch.Tensor | None = None, **sampling: Any) -> None:
+    def check_sampling(
+        self,
+        identity_embeds: torch.Tensor | None = None,
+        layout: torch.Tensor | list[np.ndarray] | None = None,
+        **sampling: Any,
+    ) -> None:
         """Checks the arguments of `sampling_defaults` before many calls.
 
         Args:
             identity_embeds: as `prepare_identity_embeds` gives them.
+            layout: as `load_layout` gives it; one picture.
             sampling: some of the arguments.
 
         Raises:
@@ -496,7 +534,7 @@ class UIFacePipeline(DiffusionPipeline):
             )
         single: dict[str, Any] = {"generator": None, "latents": None, "output_type": "latent"}
         single |= {"num_images_per_prompt": 1, "callback_on_step_end_tensor_inputs": None}
-        self.check_inputs(identity_embeds=identity_embeds, **single, **defaults | sampling)
+        self.check_inputs(identity_embeds=identity_embeds, layout=layout, **single, **defaults | sampling)
 
     def prepare_identity_embeds(self, identity_embeds: Any) -> torch.Tensor | None:
         """Brings identity embeddings into one form: `(batch, identity_dim)`, float32, of unit length, on the CPU.
@@ -560,6 +598,33 @@ class UIFacePipeline(DiffusionPipeline):
         pairs = zip(MODEL_DEFAULTS, given, strict=True)
         return tuple(defaults[name] if value is None else float(value) for name, value in pairs)
 
+    @staticmethod
+    def load_layout(layout: Any) -> torch.Tensor | list[np.ndarray] | None:
+        """Brings a layout into one of two forms: latents `(N, channels, height, width)`, which a tensor is, or a list
+        of `(height, width, 3)` RGB bytes.
+
+        Args:
+            layout: see `__call__`.
+
+        Raises:
+            OSError: a file is missing or no picture.
+            ValueError: an array has another form than `uiface_diffusers.pictures.rgb_bytes` takes, or a list is empty.
+        """
+        if layout is None:
+            return None
+        if isinstance(layout, torch.Tensor):
+            if layout.ndim not in (3, 4):
+                raise ValueError(f"`layout` has shape {tuple(layout.shape)}: latents have 4 dimensions.")
+            return layout[None] if layout.ndim == 3 else layout
+        pictures = [rgb_bytes(picture) for picture in as_pictures(layout)]
+        if not pictures:
+            raise ValueError("`layout` is an empty list.")
+        return pictures
+
+    def encode_layout(self, layout: torch.Tensor | list[np.ndarray], height: int, width: int) -> torch.Tensor:
+        """What `load_layout` gives -> latents `(N, channels, height, width)`."""
+        return layout if isinstance(layout, torch.Tensor) else encode_pictures(self.vae, layout, height, width)
+
     def encode_identity(
         self,
         identity_embeds: torch.Tensor,
@@ -609,16 +674,26 @@ class UIFacePipeline(DiffusionPipeline):
         device: torch.device,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None = None,
+        layout: torch.Tensor | list[np.ndarray] | None = None,
+        first: int = 0,
     ) -> torch.Tensor:
-        """The start noise `(B, channels, height, width)`, as wide as the scheduler wants it: `latents`, or drawn from
-        `generator`."""
+        """The latents `(B, channels, height, width)` that sampling begins with: noise as wide as the scheduler wants
+        it, `latents` or drawn from `generator`; with a `layout`, its latents with this noise, as of evaluation
+        `first`."""
+        height, width = self._latent_size(latents)
         if latents is None:
-            size = self.unet.config.sample_size
-            height, width = (size, size) if isinstance(size, int) else size
             shape = (batch_size, self.unet.config.in_channels, height, width)
             # in float32 always: one seed gives the same noise under every dtype
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        return latents.to(device=device, dtype=dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        latents = latents.to(device=device, dtype=dtype)
+        if layout is not None:
+            return noised_layout(self.scheduler, first, self.encode_layout(layout, height, width), latents)
+        return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def _latent_size(self, latents: torch.Tensor | None) -> tuple[int, int]:
+        """Height and width of the latents: of those given, or the model's own."""
+        size = self.unet.config.sample_size if latents is None else latents.shape[-2:]
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
 
     @property
     def guidance_scale(self) -> float:
@@ -651,6 +726,7 @@ class UIFacePipeline(DiffusionPipeline):
         reuse_empty_branch: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        layout: torch.Tensor | Picture | list[Picture] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
@@ -697,6 +773,11 @@ class UIFacePipeline(DiffusionPipeline):
                 sample, no sample depends on the others in its batch.
             latents (`torch.Tensor` of shape `(B, channels, height, width)`, *optional*): the start noise; by default,
                 drawn from `generator` in float32.
+            layout (`PIL.Image.Image`, `np.ndarray`, path, list of these, or `torch.Tensor`, *optional*): whose pose,
+                light, expression and background the samples take: one picture for all, or one per sample, aligned as
+                the training's faces are; a tensor is clean latents `(B or 1, channels, height, width)`. It is noised
+                to `boundary`, and the steps above are skipped: the higher, the more identity and the less layout.
+                `"adaptive"` is then `latest_boundary`, and `None` is refused.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (`(B, height, width, 3)` in [0, 1]), `"pt"`
                 (`(B, 3, height, width)` in [0, 1]) or `"latent"` (float32, whatever the UNet's dtype).
             return_dict (`bool`, defaults to `True`): a tuple `(images, boundary_timesteps)` when `False`.
@@ -719,7 +800,7 @@ class UIFacePipeline(DiffusionPipeline):
         # 1. inputs
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        identity_embeds = self.prepare_identity_embeds(identity_embeds)
+        identity_embeds, layout = self.prepare_identity_embeds(identity_embeds), self.load_layout(layout)
         self.check_inputs(
             identity_embeds,
             num_images_per_prompt,
@@ -737,6 +818,7 @@ class UIFacePipeline(DiffusionPipeline):
             latents,
             output_type,
             callback_on_step_end_tensor_inputs,
+            layout,
         )
         num_images_per_prompt, num_inference_steps = int(num_images_per_prompt), int(num_inference_steps)
         boundary, reuse_empty_branch = plain_numbers(boundary), int(reuse_empty_branch)
@@ -750,11 +832,15 @@ class UIFacePipeline(DiffusionPipeline):
         # 2. contexts, timesteps, start noise
         contexts = self.prepare_contexts(identity_embeds, num_images_per_prompt, device)
         timesteps, denoiser_timesteps = self.prepare_timesteps(num_inference_steps, device)
-        schedule = paper_timesteps(self.scheduler)
-        self._num_timesteps = len(timesteps)
+        schedule, first = paper_timesteps(self.scheduler), 0
+        if layout is not None:
+            boundary = layout_boundary(boundary, latest)
+            first = begin_within(self.scheduler, schedule, boundary)
         # the denoiser alone works in its own dtype: rounded between the steps, latents would lead to another image
         latents_dtype = torch.promote_types(torch.float32, self.unet.dtype)
-        latents = self.prepare_latents(batch_size, latents_dtype, device, generator, latents)
+        latents = self.prepare_latents(batch_size, latents_dtype, device, generator, latents, layout, first)
+        timesteps, denoiser_timesteps, schedule = timesteps[first:], denoiser_timesteps[first:], schedule[first:]
+        self._num_timesteps = len(timesteps)
         step_kwargs = self.prepare_extra_step_kwargs(generator)
 
         # 3. denoise

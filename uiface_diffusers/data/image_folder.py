@@ -5,8 +5,9 @@ import json
 import os
 import tarfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import pyarrow as pa
@@ -50,6 +51,7 @@ class ImageRow:
         perturbation (`float`, *optional*): cosine of the perturbed embedding to the identity's.
         similarity (`float`, *optional*): cosine of the image's embedding to the identity's.
         size (`int`): of the file in bytes.
+        layout (`str`, *optional*): name of the picture that it took its layout from, in its source.
     """
 
     identity: str
@@ -60,10 +62,18 @@ class ImageRow:
     perturbation: float | None
     similarity: float | None
     size: int
+    layout: str | None = None
 
     @property
     def key(self) -> ImageKey:
         return ImageKey(self.identity, self.index)
+
+    def columns(self) -> dict[str, Any]:
+        """Of a set without layouts, there is none for them."""
+        columns = asdict(self)
+        if self.layout is None:
+            del columns["layout"]
+        return columns
 
 
 SCHEMA = pa.schema(
@@ -116,7 +126,7 @@ class Journal:
             os.truncate(self.path, content.rfind(b"\n") + 1)
 
     def append(self, rows: Iterable[ImageRow]) -> None:
-        lines = "".join(json.dumps(asdict(row)) + "\n" for row in rows)
+        lines = "".join(json.dumps(row.columns()) + "\n" for row in rows)
         self.path.parent.mkdir(exist_ok=True)
         with open(self.path, "ab") as file:
             file.write(lines.encode())
@@ -129,10 +139,12 @@ def read_rows(output: Path) -> dict[ImageKey, ImageRow]:
         ValueError: the metadata are damaged.
     """
     rows: dict[ImageKey, ImageRow] = {}
-    names = [field.name for field in fields(ImageRow)]
     metadata = output / METADATA
     if metadata.exists():
         try:
+            # a column that a set has no values of is not there
+            there = set(pq.read_schema(metadata).names)
+            names = [field.name for field in fields(ImageRow) if field.name in there or field.default is MISSING]
             table = pq.read_table(metadata, columns=names).to_pylist()
         except (pa.ArrowException, OSError, ValueError) as error:
             raise ValueError(
@@ -149,9 +161,10 @@ def read_rows(output: Path) -> dict[ImageKey, ImageRow]:
 
 
 def write_metadata(output: Path, rows: Sequence[ImageRow], file_names: Sequence[str]) -> None:
-    table = [{"file_name": name, **asdict(row)} for name, row in zip(file_names, rows, strict=True)]
+    table = [{"file_name": name, **row.columns()} for name, row in zip(file_names, rows, strict=True)]
+    schema = SCHEMA.append(pa.field("layout", pa.string())) if any("layout" in row for row in table) else SCHEMA
     with complete_file(output / METADATA) as beside:
-        pq.write_table(pa.Table.from_pylist(table, SCHEMA), beside)
+        pq.write_table(pa.Table.from_pylist(table, schema), beside)
 
 
 def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -171,7 +184,7 @@ def pack_shard(
             for name, number, row in zip(names, classes, rows, strict=True):
                 key, suffix = name.rsplit(".", 1)
                 members = {suffix: (images / name).read_bytes(), "cls": str(number).encode()}
-                members["json"] = json.dumps(asdict(row)).encode()
+                members["json"] = json.dumps(row.columns()).encode()
                 for end, data in members.items():
                     add_member(tar, f"{key}.{end}", data)
     for name in names:

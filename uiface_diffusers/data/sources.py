@@ -46,6 +46,7 @@ __all__ = [
     "describe_left_out",
     "has_image_suffix",
     "is_system_entry",
+    "open_faces",
     "open_source",
     "source_fingerprint",
     "summarize_left_out",
@@ -312,3 +313,19 @@ def _keep(source: PhotographSource, identities: set[str], reason: str) -> None:
     if others:
         source.left_out |= {photograph.file: reason for photograph in others}
         source.photographs = [photograph for photograph in source.photographs if photograph.identity in identities]
+
+
+def open_faces(path: str | os.PathLike) -> PhotographSource:
+    """Opens real faces in any form that `open_source` takes, or a folder that has only pictures: each then shows a
+    person of its own.
+
+    Raises:
+        ValueError: as `open_source`.
+    """
+    folder = local_path(path)
+    if folder.is_dir():
+        entries = [entry for entry in folder.iterdir() if not is_system_entry(entry.name)]
+        holds_a_set = any(entry.is_dir() or entry.suffix.lower() in (".rec", ".tar") for entry in entries)
+        if not holds_a_set and any(has_image_suffix(entry.name) for entry in entries):
+            return FlatFolderSource(folder)
+    return open_source(path)

@@ -17,37 +17,20 @@ from torch import nn
 from tqdm import tqdm
 
 from ..data.sources import (
-    FlatFolderSource,
     Photograph,
     PhotographSource,
     describe_left_out,
-    has_image_suffix,
-    is_system_entry,
-    open_source,
+    open_faces,
     source_fingerprint,
     summarize_left_out,
     unreadable_reason,
 )
 from ..faces import NoEmbeddingError, Recognizer, UnusableFaceError, resize_aligned, unit_embeddings
-from ..files import complete_file, local_path, read_json, read_safetensors, write_json
+from ..files import complete_file, read_json, read_safetensors, write_json
 from ..identities import IdentityBank
 from ..pictures import to_unit_range
 
-
-def open_faces(path: str | os.PathLike) -> PhotographSource:
-    """Opens real faces in any form that `open_source` takes, or a folder that has only pictures: each then shows a
-    person of its own.
-
-    Raises:
-        ValueError: as `open_source`.
-    """
-    folder = local_path(path)
-    if folder.is_dir():
-        entries = [entry for entry in folder.iterdir() if not is_system_entry(entry.name)]
-        holds_a_set = any(entry.is_dir() or entry.suffix.lower() in (".rec", ".tar") for entry in entries)
-        if not holds_a_set and any(has_image_suffix(entry.name) for entry in entries):
-            return FlatFolderSource(folder)
-    return open_source(path)
+__all__ = ["FaceSet", "JoinedSource", "face_pixels", "open_faces"]
 
 
 def face_pixels(faces: Sequence[np.ndarray]) -> torch.Tensor:

@@ -22,6 +22,7 @@ from ..latents import decode_latents
 from ..models import IdentityFlow
 from ..pipeline_uiface import UIFacePipeline
 from ..seeds import COMMON_PERTURBATION, PERTURBATION, image_generator, noise_seed
+from .layouts import Layouts
 from .plan import Attempt, Part
 from .resume import made_images
 from .settings import GenerationSettings
@@ -59,6 +60,7 @@ class Sampled:
     latents: torch.Tensor
     boundaries: list[int]
     perturbations: list[float | None]
+    layouts: list[str | None]
 
 
 class ImageMaker:
@@ -71,6 +73,7 @@ class ImageMaker:
         batch_size (`int`): images per call of the pipeline.
         writer: of the images.
         flow (*optional*): gives the directions of the perturbation.
+        layouts (*optional*): each image draws one.
     """
 
     def __init__(
@@ -82,7 +85,9 @@ class ImageMaker:
         batch_size: int,
         writer: ImageFolder,
         flow: IdentityFlow | None = None,
+        layouts: Layouts | None = None,
     ):
+        self.layouts = layouts
         self.pipeline, self.bank, self.encoder = pipeline, bank, encoder
         self.settings, self.batch_size, self.writer = settings, batch_size, writer
         self.flow = flow
@@ -156,13 +161,19 @@ class ImageMaker:
             cosine_range = self._cosine_range(attempts)
             embeddings, cosines = perturb_embeddings(embeddings, cosine_range, generators, self.flow, common)
             perturbations = cosines.tolist()
+        names: list[str | None] = [None] * len(attempts)
+        layout = None
+        if self.layouts is not None:
+            drawn = [self.layouts.drawn(seed, attempt) for attempt in attempts]
+            names, layout = [each.file for each in drawn], [self.layouts.read(each) for each in drawn]
         out = self.pipeline(
             replace(self.bank, embeddings=embeddings, names=[]),
             generator=[image_generator(seed, *attempt.seed_key) for attempt in attempts],
             output_type="latent",
+            layout=layout,
             **self.settings.sampling,
         )
-        return Sampled(attempts, out.images, out.boundary_timesteps.tolist(), perturbations)
+        return Sampled(attempts, out.images, out.boundary_timesteps.tolist(), perturbations, names)
 
     def _embeddings(self, attempts: list[Attempt]) -> torch.Tensor:
         """Of the attempts' identities, or of their images where the bank has one for each, `(N, identity_dim)`, of
@@ -242,7 +253,7 @@ class ImageMaker:
         if self.encoder is not None:
             wanted = self._embeddings(sampled.attempts)
             similarities = (self.encoder.embed_pictures(pictures) * wanted).sum(dim=1).tolist()
-        columns = (sampled.attempts, sampled.boundaries, sampled.perturbations, similarities)
+        columns = (sampled.attempts, sampled.boundaries, sampled.perturbations, similarities, sampled.layouts)
         return [
             ImageRow(
                 attempt.key.identity,
@@ -253,8 +264,9 @@ class ImageMaker:
                 perturbation=perturbation,
                 similarity=similarity,
                 size=0,
+                layout=layout,
             )
-            for attempt, boundary, perturbation, similarity in zip(*columns, strict=True)
+            for attempt, boundary, perturbation, similarity, layout in zip(*columns, strict=True)
         ]
 
     def _best(

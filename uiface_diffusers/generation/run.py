@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 import diffusers
+import numpy as np
 import torch
 from accelerate import PartialState
 
@@ -20,6 +21,7 @@ from ..identities.selection import check_same_dimension
 from ..models import IdentityFlow
 from ..pipeline_uiface import UIFacePipeline
 from .finish import finish_dataset
+from .layouts import Layouts
 from .making import ImageMaker, default_batch_size
 from .plan import Part, Plan, check_names
 from .resume import locked, with_noise_of
@@ -63,6 +65,7 @@ def generate_dataset(
     max_attempts: int = 3,
     push_to_hub: str | None = None,
     identity_flow: IdentityFlow | None = None,
+    layouts: str | os.PathLike | None = None,
     **sampling: Any,
 ) -> GenerationReport:
     """Generates `images_per_identity` faces of every identity of a bank. The same call goes on where an earlier one
@@ -92,6 +95,8 @@ def generate_dataset(
         push_to_hub (`str`, *optional*): `"org/name"` of a data set on the Hub to upload to when complete.
         identity_flow (`IdentityFlow`, *optional*): gives the directions in which the embeddings are turned, and the
             cosines, too, where there is no `identity_perturbation`.
+        layouts (*optional*): aligned faces in a folder, or in another form that `open_faces` reads. Each image draws
+            one, whose layout it takes: see `layout` of the pipeline's call. All are read before anything is generated.
         sampling: further arguments of the pipeline's call, as `guidance_scale`.
 
     Raises:
@@ -99,7 +104,8 @@ def generate_dataset(
         RuntimeError: another process is at work on the same part of `output`.
     """
     sampling = {name: plain_numbers(value) for name, value in sampling.items()}
-    _check_inputs(pipeline, identities, encoder, sampling)
+    drawn_from = None if layouts is None else Layouts(layouts)
+    _check_inputs(pipeline, identities, encoder, drawn_from, sampling)
     _check_perturbation(identities, plain_numbers(images_per_identity), identity_perturbation, identity_flow)
     batch_size = default_batch_size(pipeline) if batch_size is None else plain_numbers(batch_size)
     check_positive("batch_size", batch_size)
@@ -114,6 +120,7 @@ def generate_dataset(
         identity_flow,
         min_similarity,
         max_attempts,
+        drawn_from,
         images_per_identity=images_per_identity,
         seed=seed,
         size=size,
@@ -126,7 +133,7 @@ def generate_dataset(
     read_header(folder / CARD)  # of an earlier run: what is wrong with it is named before the work
     plan = Plan(identities.names, settings.images_per_identity)
     writer = OUTPUT_FORMATS[output_format](folder, plan, settings.size, image_format)
-    maker = ImageMaker(pipeline, identities, encoder, settings, batch_size, writer, identity_flow)
+    maker = ImageMaker(pipeline, identities, encoder, settings, batch_size, writer, identity_flow, drawn_from)
     with locked(folder, part):
         with_noise_of(settings, writer, part).begin(folder, versions=_versions())
         made, seconds = maker.make(part)
@@ -144,7 +151,11 @@ def generate_dataset(
 
 
 def _check_inputs(
-    pipeline: UIFacePipeline, bank: IdentityBank, encoder: FaceEncoder | None, sampling: Mapping[str, Any]
+    pipeline: UIFacePipeline,
+    bank: IdentityBank,
+    encoder: FaceEncoder | None,
+    layouts: Layouts | None,
+    sampling: Mapping[str, Any],
 ) -> None:
     """Names wrong embeddings and arguments of the pipeline's call before anything is hashed or written."""
     check_names(bank.names)
@@ -152,7 +163,10 @@ def _check_inputs(
         check_same_encoder("the bank", bank.encoder_mark, "the pack that measures", encoder.encoder_mark)
     if any(hasattr(module, "_hf_hook") for module in pipeline.components.values()):
         raise ValueError("the pipeline is offloaded; images are decoded beside sampling: put it on one device.")
-    pipeline.check_sampling(pipeline.prepare_identity_embeds(bank.one_per_row()), **sampling)
+    embeds = pipeline.prepare_identity_embeds(bank.one_per_row())
+    pipeline.check_sampling(embeds, **sampling)
+    for shape in () if layouts is None else layouts.shapes:
+        pipeline.check_sampling(embeds, [np.zeros(shape, np.uint8)], **sampling)
 
 
 def _check_perturbation(

@@ -13,6 +13,7 @@ from ..identities import IdentityBank, bank_hash, check_cosine_range
 from ..models import IdentityFlow
 from ..pipeline_uiface import UIFacePipeline
 from ..seeds import NOISE_VERSION
+from .layouts import Layouts
 from .writers import OUTPUT_FORMATS
 
 
@@ -35,6 +36,7 @@ class GenerationSettings:
         encoder, encoder_fingerprint (`str`, *optional*): what measures the similarity.
         max_attempts (`int`): at an image; 1 without `min_similarity`.
         sampling (`Mapping[str, Any]`): arguments of the pipeline's call, none left to its defaults.
+        layouts (`str`, *optional*): the fingerprint of the pictures that images take their layouts from.
 
     Raises:
         ValueError: a value is out of range.
@@ -60,6 +62,7 @@ class GenerationSettings:
     encoder_fingerprint: str | None
     max_attempts: int
     sampling: Mapping[str, Any]
+    layouts: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("images_per_identity", "size", "max_attempts"):
@@ -86,6 +89,7 @@ class GenerationSettings:
         identity_flow: IdentityFlow | None,
         min_similarity: float | None,
         max_attempts: int,
+        layouts: Layouts | None,
         **given: Any,
     ) -> "GenerationSettings":
         """Of a call of `generate_dataset`, whose numbers may be NumPy's.
@@ -115,6 +119,7 @@ class GenerationSettings:
             encoder_fingerprint=None if encoder is None else encoder.fingerprint,
             max_attempts=1 if similarity is None else attempts,
             sampling=_sampling(pipeline, sampling),
+            layouts=None if layouts is None else layouts.fingerprint,
             **given,
         )
 
@@ -122,8 +127,9 @@ class GenerationSettings:
         """Writes `generation.json`, or refuses to go on in a folder that was begun with other settings."""
         prints = ("identity_encoder_fingerprint", "encoder_fingerprint")
         settings = asdict(self)
-        if self.identity_flow is None:
-            del settings["identity_flow"]
+        for name in ("identity_flow", "layouts"):
+            if settings[name] is None:
+                del settings[name]
         check_settings(output / GENERATION, settings, if_known=prints, **notes)
 
 

@@ -2,6 +2,7 @@
 
 `mathematics`: attention map, distance, temperature. `rows`: the rows of one denoiser call. `boundary`: when a sample
 changes stage. `sampler`: the state of one call. `schedulers`: what a solver remembers when a sample changes stage.
+`layout`: a picture in place of stage one.
 """
 
 from .boundary import AttentionAtRest, BoundaryRule, FixedTimestep, SingleStage
