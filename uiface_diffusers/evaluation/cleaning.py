@@ -226,8 +226,8 @@ def find_flaws(
         cosine = float(cosines.quantile(MISSED)) if cosine is None else cosine
     duplicates = find_duplicates(embeddings, pictures, kept, cosine, distance)
 
-    def finding(position: int, reason: str, *more: float | str) -> Finding:
-        return Finding(faces.photographs[position].file, faces.names[position], reason, *more)
+    def finding(position: int, reason: str, number: float, threshold: float | None, other: str) -> Finding:
+        return Finding(faces.photographs[position].file, faces.names[position], reason, number, threshold, other)
 
     found = []
     for position, score in strangers.items():
