@@ -11,11 +11,11 @@ import pytest
 import webdataset
 from filelock import FileLock
 from records import MAGIC
-from written_files import POINTER, picture, write, write_faces, write_tar
+from written_files import FORMS, POINTER, picture, write, write_faces, write_tar
 
 from uiface_diffusers import cli
 from uiface_diffusers.data import convert_dataset
-from uiface_diffusers.data.convert import FORMATS, MARKER
+from uiface_diffusers.data.convert import MARKER
 from uiface_diffusers.data.recordio import RecordReader
 from uiface_diffusers.data.sources import open_source
 
@@ -35,8 +35,8 @@ def people(tmp_path) -> Path:
     return write(tmp_path / "people", pictures)
 
 
-@pytest.mark.parametrize("first", FORMATS)
-@pytest.mark.parametrize("second", FORMATS)
+@pytest.mark.parametrize("first", FORMS)
+@pytest.mark.parametrize("second", FORMS)
 def test_nothing_changes_on_the_way(people, tmp_path, first, second):
     expected = contents(people)
     report = convert_dataset(people, tmp_path / "first", first)
@@ -87,16 +87,16 @@ def test_labels_of_records_are_kept(tmp_path):
     assert sorted({reader.read_label(key) for key in reader.image_keys()}) == [2, 10, 11]
 
 
-def test_files_of_one_name_stay_apart(tmp_path):
+@pytest.mark.parametrize("form", FORMS)
+def test_files_of_one_name_stay_apart(tmp_path, form):
     shards = [[("a/1.png", picture(1)), ("a/1.cls", b"3")], [("b/1.png", picture(2)), ("b/1.cls", b"3")]]
     shards.append([("c/1.png", picture(3)), ("c/1.cls", b"4"), ("c/1.jpg", picture(4, "jpeg"))])
     for number, members in enumerate(shards):
         write_tar(tmp_path / "tar" / f"{number}.tar", members)
     expected = contents(tmp_path / "tar")
     assert {identity for identity, _ in expected} == {"3", "4"}
-    for form in FORMATS:
-        convert_dataset(tmp_path / "tar", tmp_path / form, form)
-        assert contents(tmp_path / form) == expected
+    convert_dataset(tmp_path / "tar", tmp_path / form, form)
+    assert contents(tmp_path / form) == expected
 
 
 def test_all_or_nothing(people, tmp_path, monkeypatch):

@@ -16,21 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from written_files import picture, write, write_records, write_tar
+from written_files import FORMS, lmdb, msgpack, needs_lmdb, picture, write, write_records, write_tar
 
 from uiface_diffusers import cli
 from uiface_diffusers.data import convert_dataset
-from uiface_diffusers.data.convert import FORMATS
 from uiface_diffusers.data.lmdb_file import iterate_records
 from uiface_diffusers.data.sources import open_source, source_fingerprint, summarize_left_out
-
-try:
-    import lmdb
-    import msgpack
-except ImportError:
-    lmdb = msgpack = None
-needs_lmdb = pytest.mark.skipif(lmdb is None, reason="needs the packages lmdb and msgpack")
-FORMS = [pytest.param(form, marks=needs_lmdb if form == "lmdb" else ()) for form in FORMATS]
 
 # identity -> its pictures' files, of several kinds
 PEOPLE = {

@@ -6,8 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pytest
 from conftest import draw_person
 from records import RecordWriter, image_record
+
+from uiface_diffusers.data.convert import FORMATS
+
+try:
+    import lmdb
+    import msgpack
+except ImportError:
+    lmdb = msgpack = None
+needs_lmdb = pytest.mark.skipif(lmdb is None, reason="needs the packages lmdb and msgpack")
+# all that `uiface convert` writes
+FORMS = [pytest.param(form, marks=needs_lmdb if form == "lmdb" else ()) for form in FORMATS]
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 5\n"
 
