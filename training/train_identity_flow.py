@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains a flow of directions in which the embeddings of one person differ, for the option `--identity-flow` of generate.
+"""Trains a flow of directions in which the embeddings of one person differ, for `--identity-flow` of `generate`.
 
     uiface prepare photos --output cache/photos --encoder buffalo_l
     python training/train_identity_flow.py --train-data cache/photos --output-dir runs/identity_flow
