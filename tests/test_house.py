@@ -1,12 +1,17 @@
-"""How the package is built: which module imports which. `python tests/test_house.py [FOLDER]` prints the circles of a
-package, then those that also take the imports of `if TYPE_CHECKING` to close."""
+"""How the package is built: which module imports which, how long functions are. `python tests/test_house.py [FOLDER]`
+prints the circles of a package, then those that also take the imports of `if TYPE_CHECKING` to close, then lengths."""
 
 import ast
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import uiface_cli
 import uiface_diffusers
+
+PACKAGES = tuple(Path(package.__file__).parent for package in (uiface_diffusers, uiface_cli))
+LONGEST = {"__call__": 100}  # of the pipeline, whose arguments alone are a fifth
 
 
 def module_name(file: Path, root: Path) -> str:
@@ -72,6 +77,30 @@ def test_no_module_imports_itself_by_way_of_others():
     assert not found, f"{sorted(map(sorted, found))}: move what both sides need into a module of its own"
 
 
+def lengths(root: Path) -> dict[str, int]:
+    """FILE:FUNCTION -> its lines of code: from `def` to the end, without docstring, comments and blank lines."""
+    found = {}
+    for file in sorted(root.rglob("*.py")):
+        lines = file.read_text().splitlines()
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                first = node.body[0]
+                is_text = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+                text = range(first.lineno, first.end_lineno + 1) if is_text else ()
+                code = (lines[n - 1].strip() for n in range(node.lineno, node.end_lineno + 1) if n not in text)
+                name = f"{file.relative_to(root.parent)}:{node.lineno}:{node.name}"
+                found[name] = sum(bool(line) and line[0] != "#" for line in code)
+    return found
+
+
+def test_functions_are_short():
+    """Each can be read at once; the usual one is a few lines."""
+    found = {name: length for root in PACKAGES for name, length in lengths(root).items()}
+    too_long = {name: length for name, length in found.items() if length > LONGEST.get(name.split(":")[-1], 80)}
+    assert not too_long, f"shorten {too_long}"
+    assert statistics.median(found.values()) <= 10
+
+
 def test_circles_are_found(tmp_path):
     """By any kind of import; names for annotations and a package's own parts do not count."""
     files = {
@@ -100,3 +129,7 @@ if __name__ == "__main__":
         print("with the imports for types alone:" if with_types else "circles:")
         for circle in sorted(map(sorted, circles(import_graph(folder, with_types)))):
             print("  " + " ".join(circle))
+    longest = sorted(lengths(folder).items(), key=lambda entry: -entry[1])
+    print(f"lines of code of {len(longest)} functions: median {statistics.median(dict(longest).values()):g}")
+    for name, length in longest[:10]:
+        print(f"  {length:3} {name}")

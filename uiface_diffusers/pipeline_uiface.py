@@ -109,6 +109,32 @@ CALL_ARGUMENTS = {
 }
 
 
+def _check_interval(interval: Any) -> None:
+    if interval is None:
+        return
+    is_pair = isinstance(interval, list | tuple) and len(interval) == 2
+    is_pair = is_pair and all(isinstance(t, Real) and not isinstance(t, bool) for t in interval)
+    if not is_pair or not 0 <= interval[0] <= interval[1]:
+        raise ValueError(f"`guidance_interval` has to be two timesteps, the lower one first, but is {interval!r}.")
+
+
+def _check_generator(generator: Any, batch_size: int) -> None:
+    if generator is not None and not isinstance(generator, list | torch.Generator):
+        raise ValueError(f"`generator` has to be a torch.Generator or a list of them but is {generator!r}.")
+    if not isinstance(generator, list):
+        return
+    if len(generator) != batch_size:
+        raise ValueError(
+            f"`generator` is a list of {len(generator)} for a batch of {batch_size}: give one generator per"
+            " sample, or a single one."
+        )
+    for i, each in enumerate(generator):
+        if not isinstance(each, torch.Generator):
+            raise ValueError(
+                f"`generator` has to be a torch.Generator or a list of them, but position {i} is {each!r}."
+            )
+
+
 def _check_count(name: str, value: Any) -> None:
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"`{name}` has to be a positive integer but is {value!r}.")
@@ -430,13 +456,7 @@ class UIFacePipeline(DiffusionPipeline):
         if not (injection is None or isinstance(injection, str)) or injection not in INJECTIONS:
             raise ValueError(f"`injection` has to be one of {INJECTIONS} but is {injection!r}.")
         self._check_defaults(guidance_scale, boundary_threshold, latest_boundary, injection_strength)
-        if guidance_interval is not None:
-            is_pair = isinstance(guidance_interval, list | tuple) and len(guidance_interval) == 2
-            is_pair = is_pair and all(isinstance(t, Real) and not isinstance(t, bool) for t in guidance_interval)
-            if not is_pair or not 0 <= guidance_interval[0] <= guidance_interval[1]:
-                raise ValueError(
-                    f"`guidance_interval` has to be two timesteps, the lower one first, but is {guidance_interval!r}."
-                )
+        _check_interval(guidance_interval)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'`output_type` has to be "pil", "np", "pt" or "latent" but is {output_type!r}.')
         if callback_on_step_end_tensor_inputs is not None:
@@ -447,19 +467,7 @@ class UIFacePipeline(DiffusionPipeline):
                 )
 
         batch_size = (1 if identity_embeds is None else len(identity_embeds)) * num_images_per_prompt
-        if generator is not None and not isinstance(generator, list | torch.Generator):
-            raise ValueError(f"`generator` has to be a torch.Generator or a list of them but is {generator!r}.")
-        if isinstance(generator, list):
-            if len(generator) != batch_size:
-                raise ValueError(
-                    f"`generator` is a list of {len(generator)} for a batch of {batch_size}: give one generator per"
-                    " sample, or a single one."
-                )
-            for i, each in enumerate(generator):
-                if not isinstance(each, torch.Generator):
-                    raise ValueError(
-                        f"`generator` has to be a torch.Generator or a list of them, but position {i} is {each!r}."
-                    )
+        _check_generator(generator, batch_size)
         if latents is not None:
             channels = self.unet.config.in_channels
             if not isinstance(latents, torch.Tensor):
@@ -800,7 +808,7 @@ class UIFacePipeline(DiffusionPipeline):
         # 1. inputs
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        identity_embeds, layout = self.prepare_identity_embeds(identity_embeds), self.load_layout(layout)
+        identity_embeds, layouts = self.prepare_identity_embeds(identity_embeds), self.load_layout(layout)
         self.check_inputs(
             identity_embeds,
             num_images_per_prompt,
@@ -818,10 +826,11 @@ class UIFacePipeline(DiffusionPipeline):
             latents,
             output_type,
             callback_on_step_end_tensor_inputs,
-            layout,
+            layouts,
         )
         num_images_per_prompt, num_inference_steps = int(num_images_per_prompt), int(num_inference_steps)
-        boundary, reuse_empty_branch = plain_numbers(boundary), int(reuse_empty_branch)
+        switch: str | float | None = plain_numbers(boundary)
+        reuse_empty_branch = int(reuse_empty_branch)
         scale, threshold, latest, strength = self.prepare_sampling(
             num_inference_steps, guidance_scale, boundary_threshold, latest_boundary, injection_strength
         )
@@ -833,18 +842,18 @@ class UIFacePipeline(DiffusionPipeline):
         contexts = self.prepare_contexts(identity_embeds, num_images_per_prompt, device)
         timesteps, denoiser_timesteps = self.prepare_timesteps(num_inference_steps, device)
         schedule, first = paper_timesteps(self.scheduler), 0
-        if layout is not None:
-            boundary = layout_boundary(boundary, latest)
-            first = begin_within(self.scheduler, schedule, boundary)
+        if layouts is not None:
+            switch = layout_boundary(switch, latest)
+            first = begin_within(self.scheduler, schedule, switch)
         # the denoiser alone works in its own dtype: rounded between the steps, latents would lead to another image
         latents_dtype = torch.promote_types(torch.float32, self.unet.dtype)
-        latents = self.prepare_latents(batch_size, latents_dtype, device, generator, latents, layout, first)
+        latents = self.prepare_latents(batch_size, latents_dtype, device, generator, latents, layouts, first)
         timesteps, denoiser_timesteps, schedule = timesteps[first:], denoiser_timesteps[first:], schedule[first:]
         self._num_timesteps = len(timesteps)
         step_kwargs = self.prepare_extra_step_kwargs(generator)
 
         # 3. denoise
-        rule = boundary_rule(boundary, batch_size, latest, guide_from_boundary, threshold)
+        rule = boundary_rule(switch, batch_size, latest, guide_from_boundary, threshold)
         sampler = TwoStageSampler(
             rule, has_identities, scale, injection, guidance_interval, reuse_empty_branch, device
         )
@@ -867,10 +876,8 @@ class UIFacePipeline(DiffusionPipeline):
                 latents = step_after_switch(self.scheduler, sampler.switched, noise_pred, t, latents, **step_kwargs)
 
                 if callback_on_step_end is not None:
-                    tensors = {
-                        "latents": latents,
-                        "stage_two": sampler.stage_two,
-                        "attention_maps": rule.attention_maps,
+                    tensors = {"latents": latents, "stage_two": sampler.stage_two} | {
+                        "attention_maps": rule.attention_maps
                     }
                     callback_kwargs = {k: tensors[k] for k in callback_on_step_end_tensor_inputs}
                     callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)

@@ -131,17 +131,12 @@ def evaluate_dataset(
     for measure in measures:
         measure.measure()
     shown, grid = identity_grid(faces, seed)
-    notes = [f"Left out of {path}: {each.left_out_of_source}." for path, each in sets if each.source.left_out]
-    left_out = {
-        file if each is faces else f"{path}: {file}": reason
-        for path, each in sets
-        for file, reason in each.left_out.items()
-    }
+    notes, left_out = _left_out(sets)
     notes += [note for measure in measures for note in measure.notes]
-    described = _describe(dataset, faces)
-    report = {
-        "dataset": described,
-        "figures": [figure.as_json() for measure in measures for figure in measure.found],
+    figures = [figure for measure in measures for figure in measure.found]
+    report: dict[str, Any] = {
+        "dataset": _describe(dataset, faces),
+        "figures": [figure.as_json() for figure in figures],
         "notes": notes,
         "left_out": left_out,
         "settings": asdict(settings)
@@ -151,10 +146,21 @@ def evaluate_dataset(
     }
     pictures = [picture for measure in measures for picture in measure.pictures]
     write_report(output, report, [(f"{len(shown)} identities, drawn at random: {', '.join(shown)}", grid), *pictures])
-    answers = arrange([[figure for measure in measures for figure in measure.found]])
-    for line in (described["summary"], *(answer.line for answer in answers), *notes):
+    for line in (report["dataset"]["summary"], *(answer.line for answer in arrange([figures])), *notes):
         log(line)
     return report
+
+
+def _left_out(sets: Sequence[tuple[str | os.PathLike, FaceSet]]) -> tuple[list[str], dict[str, str]]:
+    """What is not measured of the data set, which comes first, and of the real ones: a note about what each source
+    left out, and file -> reason."""
+    notes = [f"Left out of {path}: {each.left_out_of_source}." for path, each in sets if each.source.left_out]
+    left_out = {
+        f"{path}: {file}" if position else file: reason
+        for position, (path, each) in enumerate(sets)
+        for file, reason in each.left_out.items()
+    }
+    return notes, left_out
 
 
 def _refuse_another(output: Path, dataset: Path) -> None:
