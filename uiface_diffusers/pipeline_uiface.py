@@ -800,7 +800,7 @@ class UIFacePipeline(DiffusionPipeline):
         # 1. inputs
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        identity_embeds, layout = self.prepare_identity_embeds(identity_embeds), self.load_layout(layout)
+        identity_embeds, layouts = self.prepare_identity_embeds(identity_embeds), self.load_layout(layout)
         self.check_inputs(
             identity_embeds,
             num_images_per_prompt,
@@ -818,7 +818,7 @@ class UIFacePipeline(DiffusionPipeline):
             latents,
             output_type,
             callback_on_step_end_tensor_inputs,
-            layout,
+            layouts,
         )
         num_images_per_prompt, num_inference_steps = int(num_images_per_prompt), int(num_inference_steps)
         boundary, reuse_empty_branch = plain_numbers(boundary), int(reuse_empty_branch)
@@ -833,18 +833,19 @@ class UIFacePipeline(DiffusionPipeline):
         contexts = self.prepare_contexts(identity_embeds, num_images_per_prompt, device)
         timesteps, denoiser_timesteps = self.prepare_timesteps(num_inference_steps, device)
         schedule, first = paper_timesteps(self.scheduler), 0
-        if layout is not None:
-            boundary = layout_boundary(boundary, latest)
-            first = begin_within(self.scheduler, schedule, boundary)
+        begins: str | float | None = boundary  # stage two
+        if layouts is not None:
+            begins = layout_boundary(boundary, latest)
+            first = begin_within(self.scheduler, schedule, begins)
         # the denoiser alone works in its own dtype: rounded between the steps, latents would lead to another image
         latents_dtype = torch.promote_types(torch.float32, self.unet.dtype)
-        latents = self.prepare_latents(batch_size, latents_dtype, device, generator, latents, layout, first)
+        latents = self.prepare_latents(batch_size, latents_dtype, device, generator, latents, layouts, first)
         timesteps, denoiser_timesteps, schedule = timesteps[first:], denoiser_timesteps[first:], schedule[first:]
         self._num_timesteps = len(timesteps)
         step_kwargs = self.prepare_extra_step_kwargs(generator)
 
         # 3. denoise
-        rule = boundary_rule(boundary, batch_size, latest, guide_from_boundary, threshold)
+        rule = boundary_rule(begins, batch_size, latest, guide_from_boundary, threshold)
         sampler = TwoStageSampler(
             rule, has_identities, scale, injection, guidance_interval, reuse_empty_branch, device
         )
