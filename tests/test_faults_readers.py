@@ -385,6 +385,14 @@ def test_a_compressed_shard_is_named(tmp_path, module, program):
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize("beside", ["lfw.zip", "lfw.tgz", "lfw.tar.gz"])
+def test_an_archive_beside_what_was_unpacked_is_left_out(tmp_path, beside):
+    write(tmp_path, {"anna/a.png": picture(1), "bert/a.png": picture(2), beside: b"an archive"})
+    source = open_source(tmp_path)
+    assert identities(source) == {"anna": 1, "bert": 1}
+    assert source.left_out == {beside: "in no identity's folder"}
+
+
 @pytest.mark.parametrize("beside", ["stray.tar", "stray.rec"])
 def test_a_stray_file_beside_identities_is_refused(tmp_path, beside):
     write(tmp_path, {"anna/a.png": picture(1), "bert/a.png": picture(2)})

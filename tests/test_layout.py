@@ -285,6 +285,12 @@ def test_a_set_goes_on_with_its_layouts_alone(pipe, layouts, tmp_path):
     assert {row["layout"] for row in rows_of(tmp_path / "flat_set")} == {"7.png"}
 
 
+def test_parquet_files_of_a_set_have_its_layouts(pipe, layouts, tmp_path):
+    generate_dataset(pipe, bank(), tmp_path, 2, layouts=layouts, output_format="parquet", **SET)
+    rows = pq.read_table(tmp_path / "data").to_pylist()
+    assert [row["layout"] for row in rows] == [row["layout"] for row in rows_of(tmp_path)] and rows[0]["layout"]
+
+
 def test_a_set_without_layouts_is_written_as_before(pipe, tmp_path):
     generate_dataset(pipe, bank(), tmp_path, 1, **SET)
     assert "layout" not in rows_of(tmp_path)[0]

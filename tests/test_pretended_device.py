@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.hooks import CpuOffload, add_hook_to_module
 from conftest import BETAS, REPOSITORY, TINY_UNET, run_script, tiny_autoencoder
 from pretended_device import DEVICE, PretendedDevice, PretendedTensor, TwoDevicesError
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -20,6 +21,7 @@ from uiface_diffusers import IdentityBank, UIFacePipeline, generate_dataset
 from uiface_diffusers.data import FaceCache, cache_latents, prepare_faces
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.generation import make_identities
+from uiface_diffusers.latents import encode_pictures
 
 sys.path.insert(0, str(REPOSITORY / "training"))
 
@@ -131,6 +133,12 @@ def test_a_step_of_sampling_waits_for_a_boundary_only(pretended, pipe, name, opt
     assert any(steps) and all(sum(waits.values()) <= 1 for waits in steps)
     assert len({line for waits in steps for line in waits}) == 1
     assert not any(steps[7:])
+
+
+def test_an_offloaded_first_stage_encodes_pictures_where_it_computes(pretended, tiny_pipeline):
+    add_hook_to_module(tiny_pipeline.vae, CpuOffload(pretended.device))
+    pictures = [np.zeros((64, 64, 3), np.uint8)]
+    assert encode_pictures(tiny_pipeline.vae, pictures, 8, 8, pretended.device).device == DEVICE
 
 
 @pytest.mark.parametrize("output_type", ["latent", "pt", "np", "pil"])

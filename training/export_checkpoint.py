@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         if len(identities) < args.num_identities:
             raise ValueError(f"{args.identities} gives fewer than {args.num_identities} identities: {report}.")
     pipeline.to(torch.float16).save_pretrained(args.output)
-    for file in args.output.rglob("*.json"):  # where it was trained is nobody's concern
+    for file in args.output.rglob("*.json"):  # a path on the machine that trained it
         content = json.loads(file.read_text())
         if content.pop("_name_or_path", None) is not None:
             write_json(file, content)

@@ -2,7 +2,7 @@
 """Trains UIFace's denoiser with identity projector and empty context (Lin et al., ICLR 2025, sec. 3.2).
 
     uiface prepare photos --output cache/photos --encoder buffalo_l
-    accelerate launch training/train.py --config training/configs/uiface_casia.yaml \
+    accelerate launch training/train.py --config training/configs/uiface_casia.yaml \\
         --train-data cache/photos --vae path/to/vq-f4 --output-dir runs/casia
 
 The same command with `--resume-from-checkpoint latest` goes on after an interruption and gives the same parameters as

@@ -3,7 +3,7 @@
 (Isola et al. 2017) toward the end.
 
     uiface prepare photos --output cache/photos --encoder buffalo_l
-    accelerate launch training/train_autoencoder.py --config training/configs/autoencoder_lfw.yaml \
+    accelerate launch training/train_autoencoder.py --config training/configs/autoencoder_lfw.yaml \\
         --train-data cache/photos --output-dir runs/autoencoder
 
 Any of diffusers' `AutoencoderKL`, `AutoencoderTiny` and `VQModel`, by its config. The same command with

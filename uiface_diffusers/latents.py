@@ -46,12 +46,15 @@ def decode_latents(vae: FirstStage, latents: torch.Tensor) -> torch.Tensor:
     return torch.cat([vae.decode(part, return_dict=False)[0] for part in parts])
 
 
-def encode_pictures(vae: FirstStage, pictures: list[np.ndarray], height: int, width: int) -> torch.Tensor:
+def encode_pictures(
+    vae: FirstStage, pictures: list[np.ndarray], height: int, width: int, device: torch.device
+) -> torch.Tensor:
     """Pictures of any size to latents of one, without chance, in parts as `decode_latents`.
 
     Args:
         pictures: `(height, width, 3)` RGB bytes each; stretched to the size of the latents (bilinear, antialiased).
         height, width (`int`): of the latents.
+        device (`torch.device`): where the first stage computes; where it is, unless it is offloaded.
 
     Returns:
         `torch.Tensor` of shape `(len(pictures), latent_channels, height, width)`, in the dtype of the first stage.
@@ -63,7 +66,7 @@ def encode_pictures(vae: FirstStage, pictures: list[np.ndarray], height: int, wi
         for each in pixels
     ]
     parts = torch.cat(resized).split(max(1, PIXELS_AT_ONCE // (size[0] * size[1])))
-    return torch.cat([encode_images(vae, part.to(vae.device, vae.dtype), sample=False) for part in parts])
+    return torch.cat([encode_images(vae, part.to(device, vae.dtype), sample=False) for part in parts])
 
 
 def pixels_per_latent(vae: FirstStage) -> int:

@@ -631,7 +631,9 @@ class UIFacePipeline(DiffusionPipeline):
 
     def encode_layout(self, layout: torch.Tensor | list[np.ndarray], height: int, width: int) -> torch.Tensor:
         """What `load_layout` gives -> latents `(N, channels, height, width)`."""
-        return layout if isinstance(layout, torch.Tensor) else encode_pictures(self.vae, layout, height, width)
+        if isinstance(layout, torch.Tensor):
+            return layout
+        return encode_pictures(self.vae, layout, height, width, self._execution_device)
 
     def encode_identity(
         self,

@@ -91,6 +91,11 @@ SCHEMA = pa.schema(
 )
 
 
+def metadata_schema(rows: Sequence[ImageRow]) -> pa.Schema:
+    """Of the metadata of some images: `SCHEMA`, and `layout` if any of them has one."""
+    return SCHEMA if all(row.layout is None for row in rows) else SCHEMA.append(pa.field("layout", pa.string()))
+
+
 def image_name(identity: str, index: int, image_format: str) -> str:
     return f"{identity}/{index:04d}.{'jpg' if image_format == 'jpeg' else image_format}"
 
@@ -162,9 +167,8 @@ def read_rows(output: Path) -> dict[ImageKey, ImageRow]:
 
 def write_metadata(output: Path, rows: Sequence[ImageRow], file_names: Sequence[str]) -> None:
     table = [{"file_name": name, **row.columns()} for name, row in zip(file_names, rows, strict=True)]
-    schema = SCHEMA.append(pa.field("layout", pa.string())) if any("layout" in row for row in table) else SCHEMA
     with complete_file(output / METADATA) as beside:
-        pq.write_table(pa.Table.from_pylist(table, schema), beside)
+        pq.write_table(pa.Table.from_pylist(table, metadata_schema(rows)), beside)
 
 
 def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:

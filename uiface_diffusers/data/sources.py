@@ -125,24 +125,37 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if not is_system_entry(entry.name))
 
 
+def _picture_in_folders(path: Path) -> Path | None:
+    """A picture in the folders at a path, at any depth; `None` if there is none, or the path is no folder."""
+    for entry in _visible(path) if path.is_dir() else []:
+        for parent, folders, names in os.walk(entry):  # of a file, nothing
+            folders[:] = sorted(name for name in folders if not is_system_entry(name))
+            found = [name for name in names if has_image_suffix(name) and not is_system_entry(name)]
+            if found:
+                return Path(parent, min(found))
+    return None
+
+
 def find_shards(path: Path) -> list[Path]:
     """The tar shards at a path: it is one, or a folder of them.
 
     Raises:
-        ValueError: all are compressed.
+        ValueError: all are compressed, and there are no folders of pictures, which they may have been unpacked to.
     """
     files = _visible(path) if path.is_dir() else [path]
     shards = [file for file in files if file.suffix.lower() == ".tar" and file.is_file()]
     compressed = [file for file in files if file.name.lower().endswith(COMPRESSED_TARS) and file.is_file()]
-    if compressed and not shards:
+    if compressed and not shards and _picture_in_folders(path) is None:
         raise ValueError(f"{compressed[0]} is compressed: pictures could not be read at their places. Unpack it.")
     return shards
 
 
 def find_archives(path: Path) -> list[Path]:
-    """The zip archives at a path: it is one, or a folder of them."""
+    """The zip archives at a path: it is one, or a folder of them. None beside folders of pictures: it is what these
+    were unpacked from."""
     files = _visible(path) if path.is_dir() else [path]
-    return [file for file in files if file.suffix.lower() == ".zip" and file.is_file()]
+    archives = [file for file in files if file.suffix.lower() == ".zip" and file.is_file()]
+    return archives if _picture_in_folders(path) is None else []
 
 
 class Form(NamedTuple):
@@ -192,18 +205,14 @@ def _check_no_folders_beside(folder: Path, files: list[Path]) -> None:
     Raises:
         ValueError: it has folders with pictures, too: what is meant is not clear.
     """
-    for entry in _visible(folder):
-        if entry.is_dir():
-            for parent, folders, names in os.walk(entry):
-                folders[:] = sorted(name for name in folders if not is_system_entry(name))
-                found = [name for name in names if has_image_suffix(name) and not is_system_entry(name)]
-                if found:
-                    more = f" and {len(files) - 1} others" if len(files) > 1 else ""
-                    example = printable(Path(parent, min(found)).relative_to(folder).as_posix())
-                    raise ValueError(
-                        f"{folder} has {files[0].name}{more}, and pictures in folders, such as {example}: only one of"
-                        f" these can be meant. Give {files[0]}, or move the files or the folders to another place."
-                    )
+    picture = _picture_in_folders(folder)
+    if picture is not None:
+        more = f" and {len(files) - 1} others" if len(files) > 1 else ""
+        example = printable(picture.relative_to(folder).as_posix())
+        raise ValueError(
+            f"{folder} has {files[0].name}{more}, and pictures in folders, such as {example}: only one of these can be"
+            f" meant. Give {files[0]}, or move the files or the folders to another place."
+        )
 
 
 def _leave_out_beside(source: PhotographSource, folder: Path, used: Iterable[Path | None], what: str) -> None:

@@ -5,7 +5,13 @@ from functools import cached_property
 
 import numpy as np
 
-from ..data.photographs import Photograph, describe_left_out, source_fingerprint, summarize_left_out
+from ..data.photographs import (
+    Photograph,
+    describe_left_out,
+    source_fingerprint,
+    summarize_left_out,
+    unreadable_reason,
+)
 from ..data.sources import open_faces
 from ..files import warn_once
 from ..seeds import LAYOUT, image_seed
@@ -32,7 +38,7 @@ class Layouts:
             try:
                 self.shapes.add(self.source.read(photograph).shape)
             except OSError as error:
-                unreadable[photograph.file] = str(error)
+                unreadable[photograph.file] = unreadable_reason(self.source, photograph, error)
         if unreadable:
             lines = "; ".join(describe_left_out(summarize_left_out(unreadable)))
             raise ValueError(

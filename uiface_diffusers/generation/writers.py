@@ -5,7 +5,6 @@ import os
 import shutil
 import tarfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ import pyarrow.parquet as pq
 
 from ..data.image_folder import (
     IMAGES_A_SHARD,
-    SCHEMA,
     ImageKey,
     ImageRow,
     encode_image,
     image_name,
     is_complete_image,
+    metadata_schema,
     pack_shard,
     shard_name,
 )
@@ -144,14 +143,15 @@ class ParquetShards(TarShards):
     def close(self, unit: Sequence[ImageKey], rows: Mapping[ImageKey, ImageRow]) -> None:
         shard = self.shard(unit[0])
         if not shard.exists():
-            schema = hub_schema({field.name: field.type for field in SCHEMA if field.name != "file_name"})
+            fields = metadata_schema([rows[key] for key in unit])
+            schema = hub_schema({field.name: field.type for field in fields if field.name != "file_name"})
             write_parquet(shard, schema, (self._row(key, rows[key]) for key in unit))
         for key in unit:
             (self.images / self.name(key)).unlink(missing_ok=True)
 
     def _row(self, key: ImageKey, row: ImageRow) -> dict[str, Any]:
         content = (self.images / self.name(key)).read_bytes()
-        return {"image": {"bytes": content, "path": self.name(key)}, **asdict(row)}
+        return {"image": {"bytes": content, "path": self.name(key)}, **row.columns()}
 
     def open(self, key: ImageKey) -> PIL.Image.Image:
         row = self.plan.position(key) % IMAGES_A_SHARD

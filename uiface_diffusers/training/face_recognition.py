@@ -1,15 +1,17 @@
 """Trains a face recognizer on aligned faces: IResNet with a margin head. It is how a synthetic data set is judged.
 
     uiface generate org/model --identities bank.safetensors --images-per-identity 50 --output data
-    accelerate launch training/train_face_recognition.py --config training/configs/fr_ir50_arcface.yaml \
+    accelerate launch training/train_face_recognition.py --config training/configs/fr_ir50_arcface.yaml \\
         --train-data data --benchmarks path/to/bins --output-dir runs/recognizer
 
 Data sets are folders `ROOT/IDENTITY/*.png`, folders of `uiface generate`, InsightFace's RecordIO (`train.rec`),
 webdataset shards, parquet files, LMDB or zip archives (see `docs/formats.md`), of faces that are aligned already, or
 caches of `uiface prepare`. All are read once before the first step; what cannot be trained on is an error that names
-the files. `accuracies.json` in the output folder has those of
-every validation, `train_results.json` loss and accuracy of the training itself in its last epoch. Look at the latter
-before you compare data sets: of a hard set a margin head may learn nothing, which is then a matter of the recipe.
+the files.
+
+In the output folder, `accuracies.json` has the accuracies of every validation, and `train_results.json` loss and
+accuracy on the training's own faces in its last epoch. Look at the latter before you compare data sets: a margin head
+may learn nothing of a hard set, and then the recipe is to blame, not the set.
 
 The same command with `--resume-from-checkpoint latest` goes on after an interruption and gives the same parameters as
 an uninterrupted run: the order of the data depends on the seed and the epoch, a face's augmentation on the seed and

@@ -2,8 +2,7 @@
 
 args = parse_args(argv)
 accelerator = make_accelerator(args)
-with training_folder(accelerator, args.output_dir):
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+with training_folder(accelerator, args) as checkpoint:
     ...  # data, models, optimizer
     run = Run("train", args, accelerator, checkpoint, product=..., log=log, ...)
     for batch in run:
