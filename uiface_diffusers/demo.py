@@ -336,8 +336,10 @@ def run_demo(
     Raises:
         ImportError: Gradio is not installed.
         OSError: the port is taken.
-        ValueError: see `Demo`.
+        ValueError: the port is no number from 1 to 65535; or see `Demo`.
     """
+    if not 0 < port < 2**16:
+        raise ValueError(f"a port is a number from 1 to 65535, not {port}.")
     with tempfile.TemporaryDirectory(prefix="uiface-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # before Gradio is loaded, too
         load_gradio()
