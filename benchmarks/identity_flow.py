@@ -31,7 +31,7 @@ from uiface_diffusers.training.identity_pairs import PersonEmbeddings
 # cosine of the mean embeddings of two people from which they may be the same one under two names
 SAME = 0.5
 # of cosines to the anchor
-RANGES = ((0.4, 1.0), (0.5, 1.0), (0.6, 1.0), (0.7, 1.0), (0.8, 1.0), (0.6, 0.8), (0.7, 0.9))
+RANGES = ((0.4, 1.0), (0.5, 1.0), (0.6, 1.0))
 
 
 class Set(NamedTuple):
