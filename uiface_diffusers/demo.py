@@ -206,6 +206,7 @@ class Demo:
         injection: str,
         beside: bool,
         with_maps: bool,
+        *,
         progress: Callable[[float, str], None] = lambda share, text: None,
     ) -> str:
         """The faces as a part of a page. `boundary` is one of `ADAPTIVE`, `FIXED` and `SINGLE`; `beside` adds the
