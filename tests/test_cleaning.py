@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from conftest import complaint
 
+import uiface_cli
 from uiface_diffusers import cli
+from uiface_diffusers.data.convert import FORMATS
 from uiface_diffusers.data.sources import open_source
 from uiface_diffusers.evaluation import cleaning
 from uiface_diffusers.evaluation.cleaning import (
@@ -255,3 +257,20 @@ def test_distances_of_pictures():
         assert found["same"] < 1e-5 and found["mirrored"] < 1e-5 and found["brighter"] < 1e-3
         assert found["encoded"] < 0.02 and found["cut"] < 0.1 < 0.4 < found["other"] and found["uniform"] > 0.9
     assert picture_distances(second[-1:], second[-1:]) == 0
+
+
+def test_equal_files_are_told_though_rounding_keeps_them_apart(toy_root, tmp_path):
+    root = write_set(tmp_path / "set")
+    for person in range(PEOPLE):
+        (root / f"p{person}" / "copy.png").write_bytes((root / f"p{person}" / "3.png").read_bytes())
+    report = clean_dataset(root, FaceEncoder("toy", toy_root, det_size=160), tmp_path / "list.csv")
+    reasons = {finding.file: finding.reason for finding in report.findings}
+    # `3.png` comes before `copy.png`, which is the copy
+    assert reasons == {f"p{person}/copy.png": "duplicate, byte for byte" for person in range(PEOPLE)}
+
+
+@pytest.mark.parametrize("command", ["clean", "convert"])
+def test_every_form_can_be_chosen(command):
+    (commands,) = (action for action in uiface_cli.build_parser()._actions if isinstance(action.choices, dict))
+    (option,) = (each for each in commands.choices[command]._actions if each.dest == "format")
+    assert tuple(option.choices) == FORMATS

@@ -104,6 +104,11 @@ def test_without_gradio(monkeypatch):
         cli.main(["demo"])
 
 
+def test_a_port_is_a_port():
+    with pytest.raises(SystemExit, match="a port is a number from 1 to 65535, not 70000"):
+        cli.main(["demo", "--port", "70000"])
+
+
 @pytest.fixture
 def served(tiny_pipeline, bank, toy_root, tmp_path):
     """The address of a demo of its own process, and the folder of its temporary files."""

@@ -14,10 +14,11 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import Visit
 from toy_sets import IMAGES, PEOPLE, face, write_set
 
-from uiface_diffusers import cli
+from uiface_diffusers import IdentityBank, cli, generate_dataset
 from uiface_diffusers.data.image_folder import GENERATION, METADATA, SCHEMA, ImageRow, pack_shard
 from uiface_diffusers.gallery import write_gallery
 
@@ -49,6 +50,18 @@ def generated(root: Path, names=("anna", "berta", "carla"), images=4, sharded=Fa
     pq.write_table(pa.Table.from_pylist(table, SCHEMA), root / METADATA)
     (root / GENERATION).write_text("{}")
     return root
+
+
+def test_a_set_in_parquet_is_filtered(tmp_path, tiny_pipeline):
+    bank = IdentityBank(torch.eye(16)[:2], "toy", ["anna", "berta"])
+    data = tmp_path / "data"
+    generate_dataset(tiny_pipeline, bank, data, images_per_identity=2, output_format="parquet", num_inference_steps=2)
+    write_gallery(data, tmp_path / "page.html")
+    content, rows = content_of(tmp_path / "page.html"), pq.read_table(data / METADATA).to_pylist()
+    assert content["identities"] == [["anna", 2], ["berta", 2]]
+    assert content["seeds"] == [str(row["seed"]) for row in rows]
+    (boundary,) = content["columns"]
+    assert boundary["values"] == [row["boundary_timestep"] for row in rows]
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -68,7 +68,7 @@ def commands(block: Block) -> list[str]:
 
 
 # pages that begin with the sets `data` and `other_data`, and do not make them
-HAVE_DATA = ("docs/how-to/judge.md", "docs/how-to/recognizer.md", "docs/how-to/formats.md")
+HAVE_DATA = ("docs/how-to/judge.md", "docs/how-to/recognizer.md", "docs/how-to/formats.md", "docs/demo.md")
 TINY_TRAINING = [
     "--train-batch-size",
     "2",
@@ -90,6 +90,7 @@ SMALL = {
     "uiface identities make": ["--number", "2", "--max-similarity", "1", "--det-size", "160"],
     "uiface evaluate": ["--det-size", "160", "--lpips-backbone", "alexnet.safetensors"],
     "uiface audit": ["--det-size", "160"],
+    "uiface clean": ["--det-size", "160"],
     "uiface make-benchmark": ["--det-size", "160"],
     "uiface verify": ["--det-size", "160"],
     "uiface convert-original": ["--model-config", "reference.json", "--sample-size", "16"],

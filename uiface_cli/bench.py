@@ -26,7 +26,9 @@ def add(commands: Commands) -> None:
                 --evaluate "--encoder buffalo_l --real cache/photos"
         """,
     )
-    parser.add_argument("sets", nargs="+", metavar="SET", help="folder, train.rec or tar shards; PATH or NAME=PATH")
+    parser.add_argument(
+        "sets", nargs="+", metavar="SET", help="in any form of `uiface convert`, or a cache; PATH or NAME=PATH"
+    )
     parser.add_argument(
         "--recipe",
         type=path,

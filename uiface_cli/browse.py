@@ -22,7 +22,10 @@ def add(commands: Commands) -> None:
         """,
     )
     parser.add_argument(
-        "dataset", metavar="DATASET", type=path, help="folder, train.rec, tar shards or a cache of `uiface prepare`"
+        "dataset",
+        metavar="DATASET",
+        type=path,
+        help="a set in any form of `uiface convert`, or a cache of `uiface prepare`",
     )
     parser.add_argument("--output", type=path, metavar="FILE", help="the page (default: gallery/NAME.html)")
     parser.add_argument(

@@ -23,7 +23,7 @@ def add(commands: Commands) -> None:
         """,
     )
     parser.add_argument(
-        "dataset", metavar="DATASET", type=path, help="aligned faces: folder, train.rec, tar shards or cache"
+        "dataset", metavar="DATASET", type=path, help="aligned faces in any form of `uiface convert`, or a cache"
     )
     parser.add_argument(
         "--list",
@@ -35,9 +35,9 @@ def add(commands: Commands) -> None:
     parser.add_argument("--output", type=path, metavar="FOLDER", help="write the set without them")
     parser.add_argument(
         "--format",
-        choices=("imagefolder", "recordio", "webdataset"),
+        choices=("imagefolder", "recordio", "webdataset", "parquet", "lmdb", "zip"),
         default="imagefolder",
-        help="the form of --output (default: %(default)s)",
+        help="the form of --output; lmdb needs the package lmdb (default: %(default)s)",
     )
     add_threshold_arguments(parser)
     add_encoder_arguments(parser)

@@ -206,6 +206,7 @@ class Demo:
         injection: str,
         beside: bool,
         with_maps: bool,
+        *,
         progress: Callable[[float, str], None] = lambda share, text: None,
     ) -> str:
         """The faces as a part of a page. `boundary` is one of `ADAPTIVE`, `FIXED` and `SINGLE`; `beside` adds the
@@ -336,8 +337,10 @@ def run_demo(
     Raises:
         ImportError: Gradio is not installed.
         OSError: the port is taken.
-        ValueError: see `Demo`.
+        ValueError: the port is no number from 1 to 65535; or see `Demo`.
     """
+    if not 0 < port < 2**16:
+        raise ValueError(f"a port is a number from 1 to 65535, not {port}.")
     with tempfile.TemporaryDirectory(prefix="uiface-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # before Gradio is loaded, too
         load_gradio()

@@ -117,9 +117,8 @@ def _metadata(dataset: Path, source: PhotographSource) -> tuple[dict[str, dict[s
     """Column -> file -> value, and file -> seed, of data sets that have them."""
     if (dataset / GENERATION).is_file():
         rows = pq.read_table(dataset / METADATA).to_pylist()
-        # `images/anna/0001.png` is `anna/0001.png` of the source, `shards/000000.tar/anna/0001.png` the one after `:`
         by_name = {row["file_name"].partition("/")[2]: row for row in rows}
-        found = {each.file: by_name.get(each.file.replace(".tar:", ".tar/", 1)) for each in source.photographs}
+        found = {each.file: by_name.get(_generated_name(each)) for each in source.photographs}
         known = {file: row for file, row in found.items() if row is not None}
         columns = {
             shown: {file: row[name] for file, row in known.items() if row[name] is not None}
@@ -135,6 +134,16 @@ def _metadata(dataset: Path, source: PhotographSource) -> tuple[dict[str, dict[s
             for i, name in enumerate(("yaw", "pitch"))
         }, {}
     return {}, {}
+
+
+def _generated_name(photograph: Photograph) -> str:
+    """What metadata call a photograph of a generated set, without the first folder: `anna/0001.png` of a folder,
+    `000000.tar/anna/0001.png` of the source's `000000.tar:anna/0001.png`, and `train.parquet/anna/0001.png` of its
+    `train.parquet:ROW:0001.png`."""
+    if ".parquet:" in photograph.file:
+        shard, _, name = photograph.file.split(":", 2)
+        return f"{shard}/{photograph.identity}/{name}"
+    return photograph.file.replace(".tar:", ".tar/", 1)
 
 
 def _draw(members: Mapping[str, Sequence[Photograph]], max_images: int, seed: int) -> list[str]:

@@ -241,7 +241,8 @@ def find_flaws(
             found.append(finding(position, TWIN, score, twin_cosine, names[other]))
     for position, (apart, first) in duplicates.items():
         photographs = faces.photographs[position], faces.photographs[first]
-        same = not apart and len({faces.source.content(photograph) for photograph in photographs}) == 1
+        # equal pictures are 0 apart, up to rounding
+        same = apart < 1e-4 and len({faces.source.content(photograph) for photograph in photographs}) == 1
         reason = f"{DUPLICATE}, byte for byte" if same else DUPLICATE
         found.append(finding(position, reason, apart, distance, photographs[1].file))
     return found, Thresholds(distance, cosine, stranger_cosine, twin_cosine)
@@ -373,12 +374,12 @@ def small_picture(face: PIL.Image.Image) -> torch.Tensor:
 
 
 def small_pictures(faces: FaceSet, cache: Path) -> torch.Tensor:
-    """`small_picture` of all faces, `(N, SIDE, SIDE)` in floating point; `cache` keeps them."""
+    """`small_picture` of all faces, `(N, SIDE, SIDE)`; `cache` keeps them."""
 
     def compute(rows: range) -> torch.Tensor:
         return torch.stack([small_picture(faces.read(row)) for row in rows])
 
-    return computed_once(cache / f"pictures-{faces.key}", len(faces), compute, "shrink").float()
+    return computed_once(cache / f"pictures-{faces.key}", len(faces), compute, "shrink")
 
 
 def picture_distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -450,7 +451,7 @@ def find_duplicates(
     near: dict[int, list[tuple[float, int]]] = {}
     for pairs, _ in pairs_above(embeddings[positions], cosine, progress="duplicates"):
         for part in positions[pairs].split(PAIRS):
-            apart = picture_distances(*(pictures[part[:, side]] for side in (0, 1)))
+            apart = picture_distances(*(pictures[part[:, side]].float() for side in (0, 1)))
             close = apart <= distance
             for (first, second), number in zip(part[close].tolist(), apart[close].tolist(), strict=True):
                 near.setdefault(second, []).append((number, first))
