@@ -54,8 +54,8 @@ def options(root, backbone):
     paths = {"pipeline": "model", "identities": "bank.safetensors", "real": "people", "benchmarks": "bins"}
     paths |= {"encoder_root": "packs", "work": "work", "recipe": "recipe.yaml"}
     argv = [word for name, path in paths.items() for word in (f"--{name}", str(root / path))]
-    argv += ["--encoder", "toy", "--judge", "judge", "--lpips_backbone", str(backbone), "--same_person", "0.99999"]
-    argv += ["--num_identities", "4", "--groups", "2", "--images_per_identity", "4", "--num_inference_steps", "3"]
+    argv += ["--encoder", "toy", "--judge", "judge", "--lpips-backbone", str(backbone), "--same-person", "0.99999"]
+    argv += ["--num-identities", "4", "--groups", "2", "--images-per-identity", "4", "--num-inference-steps", "3"]
     return [*argv, "--seeds", "5"]
 
 
@@ -151,7 +151,7 @@ def test_figures_and_accuracies_are_collected(options, root, work, capsys, tmp_p
     assert capsys.readouterr().out.endswith(printed[printed.rindex("\narm ") + 1 :])
     assert not (tmp_path / "work" / "fixed").exists() and not (tmp_path / "work" / "adaptive").exists()
     with pytest.raises(ValueError, match="other settings .images_per_identity: "):
-        ablation.main([*options, *again, "--work", str(tmp_path / "new"), "--images_per_identity", "3"])
+        ablation.main([*options, *again, "--work", str(tmp_path / "new"), "--images-per-identity", "3"])
 
 
 def test_people_of_the_benchmarks_are_left_out(options, root, capsys, tmp_path):
@@ -171,12 +171,12 @@ def test_people_of_the_benchmarks_are_left_out(options, root, capsys, tmp_path):
     cosines = people.bank.embeddings @ encoder.embed_pictures([face])[0]
     threshold = max(cosines[[name == "people/p3" for name in people.bank.names]]).item()
     assert threshold > max(cosines[[name != "people/p3" for name in people.bank.names]])
-    ablation.main([*argv, "--pieces", "generate", "--same_person", str(threshold - 1e-6)])
+    ablation.main([*argv, "--pieces", "generate", "--same-person", str(threshold - 1e-6)])
     assert "1 real people look like one of the benchmarks and are left out: ['people/p3']" in capsys.readouterr().out
     written = {path.parent.name for path in (tmp_path / "work").rglob("*.png")}
     assert len(written) > 4 and "people-p3" not in written
     with pytest.raises(ValueError, match="have 0 people with 4 faces or more who are not in the benchmarks"):
-        ablation.main([*argv, "--work", str(tmp_path / "none"), "--arms", "single", "--same_person", "-1"])
+        ablation.main([*argv, "--work", str(tmp_path / "none"), "--arms", "single", "--same-person", "-1"])
     assert not (tmp_path / "none" / "single").exists()
 
 

@@ -215,7 +215,8 @@ def test_what_is_imported_is_declared():
     def names(requirements: list[str]) -> set[str]:
         return {re.match(r"[\w.-]+", each)[0].lower().replace("_", "-") for each in requirements}
 
-    always, train = names(project["dependencies"]), names(project["optional-dependencies"]["train"])
+    always, extras = names(project["dependencies"]), project["optional-dependencies"]
+    optional = names(sum((extras[extra] for extra in ("train", "lmdb", "demo")), []))
     distributions = packages_distributions()
     missing, used = [], set()
     packages = ("uiface_cli", "uiface_diffusers")
@@ -227,7 +228,7 @@ def test_what_is_imported_is_declared():
                 continue
             named = {name.lower().replace("_", "-") for name in distributions.get(module, [module])}
             used |= named
-            if not named & (always | train if late or needs_extra else always):
+            if not named & (always | optional if late or needs_extra else always):
                 missing.append(f"{path.name}: {module}")
     assert missing == []
     assert always - used == set()  # nothing is declared that is not imported

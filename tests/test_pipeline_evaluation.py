@@ -35,8 +35,8 @@ def root(tmp_path_factory, toy_photographs):
 def options(root, backbone, *changed):
     paths = {"train_faces": "cache", "unseen_faces": "unseen", "encoder_root": "packs", "output": "out"}
     argv = [word for name, path in paths.items() for word in (f"--{name}", str(root / path))]
-    argv += ["--encoder", "toy", "--judge", "judge", "--lpips_backbone", str(backbone), "--same_person", "0.9999"]
-    argv += ["--num_identities", "2", "--images_per_identity", "2", "--num_inference_steps", "3"]
+    argv += ["--encoder", "toy", "--judge", "judge", "--lpips-backbone", str(backbone), "--same-person", "0.9999"]
+    argv += ["--num-identities", "2", "--images-per-identity", "2", "--num-inference-steps", "3"]
     return [*argv, *changed]
 
 
@@ -131,8 +131,8 @@ def test_looks(root, backbone, tmp_path, capsys):
         pipeline / "identities.safetensors"
     )
     real = ["--real", str(tmp_path / "flat"), str(tmp_path / "folders")]
-    argv = [str(pipeline), *options(root, backbone, "--num_identities", "5", "--same_person", "1.1")]
-    argv += ["--train_faces", str(tmp_path / "known"), "--unseen_faces", str(tmp_path / "unknown")]
+    argv = [str(pipeline), *options(root, backbone, "--num-identities", "5", "--same-person", "1.1")]
+    argv += ["--train-faces", str(tmp_path / "known"), "--unseen-faces", str(tmp_path / "unknown")]
     argv += ["--output", str(tmp_path / "out")]
     evaluate.main([*argv, *real])
     printed = capsys.readouterr().out
@@ -164,8 +164,8 @@ def test_looks(root, backbone, tmp_path, capsys):
     evaluate.main([*argv, *real])
     assert "looks" not in capsys.readouterr().out  # measured already
     with pytest.raises(ValueError, match="40 generated faces .* there are 20 and 20"):
-        evaluate.main([*argv, *real, "--images_per_identity", "8"])
-    for option, value in (("--num_identities", "4"), ("--images_per_identity", "1")):
+        evaluate.main([*argv, *real, "--images-per-identity", "8"])
+    for option, value in (("--num-identities", "4"), ("--images-per-identity", "1")):
         with pytest.raises(SystemExit):
             evaluate.main([*argv, *real, option, value])
         assert f"{option} has to be" in capsys.readouterr().err
@@ -199,12 +199,12 @@ def test_encoders_are_not_mixed(root, backbone):
 
 def test_export(root, tmp_path, capsys):
     argv = [str(root / "step-4"), "--faces", str(root / "cache"), "--output", str(tmp_path / "shipped")]
-    argv += ["--defaults", '{"latest_boundary": 700, "guidance_scale": 3.0}', "--max_similarity", "0.9"]
+    argv += ["--defaults", '{"latest_boundary": 700, "guidance_scale": 3.0}', "--max-similarity", "0.9"]
     directions = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)))[0]
     known = FaceCache(root / "cache").embeddings().embeddings
     IdentityBank(torch.cat([known[:1], directions]), "toy").save(tmp_path / "bank.safetensors")
     argv += ["--identities", str(tmp_path / "bank.safetensors")]
-    export_checkpoint.main([*argv, "--num_identities", "5"])
+    export_checkpoint.main([*argv, "--num-identities", "5"])
     assert "5 identities" in capsys.readouterr().out
     bank = IdentityBank.load(tmp_path / "shipped" / "identities.safetensors")
     assert bank.names == [f"{n:06d}" for n in range(1, 6)]  # the training's own is left out
@@ -215,7 +215,7 @@ def test_export(root, tmp_path, capsys):
         assert str(root) not in file.read_text()
     assert json.loads((tmp_path / "shipped" / "progress.json").read_text())["samples"] == 4000
     with pytest.raises(ValueError, match="gives fewer than 17 identities: "):
-        export_checkpoint.main([*argv, "--num_identities", "17"])
+        export_checkpoint.main([*argv, "--num-identities", "17"])
     IdentityBank(directions, "judge").save(tmp_path / "bank.safetensors")
     with pytest.raises(ValueError, match="`judge`"):
-        export_checkpoint.main([*argv, "--num_identities", "5"])
+        export_checkpoint.main([*argv, "--num-identities", "5"])

@@ -23,9 +23,9 @@ import sampling_settings  # noqa: E402
 def options(tmp_path_factory, toy_photographs, backbone):
     root = tmp_path_factory.mktemp("settings")
     write_study_inputs(root, toy_photographs)
-    argv = ["--pipeline", str(root / "model"), "--people", str(root / "cache"), "--encoder_root", str(root / "packs")]
-    argv += ["--judge", "judge", "--lpips_backbone", str(backbone), "--num_people", "2", "--images_per_person", "3"]
-    return [*argv, "--batch_size", "4", "--output", str(root / "out")]
+    argv = ["--pipeline", str(root / "model"), "--people", str(root / "cache"), "--encoder-root", str(root / "packs")]
+    argv += ["--judge", "judge", "--lpips-backbone", str(backbone), "--num-people", "2", "--images-per-person", "3"]
+    return [*argv, "--batch-size", "4", "--output", str(root / "out")]
 
 
 def by_hand(options) -> dict[str, float]:
@@ -85,14 +85,14 @@ def test_a_folder_of_another_study_is_refused(options, tmp_path):
     file.write_text("exact: {num_inference_steps: 2}\n")
     sampling_settings.main([str(file), *options, *output])
     with pytest.raises(ValueError, match="num_people"):
-        sampling_settings.main([str(file), *options, *output, "--num_people", "1"])
+        sampling_settings.main([str(file), *options, *output, "--num-people", "1"])
 
 
 def test_too_few_people_or_faces_are_named(options, tmp_path):
     file, output = tmp_path / "settings.yaml", ["--output", str(tmp_path / "out")]
     file.write_text("exact:\n")
     with pytest.raises(ValueError, match="90 identities are asked for, .*cache has 4"):
-        sampling_settings.main([str(file), *options, *output, "--num_people", "90"])
+        sampling_settings.main([str(file), *options, *output, "--num-people", "90"])
     output = ["--output", str(tmp_path / "other")]
     with pytest.raises(ValueError, match="faces: 400 are needed"):
-        sampling_settings.main([str(file), *options, *output, "--images_per_person", "200"])
+        sampling_settings.main([str(file), *options, *output, "--images-per-person", "200"])

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Measures trained pipelines: their first stage, and the faces that they sample in two stages.
 
-    python training/evaluate.py runs/uiface/step-* --train_faces cache/devtrain cache/celeba \\
-        --unseen_faces cache/devtest --encoder_root insightface --encoder edgeface --judge judge \\
-        --lpips_backbone alexnet_features.safetensors --real celeba_bench/images lfw_devtest_112 \\
+    python training/evaluate.py runs/uiface/step-* --train-faces cache/devtrain cache/celeba \\
+        --unseen-faces cache/devtest --encoder-root insightface --encoder edgeface --judge judge \\
+        --lpips-backbone alexnet_features.safetensors --real celeba_bench/images lfw_devtest_112 \\
         --output runs/evaluation
 
 - first stage: cosine and LPIPS of unseen people's faces to their reconstructions;
@@ -19,7 +19,7 @@
   numbers of faces and identities: compare pipelines only where these are equal. KID is printed times 1,000, but not in
   files and the curve.
 
-"Unseen" people who look like one of the training (`--same_person`) are left out and named: LFW has people under two
+"Unseen" people who look like one of the training (`--same-person`) are left out and named: LFW has people under two
 names.
 
 For each pipeline, `--output/NAME` has `result.json` with the printed figures, `identity.png` (the distributions),
@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from uiface_cli.options import expand_home, real, whole
+from uiface_cli.options import expand_home, real, whole, with_hyphens
 from uiface_diffusers import IdentityBank, UIFacePipeline, sample_identities
 from uiface_diffusers.evaluation import load_lpips
 from uiface_diffusers.evaluation.people import People
@@ -58,12 +58,12 @@ LOOKS = "alexnet"  # the feature network of the curve's KID
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipelines", nargs="+", help="folders or Hub repositories")
-    parser.add_argument("--train_faces", nargs="+", required=True, help="caches that it was trained on")
-    parser.add_argument("--unseen_faces", required=True, help="cache of other people")
+    parser.add_argument("--train-faces", nargs="+", required=True, help="caches that it was trained on")
+    parser.add_argument("--unseen-faces", required=True, help="cache of other people")
     parser.add_argument("--encoder", required=True, help="model pack of the caches; its detector looks for faces")
     parser.add_argument("--judge", required=True, help="model pack that the training did not see")
-    parser.add_argument("--encoder_root", default="~/.insightface")
-    parser.add_argument("--lpips_backbone", help="AlexNet's convolutions; torchvision downloads them if not given")
+    parser.add_argument("--encoder-root", default="~/.insightface")
+    parser.add_argument("--lpips-backbone", help="AlexNet's convolutions; torchvision downloads them if not given")
     parser.add_argument(
         "--real",
         nargs="+",
@@ -71,20 +71,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         " identities or of pictures, or other forms; equal parts are taken of several",
     )
     parser.add_argument(
-        "--same_person", type=real(-1), default=0.5, help="cosine from which two faces are one person's"
+        "--same-person", type=real(-1), default=0.5, help="cosine from which two faces are one person's"
     )
-    parser.add_argument("--num_identities", type=whole(), default=100, help="of the training, unseen, and of the bank")
-    parser.add_argument("--images_per_identity", type=whole(), default=4)
-    parser.add_argument("--num_inference_steps", type=whole(), default=50)
-    parser.add_argument("--guidance_scale", type=real(0), help="default: the model's")
-    parser.add_argument("--batch_size", type=whole(), default=16)
+    parser.add_argument("--num-identities", type=whole(), default=100, help="of the training, unseen, and of the bank")
+    parser.add_argument("--images-per-identity", type=whole(), default=4)
+    parser.add_argument("--num-inference-steps", type=whole(), default=50)
+    parser.add_argument("--guidance-scale", type=real(0), help="default: the model's")
+    parser.add_argument("--batch-size", type=whole(), default=16)
     parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args(expand_home(argv))
+    args = parser.parse_args(with_hyphens(expand_home(argv)))
     if args.images_per_identity < 2:
-        parser.error("--images_per_identity has to be 2 or more: pairs of one identity's faces are verified")
+        parser.error("--images-per-identity has to be 2 or more: pairs of one identity's faces are verified")
     if args.real and args.num_identities < FOLDS:
-        parser.error(f"--num_identities has to be {FOLDS} or more with --real: the folds of a classifier test")
+        parser.error(f"--num-identities has to be {FOLDS} or more with --real: the folds of a classifier test")
     return args
 
 

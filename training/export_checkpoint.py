@@ -7,7 +7,7 @@
         --identities bank.safetensors --defaults '{"latest_boundary": 700}' \\
         --output uiface_diffusers/checkpoints/uiface-lfw-128
 
-None of the identities is nearer than `--max_similarity` to a training face or to another one; without `--identities`
+None of the identities is nearer than `--max-similarity` to a training face or to another one; without `--identities`
 they are drawn from the distribution of the training embeddings. `--defaults` are the saved
 pipeline's defaults for the arguments of its call.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from uiface_cli.options import expand_home, json_object, real, whole
+from uiface_cli.options import expand_home, json_object, real, whole, with_hyphens
 from uiface_diffusers import IdentityBank, UIFacePipeline, sample_identities
 from uiface_diffusers.encoders import check_same_encoder, projector_mark
 from uiface_diffusers.evaluation.people import People
@@ -33,12 +33,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("pipeline", help="a pipeline that training/train.py saved")
     parser.add_argument("--faces", nargs="+", required=True, help="caches that it was trained on")
     parser.add_argument("--identities", type=Path, help="bank of `uiface identities make`")
-    parser.add_argument("--num_identities", type=whole(), default=200)
-    parser.add_argument("--max_similarity", type=real(-1, 1), default=0.3)
+    parser.add_argument("--num-identities", type=whole(), default=200)
+    parser.add_argument("--max-similarity", type=real(-1, 1), default=0.3)
     parser.add_argument("--defaults", type=json_object, default={}, help="arguments of the pipeline's call, as JSON")
     parser.add_argument("--seed", type=whole(0), default=0, help="of identities that are drawn")
     parser.add_argument("--output", type=Path, required=True)
-    return parser.parse_args(expand_home(argv))
+    return parser.parse_args(with_hyphens(expand_home(argv)))
 
 
 def main(argv: list[str] | None = None) -> None:

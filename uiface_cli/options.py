@@ -27,9 +27,7 @@ def with_hyphens(argv: Sequence[str]) -> list[str]:
 
 
 # import names of what the extra `train` installs
-TRAIN_MODULES = frozenset(
-    {"datasets", "lpips", "matplotlib", "onnx2torch", "sklearn", "tensorboard", "torchvision", "yaml"}
-)
+TRAIN_MODULES = frozenset({"datasets", "lpips", "matplotlib", "onnx2torch", "sklearn", "tensorboard", "torchvision"})
 
 
 def complaint(error: Exception) -> str:

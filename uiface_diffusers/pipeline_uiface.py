@@ -17,7 +17,7 @@ import diffusers
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoModel, DiffusionPipeline, ModelMixin, UNet2DConditionModel
+from diffusers import AutoModel, DiffusionPipeline, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention import AttentionMixin
@@ -27,7 +27,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import create_repo
 
 from .attention_processor import installed_processors
-from .denoisers import denoiser_kind
+from .denoisers import DenoiserModel, denoiser_kind
 from .encoders import check_same_encoder, projector_mark
 from .files import plain_numbers
 from .fingerprint import unwrapped
@@ -200,7 +200,7 @@ class UIFacePipeline(DiffusionPipeline):
     """
 
     vae: FirstStage
-    unet: ModelMixin
+    unet: DenoiserModel
     scheduler: Any  # diffusers' schedulers have no typed class in common
     identity_projector: IdentityProjector
     empty_context: EmptyContext
@@ -211,7 +211,7 @@ class UIFacePipeline(DiffusionPipeline):
     def __init__(
         self,
         vae: FirstStage | None,
-        unet: ModelMixin,
+        unet: DenoiserModel,
         scheduler: KarrasDiffusionSchedulers,
         identity_projector: IdentityProjector,
         empty_context: EmptyContext,
@@ -385,7 +385,7 @@ class UIFacePipeline(DiffusionPipeline):
     @staticmethod
     def _check_components(
         vae: FirstStage | None,
-        unet: ModelMixin | None,
+        unet: DenoiserModel | None,
         identity_projector: IdentityProjector | None,
         empty_context: EmptyContext | None,
     ) -> None:

@@ -2,8 +2,8 @@
 """The paper's ablation at any scale: one pipeline, one bank, the same noise in every arm.
 
     python training/studies/ablation.py --identities bank.safetensors --real cache/devtrain cache/celeba \
-        --benchmarks benchmarks --encoder edgeface --judge judge --encoder_root insightface \
-        --lpips_backbone alexnet_features.safetensors --work runs/ablation
+        --benchmarks benchmarks --encoder edgeface --judge judge --encoder-root insightface \
+        --lpips-backbone alexnet_features.safetensors --work runs/ablation
 
 Every arm is generated and then measured as `uiface evaluate` does. Image n of an identity starts from the same noise
 in all arms. The identities are split into `--groups`, which are measured separately: the spread of a figure is that
@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 import torch
 from diffusers.utils import make_image_grid
 
-from uiface_cli.options import expand_home, real, whole
+from uiface_cli.options import expand_home, real, whole, with_hyphens
 from uiface_diffusers import IdentityBank, UIFacePipeline, default_checkpoint, generate_dataset
 from uiface_diffusers.data.benchmarks import read_benchmarks
 from uiface_diffusers.evaluation import evaluate_dataset, load_lpips
@@ -89,27 +89,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--benchmarks", type=Path, required=True, help="InsightFace .bin files of other people")
     parser.add_argument("--encoder", required=True, help="model pack of the bank")
     parser.add_argument("--judge", required=True, help="model pack that the pipeline was not trained with")
-    parser.add_argument("--encoder_root", default="~/.insightface")
-    parser.add_argument("--lpips_backbone", help="AlexNet's convolutions; torchvision downloads them if not given")
+    parser.add_argument("--encoder-root", default="~/.insightface")
+    parser.add_argument("--lpips-backbone", help="AlexNet's convolutions; torchvision downloads them if not given")
     parser.add_argument("--work", type=Path, required=True, help="folder of the faces, reports and recognizers")
     parser.add_argument("--results", type=Path, help="the table, JSON (default: ablation.json in --work)")
-    parser.add_argument("--num_identities", type=whole(), default=200)
+    parser.add_argument("--num-identities", type=whole(), default=200)
     parser.add_argument("--groups", type=whole(), default=5, help="of identities, for the spread")
-    parser.add_argument("--images_per_identity", type=whole(), default=20)
-    parser.add_argument("--num_inference_steps", type=whole(), default=25)
+    parser.add_argument("--images-per-identity", type=whole(), default=20)
+    parser.add_argument("--num-inference-steps", type=whole(), default=25)
     parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2], help="of the recognizers")
     parser.add_argument("--recipe", type=Path, default=TRAINING / "configs" / "fr_study.yaml", help="of them")
     parser.add_argument(
-        "--same_person",
+        "--same-person",
         type=real(-1, 1),
         default=0.5,
         help="cosine to a benchmark's face from which a real person is left out",
     )
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--pieces", nargs="+", choices=PIECES, default=PIECES)
-    args = parser.parse_args(expand_home(argv))
+    args = parser.parse_args(with_hyphens(expand_home(argv)))
     if args.num_identities % args.groups:
-        parser.error(f"--num_identities {args.num_identities} cannot be split into {args.groups} equal groups")
+        parser.error(f"--num-identities {args.num_identities} cannot be split into {args.groups} equal groups")
     args.results = args.results or args.work / "ablation.json"
     return args
 
@@ -157,7 +157,7 @@ def write_real_faces(args: argparse.Namespace) -> None:
     if len(names) < args.num_identities:
         raise ValueError(
             f"{args.real} have {len(names)} people with {args.images_per_identity} faces or more who are not in the"
-            f" benchmarks: take fewer than {args.num_identities} --num_identities, or fewer images of each."
+            f" benchmarks: take fewer than {args.num_identities} --num-identities, or fewer images of each."
         )
     chosen = [names[i * len(names) // args.num_identities] for i in range(args.num_identities)]
     positions: dict[str, list[int]] = {name: [] for name in chosen}

@@ -2,7 +2,7 @@
 """Quality of a pipeline under several settings of its call: the same people, the same noise.
 
     python training/studies/sampling_settings.py training/studies/speed.yaml --people cache/devtrain \
-        --encoder_root insightface --judge judge --lpips_backbone alexnet_features.safetensors --output runs/speed
+        --encoder-root insightface --judge judge --lpips-backbone alexnet_features.safetensors --output runs/speed
 
 The YAML file maps the name of each setting to arguments of the pipeline's call. `scheduler` names a diffusers
 scheduler, and `scheduler_options` its options beside the pipeline's own configuration. All are compared with the first
@@ -31,7 +31,7 @@ import PIL.Image
 import torch
 import yaml
 
-from uiface_cli.options import expand_home, whole
+from uiface_cli.options import expand_home, whole, with_hyphens
 from uiface_diffusers import UIFacePipeline, default_checkpoint
 from uiface_diffusers.evaluation import (
     equal_error_rate,
@@ -63,14 +63,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pipeline", default=str(default_checkpoint()), help="folder or Hub repository")
     parser.add_argument("--people", type=Path, required=True, help="cache of `uiface prepare`: identities, real faces")
     parser.add_argument("--judge", required=True, help="model pack that the pipeline was not trained with")
-    parser.add_argument("--encoder_root", default="~/.insightface")
-    parser.add_argument("--lpips_backbone", help="AlexNet's convolutions; torchvision downloads them if not given")
-    parser.add_argument("--num_people", type=whole(), default=100)
-    parser.add_argument("--images_per_person", type=whole(), default=4)
-    parser.add_argument("--batch_size", type=whole(), default=16)
+    parser.add_argument("--encoder-root", default="~/.insightface")
+    parser.add_argument("--lpips-backbone", help="AlexNet's convolutions; torchvision downloads them if not given")
+    parser.add_argument("--num-people", type=whole(), default=100)
+    parser.add_argument("--images-per-person", type=whole(), default=4)
+    parser.add_argument("--batch-size", type=whole(), default=16)
     parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--output", type=Path, required=True)
-    return parser.parse_args(expand_home(argv))
+    return parser.parse_args(with_hyphens(expand_home(argv)))
 
 
 class Conditions:

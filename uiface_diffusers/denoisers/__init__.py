@@ -3,10 +3,12 @@
 Another kind of denoiser is another file here with a subclass of `Denoiser`, and an entry in `KINDS`.
 """
 
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from torch import nn
 
 from ..attention_processor import cross_attention_names, two_stage_processors
 from ..fingerprint import unwrapped
+from ..models.unet_uiface import UIFaceUNet2DModel
 from .denoiser import Denoiser
 from .refused import REFUSED
 from .transformer import PixArtDenoiser
@@ -18,11 +20,14 @@ __all__ = [
     "SUPPORTED",
     "TRAINABLE",
     "Denoiser",
+    "DenoiserModel",
     "PixArtDenoiser",
     "UNetDenoiser",
     "denoiser_kind",
 ]
 
+# the models of all kinds: `from_pipe` hands on what a pipeline's signature names
+DenoiserModel = UIFaceUNet2DModel | UNet2DConditionModel | PixArtTransformer2DModel
 KINDS: tuple[type[Denoiser], ...] = (UNetDenoiser, PixArtDenoiser)
 # those that can be trained from scratch, by their name in the recipe
 TRAINABLE: dict[str, type[Denoiser]] = {kind.trained_as: kind for kind in KINDS if kind.trained_as is not None}
