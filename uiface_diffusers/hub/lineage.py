@@ -85,12 +85,16 @@ def card_text(header: Mapping[str, Any], text: str) -> str:
     return f"---\n{yaml.safe_dump(dict(header), sort_keys=False, allow_unicode=True, width=10_000)}---\n{text}"
 
 
+def _mapping(value: Any) -> dict[str, Any]:
+    """What people wrote into a header where names with values belong; empty if it is something else."""
+    return value if isinstance(value, dict) else {}
+
+
 def note_audit(card: Path, audit: Mapping[str, Any]) -> None:
     """Writes an audit's result into the header of a card that is there, in place of an earlier one. What else it says
     stays, and the text."""
     header, text = read_card(card)
-    lineage = header.get("lineage")
-    header["lineage"] = {**(lineage if isinstance(lineage, dict) else {}), "leakage_audit": dict(audit)}
+    header["lineage"] = {**_mapping(header.get("lineage")), "leakage_audit": dict(audit)}
     with complete_file(card) as beside:
         beside.write_text(card_text(header, text), encoding="utf-8")
 
@@ -144,8 +148,8 @@ def lineage_of(
         identities: `number`, `fingerprint` and, where it is known, `source` of the bank.
     """
     header = model_header(model)
-    of_model = header.get("lineage") if isinstance(header.get("lineage"), dict) else {}
-    of_encoder = of_model.get("encoder") if isinstance(of_model.get("encoder"), dict) else {}
+    of_model = _mapping(header.get("lineage"))
+    of_encoder = _mapping(of_model.get("encoder"))
     # another encoder's license is not this one's
     same = of_encoder.get("name") in (None, encoder.name)
     return without_unknown(
