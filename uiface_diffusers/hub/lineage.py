@@ -85,6 +85,11 @@ def card_text(header: Mapping[str, Any], text: str) -> str:
     return f"---\n{yaml.safe_dump(dict(header), sort_keys=False, allow_unicode=True, width=10_000)}---\n{text}"
 
 
+def _mapping(value: Any) -> dict[str, Any]:
+    """What people wrote into a header where names with values belong; empty if it is something else."""
+    return value if isinstance(value, dict) else {}
+
+
 def note_audit(card: Path, audit: Mapping[str, Any]) -> None:
     """Writes an audit's result into the header of a card that is there, in place of an earlier one. What else it says
     stays, and the text."""
