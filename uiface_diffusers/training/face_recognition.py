@@ -5,7 +5,7 @@
         --train-data data --benchmarks path/to/bins --output-dir runs/recognizer
 
 Data sets are folders `ROOT/IDENTITY/*.png`, folders of `uiface generate`, InsightFace's RecordIO (`train.rec`),
-webdataset shards, parquet files, LMDB or zip archives (see `docs/how-to/formats.md`), of faces that are aligned already, or
+webdataset shards, parquet files, LMDB or zip (see `docs/how-to/formats.md`), of faces that are aligned already, or
 caches of `uiface prepare`. All are read once before the first step; what cannot be trained on is an error that names
 the files. `accuracies.json` in the output folder has those of
 every validation, `train_results.json` loss and accuracy of the training itself in its last epoch. Look at the latter
