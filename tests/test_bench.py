@@ -186,3 +186,8 @@ def test_means_and_deviations():
     values = [0.5, 0.75, 0.625]
     assert mean_text(values) == f"0.6250 +- {statistics.stdev(values):.4f}"
     assert (mean_text([0.5], 100, 2), mean_text([])) == ("50.00", "-")
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"recipe\.yaml is missing: the recipe is a YAML file"):
+        run_bench([tmp_path], tmp_path / "recipe.yaml", tmp_path, tmp_path / "bench")

@@ -107,8 +107,10 @@ def recipe_settings(recipe: Path, output: Path) -> dict[str, Any]:
     """The options of a recipe that its results depend on, defaults among them.
 
     Raises:
-        ValueError: it has one of `REFUSED`.
+        ValueError: it is missing, or has one of `REFUSED`.
     """
+    if not recipe.is_file():
+        raise ValueError(f"{recipe} is missing: the recipe is a YAML file of options.")
     words = ["--config", str(recipe), "--train-data", "-", "--output-dir", str(output)]
     args = vars(face_recognition.parse_args(words))
     for name, reason in REFUSED.items():

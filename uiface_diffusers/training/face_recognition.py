@@ -5,7 +5,7 @@
         --train-data data --benchmarks path/to/bins --output-dir runs/recognizer
 
 Data sets are folders `ROOT/IDENTITY/*.png`, folders of `uiface generate`, InsightFace's RecordIO (`train.rec`),
-webdataset shards, parquet files, LMDB or zip archives (docs/how-to/formats.md), of faces that are aligned already, or
+webdataset shards, parquet files, LMDB or zip (see `docs/how-to/formats.md`), of faces that are aligned already, or
 caches of `uiface prepare`. All are read once before the first step; what cannot be trained on is an error that names
 the files.
 

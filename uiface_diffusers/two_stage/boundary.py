@@ -21,7 +21,7 @@ class BoundaryRule:
 
     # the single stage has no empty branch to inject from
     injects = True
-    # the newest that were observed, `(B, 32, 32)` in [0, 1]; NaN for samples that are in stage two
+    # the maps observed last, `(B, 32, 32)` in [0, 1]; NaN for samples that are in stage two
     attention_maps: torch.Tensor | None = None
 
     def __init__(self, num_samples: int, latest_boundary: float, guide_from_boundary: bool = False):
@@ -33,7 +33,7 @@ class BoundaryRule:
         raise NotImplementedError
 
     def is_over(self, t: float) -> bool:
-        """Whether every sample of any batch is in stage two at timestep `t`, whatever its attention maps."""
+        """Whether stage two is certain at timestep `t`, for every sample and whatever its attention maps."""
         raise NotImplementedError
 
     def guides(self, t: float) -> bool:
