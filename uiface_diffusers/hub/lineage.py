@@ -170,11 +170,6 @@ def lineage_of(
     )
 
 
-def _mapping(value: Any) -> dict[str, Any]:
-    """A part of a header; empty if it is something else."""
-    return value if isinstance(value, dict) else {}
-
-
 def _value(header: Mapping[str, Any], field: str) -> Any:
     value: Any = header
     for name in field.split("."):
