@@ -2,11 +2,10 @@
 
 import math
 
-import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import BETAS, DDIM, TINY_UNET, max_difference, tiny_components
+from conftest import BETAS, DDIM, max_difference
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -14,55 +13,16 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from exact_denoisers import DEVIATION, EMPTY_MEAN, IDENTITY_MEAN, NOISE, make_exact_pipeline
+from exact_flow import VELOCITY, best_velocity, flow_level, make_scheduler, sample, standardized, velocity
 
-from uiface_diffusers import UIFacePipeline, UIFaceUNet2DModel
+from uiface_diffusers import UIFacePipeline
 from uiface_diffusers.two_stage.schedulers import FLOW, paper_timesteps, scheduler_like
-
-VELOCITY = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-# latents of an identity, and those of nobody, are distributed normally about these means
-IDENTITY_MEAN = torch.tensor([0.3, -0.2, 0.5, 0.0], dtype=torch.float64).reshape(1, 4, 1, 1)
-EMPTY_MEAN = torch.tensor([-0.5, 0.4, 0.1, 1.0], dtype=torch.float64).reshape(1, 4, 1, 1)
-DEVIATION = 0.6
-NOISE = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def velocity(latents: torch.Tensor, s: float, mean: torch.Tensor) -> torch.Tensor:
-    """Mean of noise - x_0, given the latents (1 - s) x_0 + s noise: as no network can do better."""
-    centered = latents.double() - (1 - s) * mean
-    variance = ((1 - s) * DEVIATION) ** 2 + s**2
-    return s * centered / variance - (mean + (1 - s) * DEVIATION**2 * centered / variance)
-
-
-def standardized(latents: torch.Tensor, s: float, mean: torch.Tensor) -> torch.Tensor:
-    """Along the flow, this does not change."""
-    return (latents.double() - (1 - s) * mean) / math.sqrt(((1 - s) * DEVIATION) ** 2 + s**2)
-
-
-class ExactUNet(UIFaceUNet2DModel):
-    def forward(self, sample, timestep, encoder_hidden_states, cross_attention_kwargs=None, return_dict=True):
-        is_empty = (encoder_hidden_states == self.empty).flatten(1).all(dim=1)[:, None, None, None]
-        mean = torch.where(is_empty, EMPTY_MEAN, IDENTITY_MEAN)
-        return (velocity(sample, float(timestep) / 1000, mean).to(sample.dtype),)
-
-
-def make_exact_pipeline() -> UIFacePipeline:
-    components = tiny_components() | {"unet": ExactUNet(**TINY_UNET)}
-    components["unet"].empty = components["empty_context"](1).context.detach()
-    pipe = UIFacePipeline(**components)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture(scope="module")
 def exact_pipeline() -> UIFacePipeline:
-    return make_exact_pipeline()
-
-
-def sample(pipe, scheduler, **options):
-    pipe.scheduler = scheduler
-    call = {"num_inference_steps": 50, "guidance_scale": 1.0, "output_type": "latent", "latents": NOISE}
-    generator = torch.Generator().manual_seed(1)
-    return pipe(torch.ones(16), num_images_per_prompt=64, generator=generator, injection=None, **call | options)
+    return make_exact_pipeline(best_velocity)
 
 
 def euler(sigmas, boundary: float, guidance_scale: float) -> torch.Tensor:
@@ -73,13 +33,6 @@ def euler(sigmas, boundary: float, guidance_scale: float) -> torch.Tensor:
         prediction = empty if s > boundary else empty + guidance_scale * (identity - empty)
         latents = latents + (following - s) * prediction
     return latents
-
-
-def flow_level(t: int) -> float:
-    """The noise level of the paper's timestep `t`, from its betas."""
-    alpha = math.prod(1 - (1e-4 + (0.02 - 1e-4) * i / 999) for i in range(t + 1))
-    ratio = math.sqrt((1 - alpha) / alpha)
-    return ratio / (1 + ratio)
 
 
 def test_the_papers_timestep_500_is_a_flows_noise_level_of_0_775():
@@ -114,10 +67,6 @@ def test_multistep_schedulers_of_first_order_are_eulers(exact_pipeline, cls, shi
     sigmas = scheduler.sigmas.double().tolist()
     assert len(sigmas) == 21 and sigmas[0] >= 0.998 and sigmas[-1] == 0
     assert max_difference(out.images, euler(sigmas, flow_level(500), 2.0)) <= 1e-5
-
-
-def make_scheduler(name: str):
-    return getattr(diffusers, name)(**({} if name.startswith("FlowMatch") else VELOCITY))
 
 
 def error_of(single: torch.Tensor) -> float:

@@ -101,6 +101,15 @@ def test_functions_are_short():
     assert statistics.median(found.values()) <= 10
 
 
+def test_no_test_imports_another():
+    """What tests share is in modules of their own: a test's file can be run, changed or deleted alone."""
+    tests = Path(__file__).parent
+    found = {file.name: {name for each, _ in imports(ast.parse(file.read_text())) for name in targets(each, [])}
+             for file in tests.rglob("*.py")}  # fmt: skip
+    names = {file.stem for file in tests.rglob("test_*.py")}
+    assert {file: used & names for file, used in found.items() if used & names} == {}
+
+
 def test_circles_are_found(tmp_path):
     """By any kind of import; names for annotations and a package's own parts do not count."""
     files = {

@@ -5,16 +5,17 @@ import json
 from pathlib import Path
 
 import diffusers
+import exact_diffusion
+import exact_flow
 import numpy as np
 import PIL.Image
 import pyarrow.parquet as pq
 import pytest
-import test_flow
-import test_schedulers
 import torch
 from conftest import BETAS, DDIM, Predictor, Trace, all_samples, complaint, max_difference, tiny_components
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from test_flow import flow_level
+from exact_denoisers import DEVIATION, IDENTITY_MEAN, NOISE, make_exact_pipeline, sample_exactly
+from exact_flow import flow_level
 
 from uiface_diffusers import IdentityBank, UIFacePipeline, cli, generate_dataset
 from uiface_diffusers.data.sources import open_source, source_fingerprint
@@ -51,38 +52,36 @@ def picture(seed: int = 0, side: int = 16) -> PIL.Image.Image:
 @pytest.mark.parametrize("name", CAN_START)
 def test_every_scheduler_goes_from_the_noised_layout_along_the_exact_solution(name):
     """Of a stochastic one, the samples are those of the distribution."""
-    pipe, is_stochastic = test_schedulers.make_exact_pipeline(), name in test_schedulers.STOCHASTIC
-    pipe.scheduler = test_schedulers.make_scheduler(name)
+    pipe, is_stochastic = make_exact_pipeline(exact_diffusion.best_noise), name in exact_diffusion.STOCHASTIC
+    pipe.scheduler = exact_diffusion.make_scheduler(name)
     trace = Trace()
     options = {"boundary": 700, "injection": None, "num_inference_steps": 100 if is_stochastic else 50}
-    latents = test_schedulers.sample(pipe, layout=LAYOUT, **options, **trace.options()).images
+    latents = sample_exactly(pipe, layout=LAYOUT, **options, **trace.options()).images
     start = trace.timesteps[0]
     assert 650 < start <= 700 and len(trace.timesteps) < len(pipe.scheduler.timesteps)
-    alpha, sigma = test_schedulers.noise_level(start)
-    mean = test_schedulers.IDENTITY_MEAN
-    begun = test_schedulers.standardized(alpha * LAYOUT + sigma * test_schedulers.NOISE, start, mean)
+    alpha, sigma = exact_diffusion.noise_level(start)
+    mean = IDENTITY_MEAN
+    begun = exact_diffusion.standardized(alpha * LAYOUT + sigma * NOISE, start, mean)
     if is_stochastic:
-        result = test_schedulers.standardized(latents, -1e9, mean)
+        result = exact_diffusion.standardized(latents, -1e9, mean)
         assert abs(result.std() - 1) < 0.05 * begun.std() and result.mean(dim=(0, 2, 3)).abs().max() < 0.35
         return
-    exact = mean + test_schedulers.DEVIATION * begun
-    assert (latents - exact).square().mean().sqrt() < 0.05 * test_schedulers.DEVIATION
+    exact = mean + DEVIATION * begun
+    assert (latents - exact).square().mean().sqrt() < 0.05 * DEVIATION
 
 
 @pytest.mark.parametrize("name", FLOW)
 def test_flow_matching_begins_at_the_same_noise(name):
-    pipe = test_flow.make_exact_pipeline()
+    pipe = make_exact_pipeline(exact_flow.best_velocity)
     trace = Trace()
-    scheduler = test_flow.make_scheduler(name)
-    latents = test_flow.sample(pipe, scheduler, boundary=500, layout=LAYOUT, **trace.options()).images
+    scheduler = exact_flow.make_scheduler(name)
+    latents = exact_flow.sample(pipe, scheduler, boundary=500, layout=LAYOUT, **trace.options()).images
     begun = float(scheduler.sigmas[-1 - len(trace.timesteps)])
     # noise levels are compared in whole timesteps
     assert begun == max(s for s in scheduler.sigmas.tolist() if s < (flow_level(500) + flow_level(501)) / 2)
-    noisy = (1 - begun) * LAYOUT + begun * test_flow.NOISE
-    exact = test_flow.IDENTITY_MEAN + test_flow.DEVIATION * test_flow.standardized(
-        noisy, begun, test_flow.IDENTITY_MEAN
-    )
-    assert (latents - exact).square().mean().sqrt() < 0.05 * test_flow.DEVIATION
+    noisy = (1 - begun) * LAYOUT + begun * NOISE
+    exact = IDENTITY_MEAN + DEVIATION * exact_flow.standardized(noisy, begun, IDENTITY_MEAN)
+    assert (latents - exact).square().mean().sqrt() < 0.05 * DEVIATION
 
 
 def test_two_stages_from_a_layout_are_a_loop_by_hand(reference):

@@ -35,8 +35,8 @@ from conftest import (
 )
 from diffusers import AutoencoderKL, DDIMScheduler
 from onnx import numpy_helper
+from original_weights import original_first_stage
 from safetensors.torch import load_file
-from test_convert_original import original_first_stage
 from toy_faces import write_benchmark
 
 import uiface_cli

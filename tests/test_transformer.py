@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import BETAS, DDIM, max_difference, tiny_components
 from diffusers import DDIMScheduler, PixArtTransformer2DModel
-from test_pipeline import MaterializingProcessor
+from slow_references import MaterializingProcessor
 from torch import nn
 
 from uiface_diffusers import EmptyContext, IdentityProjector, UIFacePipeline
