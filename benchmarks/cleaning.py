@@ -2,7 +2,7 @@
 """Plants flaws in real faces, runs `uiface clean` on them, prints what was found and what was wrongly listed.
 
     python benchmarks/cleaning.py --faces ../shared/assets/celeba_112 --encoder edgeface \
-        --encoder-root ../shared/assets/insightface --work /tmp/cleaning
+        --encoder-root ../shared/assets/insightface --work runs/cleaning
 
 In 2,000 images there are 80 copies (byte for byte, encoded again, resized, mirrored, cropped, the last three also
 together), 80 strangers (half of them people of the set) and 40 twins (one person's images under two names). A copy

@@ -4,7 +4,7 @@ flow and of IDperturb, as Wasserstein-1 distance; and the EER against pairs of t
 
     python benchmarks/identity_flow.py runs/identity_flow --people cache/photos --held-out 0.1
 
-Identities are the people whom the training held out (`--held-out` is its `--validation-share`), as far as none of the
+Identities are the people that the training held out (`--held-out` is its `--validation-share`), as far as none of the
 training's people looks like them: one real embedding of each is the anchor, and as many embeddings are made from it as
 there are other real ones. Two kinds of pairs are told apart: of an anchor and an embedding made from it, and of two
 embeddings made from one anchor, which is what the images of a data set are to each other. The last column is the mean

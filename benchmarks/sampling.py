@@ -52,6 +52,7 @@ from uiface_diffusers.attention_processor import cross_attention_names
 from uiface_diffusers.convert_original import NOISE_SCHEDULE, SAMPLER
 from uiface_diffusers.latents import decode_latents
 from uiface_diffusers.two_stage import attention_map, block_attention_map, map_distance
+from uiface_diffusers.two_stage.schedulers import scheduler_like
 
 
 def published_pipeline() -> UIFacePipeline:
@@ -166,7 +167,7 @@ def approximate_sampler(pipe: UIFacePipeline, embeds, noise, args) -> None:
     options = dict(args.approximate)
     exact = pipe.scheduler
     if "scheduler" in options:
-        pipe.scheduler = getattr(diffusers, options.pop("scheduler")).from_config(exact.config)
+        pipe.scheduler = scheduler_like(getattr(diffusers, options.pop("scheduler")), exact)
     out = pipe(embeds, latents=noise, output_type="latent", latest_boundary=args.latest_boundary, **options)
     pipe.scheduler = exact
     decode(pipe, out.images)

@@ -9,7 +9,7 @@ Every arm is generated and then measured as `uiface evaluate` does. Image n of a
 in all arms. The identities are split into `--groups`, which are measured separately: the spread of a figure is that
 over the groups, and two arms are compared group by group. A small recognizer is trained from scratch on all groups
 together, with each of `--seeds`, and verified on `--benchmarks`. The arm `real` has as many real people with as many
-faces each, none of whom look like one of the benchmarks. Precision and recall compare with real faces of yet other
+faces each, who look like nobody of the benchmarks. Precision and recall compare with real faces of yet other
 people. These two sets are written first, so that what is missing is named before the long work.
 
 Arms are made one after the other. Run the same command until the table is full: each arm goes on where it was stopped,

@@ -50,6 +50,7 @@ from uiface_diffusers.files import check_settings, write_json
 from uiface_diffusers.fingerprint import pipeline_fingerprint
 from uiface_diffusers.seeds import NOISE_VERSION
 from uiface_diffusers.training.options import run_script
+from uiface_diffusers.two_stage.schedulers import scheduler_like
 
 if TYPE_CHECKING:
     import lpips
@@ -92,7 +93,7 @@ def make_pipeline(args: argparse.Namespace, setting: dict[str, Any]) -> UIFacePi
     pipe.set_progress_bar_config(disable=True)
     name, options = setting.pop("scheduler", None), setting.pop("scheduler_options", {})
     if name is not None:
-        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **options)
+        pipe.scheduler = scheduler_like(getattr(diffusers, name), pipe.scheduler, **options)
     return pipe
 
 

@@ -155,8 +155,9 @@ def clean_dataset(
     if opened.source.left_out:
         log(f"left out: {opened.left_out_of_source}")
     findings, thresholds = find_flaws(faces, encoder, cache, given)
-    findings += [_unusable(opened, file, reason) for file, reason in faces.left_out.items()]
     places = {photograph.file: place for place, photograph in enumerate(opened.photographs)}
+    for file, reason in faces.left_out.items():
+        findings.append(Finding(file, opened.photographs[places[file]].identity, f"{UNUSABLE}: {reason}"))
     findings.sort(key=lambda finding: places[finding.file])
     without = {finding.file: finding.reason for finding in findings}
     kept = Counter(photograph.identity for photograph in opened.photographs if photograph.file not in without)
@@ -492,11 +493,6 @@ def copies_of_faces(faces: FaceSet, recognizer: Recognizer, cache: Path) -> torc
         return torch.stack([(first * second).sum(dim=1), picture_distances(*small)], dim=1).float()
 
     return computed_once(cache / f"copies-{recognizer.fingerprint}-{drawn.key}", len(drawn), compute, "copies")
-
-
-def _unusable(faces: FaceSet, file: str, reason: str) -> Finding:
-    identity = next(photograph.identity for photograph in faces.photographs if photograph.file == file)
-    return Finding(file, identity, f"{UNUSABLE}: {reason}")
 
 
 def write_findings(findings: Sequence[Finding], path: Path) -> None:

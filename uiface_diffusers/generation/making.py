@@ -157,7 +157,9 @@ class ImageMaker:
         perturbations: list[float | None] = [None] * len(attempts)
         if self.settings.identity_perturbation is not None or self.flow is not None:
             generators = [image_generator(seed, *attempt.seed_key, stream=PERTURBATION) for attempt in attempts]
-            common = [image_generator(seed, a.key.identity, 0, stream=COMMON_PERTURBATION) for a in attempts]
+            common = []  # of a flow alone
+            if self.flow is not None:
+                common = [image_generator(seed, a.key.identity, 0, stream=COMMON_PERTURBATION) for a in attempts]
             cosine_range = self._cosine_range(attempts)
             embeddings, cosines = perturb_embeddings(embeddings, cosine_range, generators, self.flow, common)
             perturbations = cosines.tolist()

@@ -23,7 +23,7 @@ from ..data.image_folder import (
     pack_shard,
     shard_name,
 )
-from ..data.parquet_set import hub_schema, write_parquet
+from ..data.parquet_set import ROWS_A_GROUP, hub_schema, write_parquet
 from ..files import complete_file
 from .plan import Part, Plan
 
@@ -156,7 +156,8 @@ class ParquetShards(TarShards):
     def open(self, key: ImageKey) -> PIL.Image.Image:
         row = self.plan.position(key) % IMAGES_A_SHARD
         with pa.OSFile(os.fspath(self.shard(key))) as file:
-            image = pq.read_table(file, columns=["image"])["image"][row].as_py()
+            group = pq.ParquetFile(file).read_row_group(row // ROWS_A_GROUP, columns=["image"])
+            image = group["image"][row % ROWS_A_GROUP].as_py()
         return PIL.Image.open(io.BytesIO(image["bytes"]))
 
 

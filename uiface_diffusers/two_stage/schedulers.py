@@ -207,19 +207,19 @@ def _check_flow(scheduler: Any) -> None:
             raise ValueError(f"{name} has {option}={wrong!r}, which flow matching is not sampled with: {instead}.")
 
 
-def scheduler_like(scheduler_class: Any, scheduler: Any) -> Any:
+def scheduler_like(scheduler_class: Any, scheduler: Any, **options: Any) -> Any:
     """A scheduler of another class for the same denoiser: `from_config`, with flow matching in that class's words.
 
     Args:
         scheduler_class: of diffusers.
         scheduler: the denoiser's.
+        options: of the new one's own.
     """
-    options = {}
     if is_flow(scheduler):
         shift = scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0))
         told = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift, "shift": shift}
         known = inspect.signature(scheduler_class.__init__).parameters
-        options = {name: value for name, value in told.items() if name in known}
+        options = {name: value for name, value in told.items() if name in known} | options
     return scheduler_class.from_config(scheduler.config, **options)
 
 
