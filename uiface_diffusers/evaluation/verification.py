@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from ..data.benchmarks import Benchmark, read_benchmarks
 from ..data.pairs import NUM_FOLDS
-from ..faces import Recognizer, has_direction, resize_aligned
+from ..faces import Recognizer, has_direction
 from ..files import complete_file, write_json
+from .embedding import embed_faces
+from .intervals import wilson_interval
 
 # squared distances of unit vectors
 THRESHOLDS = np.arange(0, 4, 0.01)
 FALSE_ACCEPT_RATES = (1e-1, 1e-2, 1e-3, 1e-4)
-BATCH_SIZE = 64
 
 
 class TrueAcceptRate(NamedTuple):
@@ -134,12 +134,9 @@ def true_accept_interval(
         )[0]
         for _ in range(num_resamples)
     ]
-    measured, number = true_accept_rate(genuine, impostor, far)[0], len(genuine)
-    # Wilson 1927; 1.96 deviations of a normal distribution
-    center = (measured + 1.96**2 / (2 * number)) / (1 + 1.96**2 / number)
-    half = 1.96 / (1 + 1.96**2 / number) * np.sqrt(measured * (1 - measured) / number + 1.96**2 / (4 * number**2))
     low, high = np.quantile(rates, [0.025, 0.975])
-    return float(max(0.0, min(low, center - half))), float(min(1.0, max(high, center + half)))
+    bounds = wilson_interval(true_accept_rate(genuine, impostor, far)[0], len(genuine))
+    return min(float(low), bounds[0]), max(float(high), bounds[1])
 
 
 def fold_accuracies(
@@ -222,14 +219,8 @@ def embed_benchmark(recognizer: Recognizer, benchmark: Benchmark) -> np.ndarray:
     numbers: dict[bytes, int] = {}
     number_of = np.array([numbers.setdefault(image, len(numbers)) for image in benchmark.images])
     first_places = np.unique(number_of, return_index=True)[1]
-    features = []
-    with tqdm(total=len(first_places), desc=benchmark.name, unit="face") as progress:
-        for start in range(0, len(first_places), BATCH_SIZE):
-            places = first_places[start : start + BATCH_SIZE]
-            faces = np.stack([resize_aligned(benchmark.face(place), recognizer.image_size) for place in places])
-            features.append(recognizer(faces) + recognizer(np.ascontiguousarray(faces[:, :, ::-1])))
-            progress.update(len(faces))
-    return np.concatenate(features)[number_of]
+    faces = (benchmark.face(place) for place in first_places)
+    return embed_faces(recognizer, faces, len(first_places), benchmark.name)[number_of]
 
 
 def verify_benchmarks(
