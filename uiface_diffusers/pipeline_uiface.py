@@ -27,6 +27,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import create_repo
 
 from .attention_processor import installed_processors
+from .conditions import ARGUMENTS, check_names, condition_values, with_arguments, with_conditions
 from .denoisers import DenoiserModel, denoiser_kind
 from .encoders import check_same_encoder, projector_mark
 from .files import plain_numbers
@@ -34,6 +35,7 @@ from .fingerprint import unwrapped
 from .hub import download_pipeline, fill_card, load_card, own_class_names, write_remote_code
 from .identities import IdentityBank
 from .latents import FirstStage, decode_latents, encode_pictures
+from .models import CONDITIONS, ConditionProjector
 from .models.empty_context import EmptyContext
 from .models.identity_projector import IdentityProjector
 from .pictures import Picture, as_pictures, rgb_bytes
@@ -106,6 +108,7 @@ CALL_ARGUMENTS = {
     "return_dict",
     "callback_on_step_end",
     "callback_on_step_end_tensor_inputs",
+    *ARGUMENTS,
 }
 
 
@@ -190,6 +193,8 @@ class UIFacePipeline(DiffusionPipeline):
             prediction, or of its `FLOW`, with the velocity of flow matching.
         identity_projector ([`IdentityProjector`]): identity embedding -> identity context.
         empty_context ([`EmptyContext`]): the learned context without an identity.
+        pose_projector ([`PoseProjector`], *optional*): head pose -> tokens appended to both contexts. This one and
+            others of `uiface_diffusers.models.CONDITIONS` are keyword arguments; without them nothing is appended.
         guidance_scale, boundary_threshold, latest_boundary, injection_strength (*optional*): this model's defaults
             for the call's arguments; the paper's if not given. They are saved with the pipeline, and `from_pipe` keeps
             them. `components` does not have them: `UIFacePipeline(**pipe.components)` warns if the model's own differ
@@ -205,9 +210,13 @@ class UIFacePipeline(DiffusionPipeline):
     identity_projector: IdentityProjector
     empty_context: EmptyContext
 
-    model_cpu_offload_seq = "identity_projector->empty_context->unet->vae"  # type: ignore[assignment]  # `None` there
+    model_cpu_offload_seq = "->".join(  # type: ignore[assignment]  # `None` there
+        ["identity_projector", "empty_context", *CONDITIONS, "unet", "vae"]
+    )
+    _optional_components = list(CONDITIONS)
     _callback_tensor_inputs = ["latents", "stage_two", "attention_maps"]
 
+    @with_arguments({name: projector | None for name, projector in CONDITIONS.items()})
     def __init__(
         self,
         vae: FirstStage | None,
@@ -219,9 +228,11 @@ class UIFacePipeline(DiffusionPipeline):
         boundary_threshold: float | None = None,
         latest_boundary: int | None = None,
         injection_strength: float | None = None,
+        **conditions: ConditionProjector | None,
     ):
         super().__init__()
-        self._check_components(vae, unet, identity_projector, empty_context)
+        check_names(conditions, CONDITIONS)
+        self._check_components(vae, unet, identity_projector, empty_context, conditions)
         values = (guidance_scale, boundary_threshold, latest_boundary, injection_strength)
         self._check_defaults(*values)
         pairs = zip(MODEL_DEFAULTS, values, strict=True)
@@ -232,6 +243,7 @@ class UIFacePipeline(DiffusionPipeline):
             scheduler=scheduler,
             identity_projector=identity_projector,
             empty_context=empty_context,
+            **dict.fromkeys(CONDITIONS) | conditions,
         )
         self.register_to_config(**self._with_defaults(unwrapped(unet), given))
         self.image_processor = VaeImageProcessor()
@@ -388,6 +400,7 @@ class UIFacePipeline(DiffusionPipeline):
         unet: DenoiserModel | None,
         identity_projector: IdentityProjector | None,
         empty_context: EmptyContext | None,
+        conditions: Mapping[str, ConditionProjector | None],
     ) -> None:
         if unet is not None:
             attended_dim = denoiser_kind(unet).context_dim(unet)
@@ -396,7 +409,8 @@ class UIFacePipeline(DiffusionPipeline):
                 f"`vae` ({type(vae).__name__}) has {vae.config.latent_channels} latent channels, `unet` takes"
                 f" {unet.config.in_channels}: they do not belong together."
             )
-        for context_name, module in (("identity_projector", identity_projector), ("empty_context", empty_context)):
+        contexts = {"identity_projector": identity_projector, "empty_context": empty_context, **conditions}
+        for context_name, module in contexts.items():
             if module is None or unet is None:
                 continue
             if module.config.context_dim != attended_dim:
@@ -408,6 +422,18 @@ class UIFacePipeline(DiffusionPipeline):
             tokens = (identity_projector.config.num_tokens, empty_context.config.num_tokens)
             if tokens[0] != tokens[1]:
                 raise ValueError(f"`identity_projector` gives {tokens[0]} tokens, `empty_context` {tokens[1]}.")
+        for name, projector in conditions.items() if empty_context is not None else ():
+            own = empty_context.config.num_tokens
+            if projector is not None and projector.config.num_tokens % own:
+                raise ValueError(
+                    f"`{name}` gives {projector.config.num_tokens} tokens, which are not a multiple of the"
+                    f" {own} of `empty_context`."
+                )
+
+    @property
+    def conditions(self) -> dict[str, ConditionProjector | None]:
+        """The optional components of `models.CONDITIONS`; `None` for those that this pipeline does not have."""
+        return {name: getattr(self, name) for name in CONDITIONS}
 
     @staticmethod
     def _check_defaults(*values: float | None) -> None:
@@ -435,9 +461,10 @@ class UIFacePipeline(DiffusionPipeline):
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str] | None,
         layout: torch.Tensor | list[np.ndarray] | None = None,
+        conditions: Mapping[str, Any] | None = None,
     ) -> None:
         # components may have been exchanged
-        self._check_components(self.vae, self.unet, self.identity_projector, self.empty_context)
+        self._check_components(self.vae, self.unet, self.identity_projector, self.empty_context, self.conditions)
         check_scheduler(self.scheduler)
         for name, value in {
             "num_images_per_prompt": num_images_per_prompt,
@@ -468,6 +495,7 @@ class UIFacePipeline(DiffusionPipeline):
 
         batch_size = (1 if identity_embeds is None else len(identity_embeds)) * num_images_per_prompt
         _check_generator(generator, batch_size)
+        condition_values(self.conditions, conditions or {}, batch_size)
         if latents is not None:
             channels = self.unet.config.in_channels
             if not isinstance(latents, torch.Tensor):
@@ -657,15 +685,26 @@ class UIFacePipeline(DiffusionPipeline):
         return context.repeat_interleave(num_images_per_prompt, dim=0)
 
     def prepare_contexts(
-        self, identity_embeds: torch.Tensor | None, num_images_per_prompt: int, device: torch.device
+        self,
+        identity_embeds: torch.Tensor | None,
+        num_images_per_prompt: int,
+        device: torch.device,
+        conditions: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
-        """The empty context, then every sample's own: `(1 + B, num_tokens, context_dim)`; the empty one alone, without
-        identities."""
+        """The empty context, then every sample's own: `(1 + B, tokens, context_dim)`; the empty one alone, without
+        identities. Where a condition is another one for each sample, there are B empty ones.
+
+        Args:
+            conditions: those of the call. Their tokens come after the contexts' own.
+        """
+        batch_size = (1 if identity_embeds is None else len(identity_embeds)) * num_images_per_prompt
+        values = condition_values(self.conditions, conditions or {}, batch_size)
         contexts = self.empty_context(1, return_dict=False)[0].to(device=device, dtype=self.unet.dtype)
-        if identity_embeds is None:
-            return contexts
-        own = self.encode_identity(identity_embeds, num_images_per_prompt, device, self.unet.dtype)
-        return torch.cat([contexts, own])
+        contexts = contexts.repeat(max(map(len, values.values()), default=1), 1, 1)
+        if identity_embeds is not None:
+            own = self.encode_identity(identity_embeds, num_images_per_prompt, device, self.unet.dtype)
+            contexts = torch.cat([contexts, own])
+        return with_conditions(contexts, self.conditions, values)
 
     def prepare_timesteps(self, num_inference_steps: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """The scheduler's timesteps on the CPU, where it looks them up, and the denoiser's on its device."""
@@ -720,6 +759,7 @@ class UIFacePipeline(DiffusionPipeline):
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     @one_call_at_a_time
+    @with_arguments(dict.fromkeys(ARGUMENTS, Any))
     def __call__(
         self,
         identity_embeds: torch.Tensor | np.ndarray | list | IdentityBank | None = None,
@@ -741,6 +781,7 @@ class UIFacePipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature
+        **conditions: Any,
     ) -> UIFacePipelineOutput | tuple:
         r"""Samples faces. B below is the number of identities times `num_images_per_prompt`. The timesteps of
         `boundary`, `latest_boundary` and `guidance_interval` are noise levels of the paper's schedule: with another
@@ -797,6 +838,9 @@ class UIFacePipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs (`list[str]`): of `latents`; `stage_two`, the `(B,)` booleans of the
                 samples that followed their identity in this step; and `attention_maps`, the newest ones by which the
                 adaptive boundary is found, `(B, 32, 32)` in [0, 1], NaN for a sample in stage two, or `None`.
+            pose (`tuple[float, float]`, `list` or `torch.Tensor` of shape `(B, 2)`, *optional*): yaw and pitch of the
+                head in degrees, of [`PoseProjector`]; one for all samples, or one per sample, `None` for one without.
+                It and other conditions of `uiface_diffusers.models.CONDITIONS` need their component.
 
         Examples:
 
@@ -829,6 +873,7 @@ class UIFacePipeline(DiffusionPipeline):
             output_type,
             callback_on_step_end_tensor_inputs,
             layouts,
+            conditions,
         )
         num_images_per_prompt, num_inference_steps = int(num_images_per_prompt), int(num_inference_steps)
         switch: str | float | None = plain_numbers(boundary)
@@ -841,7 +886,8 @@ class UIFacePipeline(DiffusionPipeline):
         batch_size = (1 if identity_embeds is None else len(identity_embeds)) * num_images_per_prompt
 
         # 2. contexts, timesteps, start noise
-        contexts = self.prepare_contexts(identity_embeds, num_images_per_prompt, device)
+        contexts = self.prepare_contexts(identity_embeds, num_images_per_prompt, device, conditions)
+        own_empty, own_tokens = len(contexts) > 1 + has_identities * batch_size, self.empty_context.config.num_tokens
         timesteps, denoiser_timesteps = self.prepare_timesteps(num_inference_steps, device)
         schedule, first = paper_timesteps(self.scheduler), 0
         if layouts is not None:
@@ -857,13 +903,10 @@ class UIFacePipeline(DiffusionPipeline):
         # 3. denoise
         rule = boundary_rule(switch, batch_size, latest, guide_from_boundary, threshold)
         sampler = TwoStageSampler(
-            rule, has_identities, scale, injection, guidance_interval, reuse_empty_branch, device
+            rule, has_identities, scale, injection, guidance_interval, reuse_empty_branch, device, own_empty
         )
-        denoiser = denoiser_kind(self.unet)(self.unet, contexts, device, sampler.injects_cross, strength)
-        with (
-            installed_processors(cast(AttentionMixin, self.unet)),
-            self.progress_bar(total=len(timesteps)) as progress_bar,
-        ):
+        denoiser = denoiser_kind(self.unet)(self.unet, contexts, device, sampler.injects_cross, strength, own_tokens)
+        with installed_processors(cast(AttentionMixin, self.unet)), self.progress_bar(total=len(timesteps)) as bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
@@ -878,13 +921,12 @@ class UIFacePipeline(DiffusionPipeline):
                 latents = step_after_switch(self.scheduler, sampler.switched, noise_pred, t, latents, **step_kwargs)
 
                 if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "stage_two": sampler.stage_two} | {
-                        "attention_maps": rule.attention_maps
-                    }
+                    maps = rule.attention_maps
+                    tensors = {"latents": latents, "stage_two": sampler.stage_two, "attention_maps": maps}
                     callback_kwargs = {k: tensors[k] for k in callback_on_step_end_tensor_inputs}
                     callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
                     latents = callback_outputs.pop("latents", latents)
-                progress_bar.update()
+                bar.update()
 
         # 4. pictures
         images = latents

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 
-from ..files import read_json, read_safetensors
+from ..files import brief, read_json, read_safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +125,7 @@ def load_checkpoint(
         for name, value in fixed.items()
         if name in before and before[name] != value
     }
+    changed |= {name: f"{name}: {before[name]} then, none now" for name in before.keys() - fixed.keys()}
     steps = changed.pop("max_train_steps", None)
     if steps is not None:
         logger.warning(f"{checkpoint} is resumed with another end of the schedule ({steps}): the learning rate jumps")
@@ -133,7 +134,13 @@ def load_checkpoint(
             f"{checkpoint} cannot be resumed with other settings ({'; '.join(changed.values())}): go on with the"
             " earlier ones, or begin in another --output-dir."
         )
-    accelerator.load_state(checkpoint)
+    try:
+        accelerator.load_state(checkpoint)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{checkpoint} is of another network than these settings make ({brief(error)}): go on with the earlier"
+            " settings, or begin in another --output-dir."
+        ) from error
     if ema is not None:
         shadow = read_safetensors(checkpoint / "ema.safetensors")
         for i, parameter in enumerate(ema.shadow_params):

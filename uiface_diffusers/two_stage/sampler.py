@@ -22,6 +22,7 @@ class TwoStageSampler:
         reuse_empty_branch (`int`, defaults to 1): the empty branch runs in every so many steps, where every sample of
             any batch is in stage two and guided.
         device (`torch.device`): where the plans' indices go.
+        own_empty (`bool`, defaults to `False`): whether each sample has an empty context of its own.
 
     Attributes:
         stage_two (`torch.BoolTensor` of shape `(B,)`, on the CPU): the samples that follow their identity.
@@ -39,7 +40,9 @@ class TwoStageSampler:
         guidance_interval: tuple[float, float] | None = None,
         reuse_empty_branch: int = 1,
         device: torch.device | str = "cpu",
+        own_empty: bool = False,
     ):
+        self.own_empty = own_empty
         self.rule, self.has_identities, self.guidance_scale = rule, has_identities, guidance_scale
         self.injects_self = rule.injects and injection in ("self", "both")
         self.injects_cross = rule.injects and injection in ("cross", "both")
@@ -77,6 +80,7 @@ class TwoStageSampler:
             "record": self.has_identities and starts_step and self.rule.seeks(t, later),
             "keep_empty": self._can_reuse,
             "reuse_empty": self._reuses,
+            "own_empty": self.own_empty,
         }
         # most evaluations take the rows of the one before, whose indices are on the device
         if self._plan is None or self._planned != (self.stage_two.tolist(), options):
