@@ -9,6 +9,13 @@ from .shared import MODEL, Commands, add_command, add_encoder_arguments, face_en
 MODELS_OWN = "the model's own"
 
 
+# what `uiface_diffusers.models.CONDITIONS` has; a test compares
+CONDITIONS = {
+    "pose": "head pose: that of a cache's face, or a yaw from LOW to HIGH degrees (uniform:-60:60; with a pitch,"
+    " uniform:-60:60,-20:20)",
+}
+
+
 class SamplingOption(NamedTuple):
     type: Callable[[str], Any]
     default: Any
@@ -72,6 +79,9 @@ def add(commands: Commands) -> None:
             # part 0 of 32, with each image's identity turned by a random angle
             uiface generate org/model --identities bank.safetensors --output data \\
                 --shard 0/32 --identity-perturbation 0.6 1.0
+
+            # head poses of a cache's faces, by a model with a pose projector
+            uiface generate org/model --identities bank.safetensors --output data --pose-distribution cache/photos
 
             # in directions in which real people's embeddings vary
             uiface generate org/model --identities bank.safetensors --output data --identity-flow runs/identity_flow
@@ -138,6 +148,10 @@ def add_data_set_arguments(parser: argparse.ArgumentParser) -> None:
         help="aligned faces: each image takes pose, light, expression and background of one; --boundary is how little"
         " of it stays",
     )
+    for name, text in CONDITIONS.items():
+        parser.add_argument(
+            f"--{name}-distribution", metavar="CACHE|uniform:LOW:HIGH", help=f"each image draws a {text}"
+        )
     parser.add_argument(
         "--min-similarity",
         type=real(-1, 1),
@@ -200,6 +214,7 @@ def run(args: argparse.Namespace) -> None:
     pipeline = load_pipeline(folder, args.scheduler, dtype=getattr(torch, args.dtype))
     # all of a bank that was asked for, a handful of the model's own
     number = args.max_identities or (len(identities) if args.identities else 4)
+    distributions = {name: getattr(args, f"{name}_distribution") for name in CONDITIONS}
     flow = None if args.identity_flow is None else load_identity_flow(args.identity_flow)
     report = generate_dataset(
         pipeline.to(args.device or state.device),
@@ -219,6 +234,7 @@ def run(args: argparse.Namespace) -> None:
         max_attempts=args.max_attempts,
         push_to_hub=args.push_to_hub,
         layouts=args.layouts,
+        distributions={name: value for name, value in distributions.items() if value is not None},
         **{name: value for name, value in vars(args).items() if name in SAMPLING},
     )
     print(

@@ -1,6 +1,7 @@
 import copy
 import functools
 import inspect
+import json
 import math
 import os
 import tempfile
@@ -269,6 +270,12 @@ class UIFacePipeline(DiffusionPipeline):
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         config = super().load_config(pretrained_model_name_or_path, **kwargs)
         return own_class_names(config, cls.__name__) if isinstance(config, dict) else config
+
+    def to_json_string(self) -> str:
+        """The content of `model_index.json`, without the conditions that this pipeline does not have."""
+        config = json.loads(super().to_json_string())
+        kept = {name: value for name, value in config.items() if name not in CONDITIONS or value[0] is not None}
+        return json.dumps(kept, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "UIFacePipeline":
