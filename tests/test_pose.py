@@ -2,21 +2,47 @@
 
 import hashlib
 import json
+import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
+import PIL.Image
+import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import BETAS, DDIM, max_difference, stock_pipeline, tiny_components
-from diffusers import DDIMScheduler
+from conftest import (
+    BETAS,
+    DDIM,
+    REPOSITORY,
+    complaint,
+    max_difference,
+    stock_pipeline,
+    tiny_components,
+    write_toy_pack,
+)
+from diffusers import DDIMScheduler, DDPMScheduler
+from safetensors.torch import load_file
 from slow_references import MaterializingProcessor
+from tiny_training import train, write_workspace
 from torch.nn import functional as F
 
-from uiface_diffusers import PoseProjector, UIFacePipeline
+from uiface_cli import generate as generate_command
+from uiface_diffusers import IdentityBank, PoseProjector, UIFacePipeline, cli, generate_dataset
 from uiface_diffusers.attention_processor import AttentionMapRecorder, cross_attention_names
-from uiface_diffusers.faces import head_pose
+from uiface_diffusers.data import FaceCache, prepare_faces
+from uiface_diffusers.faces import FaceEncoder, head_pose
 from uiface_diffusers.faces.geometry import FRONTAL_NOSE
 from uiface_diffusers.fingerprint import model_fingerprint, pipeline_fingerprint
+from uiface_diffusers.models import CONDITIONS
+from uiface_diffusers.seeds import noise_generator
+from uiface_diffusers.training import denoising
+from uiface_diffusers.training.datasets import read_condition
 
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+import pose as pose_benchmark  # noqa: E402
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 IDENTITIES = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
 NOISE = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 POSES = [(30.0, -10.0), None, (-60.0, 5.0)]
@@ -267,3 +293,235 @@ def test_a_pose_that_is_not_given_has_learned_tokens():
     tokens.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in projector.parameters())
     assert not PoseProjector(32)(values).tokens.any()
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+class Listener(torch.nn.Module):
+    """Predicts nothing and keeps what it is asked."""
+
+    def forward(self, noisy, timesteps, identity_embeds, is_empty, values=None):
+        self.noisy, self.timesteps, self.is_empty, self.values = noisy, timesteps, is_empty, values
+        return noisy
+
+
+def test_mirrored_faces_are_trained_with_mirrored_poses():
+    """The latents say which flip it is; the pose is dropped as often as asked, under both contexts."""
+    flips = [torch.full((2000, 1, 2, 2), value) for value in (3.0, -3.0)]
+    poses = torch.tensor([[20.0, 7.0]]).repeat(2000, 1)
+    poses[:100] = torch.nan  # not known
+    model, scheduler = Listener(), DDPMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
+    torch.manual_seed(0)
+    options = {"values": {"pose_projector": poses}, "dropouts": {"pose_projector": 0.25}}
+    embeds = torch.zeros(2000, 4)
+    loss = denoising.denoising_loss(model, scheduler, torch.stack(flips, 1), embeds, 0.2, None, **options)
+    given, is_mirrored = model.values["pose_projector"], loss.latents.mean(dim=(1, 2, 3)) < 0
+    known = given.isfinite().all(dim=1)
+    assert not known[:100].any() and abs(known[100:].float().mean() - 0.75) < 0.03
+    assert torch.equal(given[known, 0], torch.where(is_mirrored[known], -20.0, 20.0))
+    assert torch.equal(given[known, 1], torch.full((int(known.sum()),), 7.0))
+    assert abs(known[100:][model.is_empty[100:]].float().mean() - 0.75) < 0.08
+    # without a condition, the random numbers and the call are those of before
+    torch.manual_seed(0)
+    plain = denoising.denoising_loss(model, scheduler, torch.stack(flips, 1), embeds, 0.2, None)
+    assert model.values is None and torch.equal(plain.timesteps, loss.timesteps)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, toy_root, toy_photographs) -> Path:
+    return write_workspace(tmp_path_factory.mktemp("pose"), toy_root, toy_photographs)
+
+
+POSE = ("--pose-projector", '{"hidden_dim": 16}', "--max-train-steps", "4", "--checkpointing-steps", "2")
+
+
+@pytest.fixture(scope="module")
+def trained(workspace) -> Path:
+    result = train(workspace, "whole", *POSE, "--learning-rate", "0.01")
+    assert result.returncode == 0, result.stderr
+    return workspace / "whole"
+
+
+def test_a_projector_is_trained_averaged_and_saved(trained, workspace):
+    pipe = UIFacePipeline.from_pretrained(trained)
+    assert pipe.pose_projector.config.hidden_dim == 16 and pipe.pose_projector.mlp[-1].weight.any()
+    parameters = [*pipe.unet.parameters(), *pipe.identity_projector.parameters(), *pipe.empty_context.parameters()]
+    own = dict(pipe.pose_projector.named_parameters())
+    average = load_file(trained / "checkpoint-4" / "ema.safetensors")
+    assert len(average) == len(parameters) + len(own)
+    for number, (name, parameter) in enumerate(own.items(), start=len(parameters)):
+        assert torch.equal(average[str(number)], parameter), name
+    pipe.set_progress_bar_config(disable=True)
+    pipe(torch.eye(16)[:1], pose=(20, 0), num_inference_steps=2)
+
+
+def test_a_training_goes_on_with_its_projector(trained, workspace):
+    shutil.copytree(trained, workspace / "again")
+    shutil.rmtree(workspace / "again" / "checkpoint-4")
+    options = (*POSE, "--learning-rate", "0.01", "--resume-from-checkpoint", "latest")
+    result = train(workspace, "again", *options)
+    assert result.returncode == 0, result.stderr
+    ours, theirs = (load_file(each / "pose_projector" / WEIGHTS) for each in (workspace / "again", trained))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    # not with another dropout, or without
+    result = train(workspace, "again", *options, "--pose-dropout", "0.5")
+    assert "condition_dropouts: {'pose_projector': 0.1} then, {'pose_projector': 0.5} now" in result.stderr
+    result = train(workspace, "again", "--max-train-steps", "4", "--resume-from-checkpoint", "latest")
+    assert "conditions: {'pose_projector': {'hidden_dim': 16}} then, none now" in result.stderr
+
+
+def test_a_projector_is_added_to_a_trained_pipeline(trained, workspace):
+    """It begins where it changes nothing. One that is there is trained further, and needs no option."""
+    start = workspace / "start"
+    pipe = UIFacePipeline.from_pretrained(trained, pose_projector=None)
+    pipe.save_pretrained(start)
+    options = ("--init-from", str(start), "--learning-rate", "0", "--max-train-steps", "1")
+    result = train(workspace, "added", *options, "--unet", "{}", "--pose-projector", "{}")
+    assert result.returncode == 0, result.stderr
+    added = UIFacePipeline.from_pretrained(workspace / "added")
+    added.set_progress_bar_config(disable=True)
+    pipe.set_progress_bar_config(disable=True)
+    given = {"identities": torch.eye(16)[:3], "num_inference_steps": 4}
+    assert max_difference(call(added, **given, pose=POSES).images, call(pipe, **given).images) < 1e-4
+    options = ("--init-from", str(workspace / "added"), "--max-train-steps", "1", "--unet", "{}")
+    assert train(workspace, "further", *options).returncode == 0
+    assert UIFacePipeline.from_pretrained(workspace / "further").pose_projector is not None
+    result = train(workspace, "changed", *options, "--pose-projector", '{"hidden_dim": 8}')
+    assert result.returncode and "--pose-projector cannot change that of" in result.stderr
+
+
+def test_a_cache_without_poses_is_named_with_the_remedy(workspace, toy_root, tmp_path):
+    (tmp_path / "faces" / "a").mkdir(parents=True)
+    for index in range(4):
+        PIL.Image.new("RGB", (112, 112), (0, 0, 255)).save(tmp_path / "faces" / "a" / f"{index}.png")
+    encoder = FaceEncoder("toy", str(toy_root), det_size=160)
+    prepare_faces(tmp_path / "faces", tmp_path / "aligned", encoder, image_size=16, aligned=True)
+    data = ("--train-data", str(workspace / "cache"), str(tmp_path / "aligned"))
+    result = train(workspace, "refused", *data, *POSE)
+    assert result.returncode != 0 and not list((tmp_path / "aligned").glob("latents-*"))
+    said = f"--pose-projector needs yaw and pitch of the faces, which {tmp_path / 'aligned'} do not have: run `uiface"
+    assert said in result.stderr and "without --aligned" in result.stderr
+    result = train(workspace, "refused", "--pose-projector", '{"frequencies": 2}')
+    assert '--pose-projector {"frequencies": 2} makes no PoseProjector' in result.stderr
+    values = read_condition(PoseProjector, [FaceCache(workspace / "cache")])
+    assert values.shape == (24, 2) and values.abs().max() < 90
+
+
+# --- data sets -------------------------------------------------------------------------------------------------------
+
+SET = {"num_inference_steps": 4, "size": 16, "batch_size": 4}
+UNIFORM = {"pose": "uniform:-60:60"}
+
+
+def bank(number: int = 3) -> IdentityBank:
+    return IdentityBank(torch.eye(16)[:number], "toy")
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return pq.read_table(folder / "metadata.parquet").to_pylist()
+
+
+def images_of(folder: Path) -> list[np.ndarray]:
+    return [np.array(PIL.Image.open(folder / row["file_name"])).astype(int) for row in rows_of(folder)]
+
+
+def test_every_image_of_a_set_draws_a_pose(pipe, tmp_path):
+    """Reproducible from its seed in any batch, recorded, and made again by the pipeline alone."""
+    generate_dataset(pipe, bank(), tmp_path / "a", 4, distributions=UNIFORM, **SET)
+    generate_dataset(pipe, bank().take([1]), tmp_path / "b", 4, distributions=UNIFORM, **SET | {"batch_size": 1})
+    rows = rows_of(tmp_path / "a")
+    assert rows[4:8] == rows_of(tmp_path / "b")
+    yaws = [row["yaw"] for row in rows]
+    assert len(set(yaws)) == 12 and max(map(abs, yaws)) <= 60 and min(yaws) < -10 and max(yaws) > 10
+    assert {row["pitch"] for row in rows} == {0.0}
+    images = images_of(tmp_path / "a")
+    for one, other in zip(images[4:8], images_of(tmp_path / "b"), strict=True):
+        assert np.abs(one - other).max() <= 1
+    row = rows[6]
+    options = {"num_inference_steps": 4, "generator": noise_generator(row["seed"])}
+    again = pipe(bank().embeddings[1], pose=(row["yaw"], row["pitch"]), **options).images[0]
+    assert np.abs(np.array(again).astype(int) - images[6]).max() <= 1
+    generate_dataset(pipe, bank(), tmp_path / "c", 4, seed=1, distributions=UNIFORM, **SET)
+    assert not set(yaws) & {row["yaw"] for row in rows_of(tmp_path / "c")}
+    settings = json.loads((tmp_path / "a" / "generation.json").read_text())["settings"]
+    assert settings["conditions"] == {"pose": "uniform:-60:60,0:0"}
+    assert "| pose | drawn from `uniform:-60:60,0:0` |" in (tmp_path / "a" / "README.md").read_text()
+
+
+def test_a_set_goes_on_with_its_distribution_only(pipe, workspace, tmp_path):
+    """Of a cache, the poses of its faces; from the journal and from finished metadata."""
+    faces = {"pose": workspace / "cache"}
+    options = {"distributions": faces, **SET}
+    generate_dataset(pipe, bank(), tmp_path / "a", 2, shard=(0, 2), **options)
+    for other in (UNIFORM, None):
+        with pytest.raises(ValueError, match="was begun with other settings .*conditions"):
+            generate_dataset(pipe, bank(), tmp_path / "a", 2, shard=(1, 2), **options | {"distributions": other})
+    assert generate_dataset(pipe, bank(), tmp_path / "a", 2, shard=(1, 2), **options).complete
+    generate_dataset(pipe, bank(), tmp_path / "whole", 2, output_format="parquet", **options)
+    assert [(row["yaw"], row["pitch"]) for row in rows_of(tmp_path / "a")] == [
+        (row["yaw"], row["pitch"]) for row in rows_of(tmp_path / "whole")
+    ]
+    known = {tuple(pose) for pose in read_condition(PoseProjector, [FaceCache(workspace / "cache")]).tolist()}
+    assert {(row["yaw"], row["pitch"]) for row in rows_of(tmp_path / "a")} <= known
+    assert pq.read_table(tmp_path / "whole" / "data").to_pylist()[0]["yaw"] == rows_of(tmp_path / "whole")[0]["yaw"]
+    assert generate_dataset(pipe, bank(), tmp_path / "a", 2, **options).made == 0
+
+
+def test_a_set_without_poses_is_written_as_before(pipe, tiny_pipeline, tmp_path):
+    for name, each in (("with", pipe), ("without", tiny_pipeline)):
+        generate_dataset(each, bank(), tmp_path / name, 1, **SET)
+        assert not {"yaw", "pitch", "conditions"} & rows_of(tmp_path / name)[0].keys()
+        assert "conditions" not in json.loads((tmp_path / name / "generation.json").read_text())["settings"]
+
+
+@pytest.mark.parametrize(
+    "given", ["uniform:", "uniform:1", "uniform:60:-60", "uniform:0:91", "uniform:a:b", "uniform:0:1,0:1,0:1"]
+)
+def test_wrong_distributions_are_named_before_anything_is_made(pipe, tmp_path, given):
+    with pytest.raises(ValueError, match="is no distribution of the pose: give uniform:LOW:HIGH, numbers from -90"):
+        generate_dataset(pipe, bank(), tmp_path / "set", 1, distributions={"pose": given}, **SET)
+    assert not (tmp_path / "set").exists()
+
+
+def test_generate_takes_a_distribution_of_poses(pipe, tiny_pipeline, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    tiny_pipeline.save_pretrained(tmp_path / "plain")
+    bank(2).save(tmp_path / "bank.safetensors")
+    words = ["--identities", tmp_path / "bank.safetensors", "--images-per-identity", 1, "--num-inference-steps", 4,
+             "--device", "cpu", "--output", tmp_path / "set", "--pose-distribution"]  # fmt: skip
+    cli.main([str(word) for word in ["generate", tmp_path / "model", *words, "uniform:-60:60,5:6"]])
+    assert all(5 <= row["pitch"] <= 6 for row in rows_of(tmp_path / "set"))
+    assert "was begun with other settings" in complaint("generate", tmp_path / "model", *words, "uniform:-60:60")
+    said = complaint("generate", tmp_path / "plain", *words, "uniform:-60:60")
+    assert "`pose` needs a pipeline with a `pose_projector`" in " ".join(said.split())
+    assert "no cache of prepared faces" in " ".join(
+        complaint("generate", tmp_path / "model", *words, tmp_path).split()
+    )
+
+
+def test_the_command_line_has_the_conditions_of_the_package():
+    assert [*generate_command.CONDITIONS] == [projector.condition for projector in CONDITIONS.values()]
+
+
+def test_the_benchmark_runs(pipe, tmp_path, capsys):
+    for name in ("toy", "judge"):
+        write_toy_pack(tmp_path, name)
+    pipe.save_pretrained(tmp_path / "model")
+    bank(2).save(tmp_path / "bank.safetensors")
+    options = {"model": tmp_path / "model", "bank": tmp_path / "bank.safetensors", "encoder": "toy", "faces": 4,
+               "encoder-root": tmp_path, "num-inference-steps": 2, "output": tmp_path / "out.json"}  # fmt: skip
+    pose_benchmark.main([str(word) for name, value in options.items() for word in (f"--{name}", value)])
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["pose"] for row in rows] == ["without", "with"]
+    assert all(0 <= row["EER"] <= 1 for row in rows)
+
+
+def test_the_benchmark_compares_degrees():
+    generator = np.random.default_rng(0)
+    asked = generator.uniform(-45, 45, (200, 2))
+    measured = asked * 0.5 + generator.normal(0, 1, asked.shape)
+    measured[:5] = np.nan
+    figures = pose_benchmark.of_poses(asked, measured)
+    assert figures["yaw"] > 0.99 and figures["slope"] == pytest.approx(0.5, abs=0.02)
+    assert figures["error"] == pytest.approx(11.25, abs=1.5)
