@@ -1,9 +1,9 @@
 """Recognizers compared on the same pairs: 95 % intervals of their differences in accuracy.
 
-Pairs share people, so people are resampled, not pairs (Snijders & Borgatti 1999): a genuine pair counts as often as its
-person is drawn, an impostor pair as often as its first person times as often as its second. All recognizers see the
-same draws, so that what is common to them cancels in a difference. Where people are in few pairs each, the intervals
-are wider than need be (Owen 2007).
+Pairs share people, so people are resampled, not pairs (Snijders & Borgatti 1999): a genuine pair counts as often as
+its person is drawn, an impostor pair as often as its first person times as often as its second. All recognizers see
+the same draws, so that what is common to them cancels in a difference. Where people are in few pairs each, the
+intervals are wider than need be (Owen 2007).
 """
 
 import base64
