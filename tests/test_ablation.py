@@ -22,6 +22,9 @@ from uiface_diffusers.evaluation import load_recognizer, verify_benchmarks
 from uiface_diffusers.evaluation.paired import pack_answers, unpack_answers
 from uiface_diffusers.evaluation.people import People
 from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.fingerprint import model_fingerprint
+from uiface_diffusers.loading import load_identity_flow
+from uiface_diffusers.models import IdentityFlow
 
 sys.path.insert(0, str(REPOSITORY / "training" / "studies"))
 import ablation  # noqa: E402
@@ -61,6 +64,7 @@ def root(tmp_path_factory, toy_photographs):
     settings = {"exact": exact, "exact-single": exact | {"boundary": None}}
     settings |= {"fast": fast, "fast-single": fast | {"boundary": None}}
     (root / "settings.yaml").write_text(yaml.safe_dump(settings))
+    IdentityFlow(16, width=8, num_blocks=1, identity_encoder="toy").save_pretrained(root / "flow")
     (root / "more.yaml").write_text("late: {boundary: 0, guidance_scale: 1.5}\n")
     return root
 
@@ -78,13 +82,14 @@ def options(root, backbone):
 @pytest.fixture(scope="module")
 def work(options, root):
     """The folder of the study, with the faces of all arms."""
-    ablation.main([*options, "--more-arms", str(root / "more.yaml"), "--pieces", "generate"])
+    given = ["--more-arms", str(root / "more.yaml"), "--identity-flow", str(root / "flow")]
+    ablation.main([*options, *given, "--pieces", "generate"])
     return root / "work"
 
 
-def test_arms_differ_in_what_they_say_only(work):
+def test_arms_differ_in_what_they_say_only(root, work):
     begun = {}
-    for arm in (*ablation.ARMS, "late"):
+    for arm in (*ablation.ARMS, *ablation.FLOWS, "late"):
         files = [work / "16" / arm / f"group-{number}" / "generation.json" for number in range(2)]
         begun[arm], other = (json.loads(file.read_text())["settings"] for file in files)
         assert begun[arm]["sampling"] == other["sampling"] and begun[arm]["identities"] != other["identities"]
@@ -105,6 +110,8 @@ def test_arms_differ_in_what_they_say_only(work):
         "uiface": {},
         "single_idperturb": {"boundary": None},
         "uiface_idperturb": {},
+        "single_flow": {"boundary": None},
+        "uiface_flow": {},
         "late": {"boundary": 0, "guidance_scale": 1.5},
     }
     assert changed.keys() == begun.keys()
@@ -112,6 +119,8 @@ def test_arms_differ_in_what_they_say_only(work):
         expected = {**plain, "sampling": {**plain["sampling"], **change}}
         if "idperturb" in arm:
             expected["identity_perturbation"] = [0.6, 1.0]
+        if "flow" in arm:
+            expected["identity_flow"] = model_fingerprint(load_identity_flow(root / "flow"))
         assert begun[arm] == expected, arm
 
     # one row per arm, in a column the same noise: one person of each of two groups, four faces
@@ -207,7 +216,8 @@ def test_figures_and_accuracies_are_collected(options, root, work, capsys, tmp_p
     made = {path.name for path in (tmp_path / "work" / "16").iterdir()}
     assert made == {"real", "references"}
     with pytest.raises(ValueError, match="other settings .images_per_identity: "):
-        ablation.main([*options, *again, "--work", str(tmp_path / "new"), "--images-per-identity", "2"])
+        changed = ["--images-per-identity", "2", "--faces", "8"]
+        ablation.main([*options, *again, "--work", str(tmp_path / "new"), *changed])
 
 
 def test_people_of_the_benchmarks_are_left_out(options, root, capsys, tmp_path):
@@ -248,9 +258,9 @@ def test_the_page_compares_arms_and_names_what_predicts(options, root, capsys):
         of_seed = {"accuracy": {name: float(each.mean()) for name, each in right.items()}}
         of_seed["answers"] = {name: pack_answers(each) for name, each in right.items()}
         figures = {"eer by judge": {"group-0": accuracy, "group-1": accuracy}, "recall": {"group-0": -accuracy}}
-        arms[arm] = {"figures": figures | {"images": {"group-0": 8}}, "recognizers": dict.fromkeys("012", of_seed)}
         if arm != "real":
             figures["context_cosine by toy"] = {"group-0": accuracy if arm != "late" else 1.0}
+        arms[arm] = {"figures": figures | {"images": {"group-0": 8}}, "recognizers": dict.fromkeys("012", of_seed)}
     del arms["single"]["recognizers"]["2"]  # not finished
     settings = {"pipeline": "p", "sampling": {}, "judge": "judge", "groups": 2}
     page = "\n".join(study_results.study_page(args, {"settings": settings, "sizes": {"16": arms}}, {16: "a.jpg"}))
@@ -268,7 +278,7 @@ def test_the_page_compares_arms_and_names_what_predicts(options, root, capsys):
     assert rows["eer by judge"] == [["+1.00", "5", "+1.00", "4"]]
     assert rows["recall"] == [["-1.00", "5", "-1.00", "4"]]
     # ranks 2, 3.5, 3.5, 1 of the accuracies; 1, 2.5, 2.5, 4 of the cosines
-    assert rows["context_cosine by toy"] == [["-0.50", "4", "-0.50", "4"]]
+    assert rows["context_cosine by toy"] == [["-0.33", "4", "-0.33", "4"]]
     assert "Not finished: single_guidance_1, single, fixed_mean" in page and "](a.jpg)" in page
 
 
@@ -303,7 +313,7 @@ def test_killed_and_resumed_is_as_uninterrupted(options, tmp_path):
 
 def test_wrong_lists_and_arms_are_named(options, root, tmp_path, capsys):
     begin = len(options) - len(TESTS)
-    with pytest.raises(ValueError, match="has other, toy, --pairs toy: give the list of each"):
+    with pytest.raises(ValueError, match="has other, toy, --pairs other: give the list of each"):
         ablation.main([*options[:begin], options[begin], "--work", str(tmp_path)])
     wrong = [f"{name}={root / 'toy.txt'}" for name in TESTS]
     with pytest.raises(ValueError, match="toy.txt is not the list of pairs that other was made of"):

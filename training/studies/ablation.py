@@ -87,8 +87,8 @@ FLOWS: dict[str, dict[str, Any]] = {"single_flow": {"boundary": None}, "uiface_f
 MIXED = {"real_and_single": "single", "real_and_uiface": "uiface"}
 PIECES = ("generate", "evaluate", "train")
 REFERENCES = "references"
-# by how much figures of `sampling_settings` may differ for two settings to be as good: what 400 faces tell apart
-EQUAL = {"judge": 0.02, "EER": 0.01, "LPIPS": 0.01, "precision": 0.05, "recall": 0.05}
+# of --settings: what has to be as good as what
+AS_GOOD = {"fast": "exact", "fast-single": "exact-single"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -168,7 +168,12 @@ def read_tests(args: argparse.Namespace) -> tuple[list[Benchmark], dict[str, np.
 
 
 def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
-    return dict(yaml.safe_load(args.settings.read_text())["fast" if args.fast else "exact"] or {})
+    """Arguments of all arms, and the scheduler."""
+    settings = yaml.safe_load(args.settings.read_text())
+    missing = [name for name in (*AS_GOOD, *AS_GOOD.values()) if name not in settings]
+    if missing:
+        raise ValueError(f"{args.settings} has no setting `{missing[0]}`.")
+    return dict(settings["fast" if args.fast else "exact"] or {})
 
 
 def check_fast(args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -187,12 +192,7 @@ def check_fast(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     words |= {"lpips-backbone": args.lpips_backbone} if args.lpips_backbone else {}
     sampling_settings.main([str(args.settings), *(str(part) for k, v in words.items() for part in (f"--{k}", v))])
     figures = {name: row["figures"] for name, row in read_json(output / "settings.json").items()}
-    wrong = [
-        f"{figure} of {fast}: {figures[fast][figure]:.4f}, of {exact} {figures[exact][figure]:.4f}"
-        for fast, exact in (("fast", "exact"), ("fast-single", "exact-single"))
-        for figure, most in EQUAL.items()
-        if abs(figures[fast][figure] - figures[exact][figure]) > most
-    ]
+    wrong = [text for fast, exact in AS_GOOD.items() for text in sampling_settings.differing(figures, fast, exact)]
     if wrong:
         raise ValueError(f"--fast is not as good as exact ({'; '.join(wrong)}): leave it out, or change --settings.")
     return figures
@@ -266,8 +266,6 @@ def begin(args: argparse.Namespace) -> None:
     settings["real"] = {str(cache): file_hash(cache / "report.json") for cache in args.real}
     args.tests, args.people = read_tests(args)
     settings["benchmarks"] = {each.name: benchmark_fingerprint(each) for each in args.tests}
-    if args.identity_flow:
-        settings["identity_flow"] = model_fingerprint(load_identity_flow(args.identity_flow))
     needed = max(args.faces) // args.images_per_identity
     if len(bank) < needed:
         raise ValueError(f"{args.identities} has {len(bank)} identities, {needed} are asked for.")
@@ -276,18 +274,17 @@ def begin(args: argparse.Namespace) -> None:
     for arguments in args.generated.values():
         pipe.check_sampling(embeds, **{k: v for k, v in (setting | arguments).items() if k not in own})
     args.latest_boundary = settings["defaults"]["latest_boundary"]
-    if_known = ("identity_flow",)  # its arms may be added later
+    given = json.loads(json.dumps(args.generated))
+    for arm in FLOWS if args.identity_flow else ():
+        given[arm]["identity_flow"] = model_fingerprint(load_identity_flow(args.identity_flow))
     for file in (args.work / "settings.json", args.results.with_suffix(".json")):
-        check_settings(file, settings, if_known=if_known)
+        check_settings(file, settings)
     saved = saved_results(args)
-    more = saved.get("arms", {}) | json.loads(json.dumps(args.generated))
-    changed = [arm for arm, arguments in saved.get("arms", {}).items() if more[arm] != arguments]
-    if changed:
-        raise ValueError(
-            f"{args.results} has the arm {changed[0]} with {saved['arms'][changed[0]]}: give it another name."
-        )
+    for arm, arguments in saved.get("arms", {}).items():
+        if given.get(arm, arguments) != arguments:
+            raise ValueError(f"{args.results} has the arm {arm} with {arguments}: choose other --results and --work.")
     measured = {"sampling": check_fast(args)} if args.fast and "sampling" not in saved else {}
-    write_json(args.results.with_suffix(".json"), saved | {"arms": more} | measured)
+    write_json(args.results.with_suffix(".json"), saved | {"arms": saved.get("arms", {}) | given} | measured)
 
 
 def main(argv: list[str] | None = None) -> None:
