@@ -3,16 +3,13 @@
 A small module, because a process of its own imports it.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
 
-from uiface_diffusers import cli
+from processes import CONTEXT
 
-# the processes have imported everything already
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["uiface_diffusers.cli", "uiface_diffusers"])
+from uiface_diffusers import cli
 
 
 def _command(arguments: list[str], renamed: str, number: int) -> None:
@@ -32,7 +29,7 @@ def _command(arguments: list[str], renamed: str, number: int) -> None:
 def run_until_complete(arguments: list[str], renamed: str, number: int = 1) -> None:
     """Runs `uiface` until so many files whose names end with `renamed` are complete; it is killed when it opens the
     next file. An error if it ends before."""
-    process = PROCESSES.Process(target=_command, args=(arguments, renamed, number))
+    process = CONTEXT.Process(target=_command, args=(arguments, renamed, number))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL, process.exitcode
