@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from processes import CONTEXT
+from processes import fork
 
 from uiface_diffusers import cli
 
@@ -29,7 +29,6 @@ def _command(arguments: list[str], renamed: str, number: int) -> None:
 def run_until_complete(arguments: list[str], renamed: str, number: int = 1) -> None:
     """Runs `uiface` until so many files whose names end with `renamed` are complete; it is killed when it opens the
     next file. An error if it ends before."""
-    process = CONTEXT.Process(target=_command, args=(arguments, renamed, number))
-    process.start()
+    process = fork(_command, arguments, renamed, number)
     process.join()
     assert process.exitcode == -signal.SIGKILL, process.exitcode

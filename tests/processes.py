@@ -11,10 +11,14 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pytest
 import torch
 
 REPOSITORY = Path(__file__).parents[1]
@@ -24,7 +28,19 @@ PRELOADED += ["uiface_diffusers.training.denoising", "uiface_diffusers.training.
 CONTEXT.set_forkserver_preload(PRELOADED)
 
 
+def fork(target: Callable[..., None], *arguments: object) -> BaseProcess:
+    """Starts a function in a process of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        # every step is shown; tqdm reads it while it is imported, by the server
+        patch.setenv("TQDM_MININTERVAL", "0")
+        forkserver.ensure_running()
+    process = CONTEXT.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
 def _run(module: str, arguments: list[str], variables: dict[str, str], written: Connection) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of a data loader's workers, as everywhere else
     os.environ.clear()
     os.environ.update(variables)
     for stream in (1, 2):
@@ -40,11 +56,10 @@ class Running:
     """A `main` that runs in a process of its own, as `subprocess.Popen` would have it."""
 
     def __init__(self, module: str, arguments: list[str], **variables: str):
-        settled = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "TQDM_MININTERVAL": "0"}
+        settled = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
         self._reader, writer = CONTEXT.Pipe(duplex=False)
         values = {**os.environ, **settled, **variables}
-        self.process = CONTEXT.Process(target=_run, args=(module, arguments, values, writer))
-        self.process.start()
+        self.process = fork(_run, module, arguments, values, writer)
         writer.close()
         self.written = b""
 
@@ -66,8 +81,9 @@ class Running:
         """SIGKILL as soon as it has written this; an error if it ends before."""
         while text.encode() not in self.written and self.read():
             pass
-        os.kill(self.process.pid, signal.SIGKILL)
-        assert self.wait() == -signal.SIGKILL, self.written.decode()
+        self.process.kill()
+        self.process.join()  # its pipe is open as long as it has workers
+        assert self.process.exitcode == -signal.SIGKILL, self.written.decode()
 
 
 def run_distributed(module: str, arguments: list[str], number: int = 2) -> str:

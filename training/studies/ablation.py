@@ -2,7 +2,7 @@
 """The paper's ablation at any scale: one pipeline, one bank, the same noise in every arm.
 
     python training/studies/ablation.py --identities bank.safetensors --real cache/devtrain cache/celeba \
-        --benchmarks benchmarks --encoder edgeface --judge judge --encoder-root insightface \
+        --benchmarks bins --encoder edgeface --judge judge --encoder-root insightface \
         --lpips-backbone alexnet_features.safetensors --work runs/ablation
 
 Every arm is generated and then measured as `uiface evaluate` does. Image n of an identity starts from the same noise
