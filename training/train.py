@@ -32,7 +32,7 @@ from uiface_diffusers.denoisers import TRAINABLE
 from uiface_diffusers.encoders import EncoderMark, common_encoder
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.files import write_json
-from uiface_diffusers.fingerprint import model_fingerprint
+from uiface_diffusers.fingerprint import model_fingerprint, weights_fingerprint
 from uiface_diffusers.hub import save_card
 from uiface_diffusers.latents import FirstStage
 from uiface_diffusers.models import CONDITIONS
@@ -271,13 +271,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
     contexts = (denoiser.identity_projector, denoiser.empty_context)
     pipeline = UIFacePipeline(vae, denoiser.unet, sampling_scheduler, *contexts, **defaults, **denoiser.conditions)
     first_faces = sorted({name: position for position, name in reversed(list(enumerate(names)))}.values())
-    fixed = {"balanced_sampling": args.balanced_sampling, "train_data_shares": args.train_data_shares}
-    fixed |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "side_view_share": args.side_view_share}
-    fixed |= {"train_data": [cache.fingerprint for cache in caches], "vae": model_fingerprint(vae)}
-    fixed |= {"prediction_type": args.prediction_type, "unet": args.unet}
-    fixed |= {} if args.denoiser == "uiface" else {"denoiser": args.denoiser, "transformer": args.transformer}
+    fixed = {"train_data": [cache.fingerprint for cache in caches], "vae": model_fingerprint(vae), "init_from": None}
+    if args.init_from is not None:
+        parts = (denoiser.unet, *contexts, *denoiser.conditions.values(), sampling_scheduler)
+        fixed["init_from"] = [model_fingerprint(each) for each in parts]
+    fixed["lpips_backbone"] = None if perceptual is None else weights_fingerprint(perceptual)
     dropouts = {name: getattr(args, f"{CONDITIONS[name].condition}_dropout") for name in conditions}
-    fixed |= {"conditions": conditions, "condition_dropouts": dropouts} if conditions else {}
     log = DenoisingLog(noise_scheduler.config.num_train_timesteps, device)
     samples = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     run = Run(
