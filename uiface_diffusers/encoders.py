@@ -9,6 +9,9 @@ from .files import warn_once
 # of insightface's own packs, see its model zoo
 INSIGHTFACE_PACKS = ("antelopev2", "buffalo_l", "buffalo_m", "buffalo_s", "buffalo_sc")
 INSIGHTFACE_LICENSE = "non-commercial research only"
+# in a pipeline's folder, where it carries an encoder of its own, see `uiface_diffusers.faces.CarriedEncoder`
+IDENTITY_ENCODER = "identity_encoder"
+CARRIED_FILES = ("README.md", "config.json", "model.safetensors", "preprocessor_config.json")
 
 
 class EncoderMark(NamedTuple):
