@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.identity_encoder is not None:
         (args.output / IDENTITY_ENCODER).mkdir(exist_ok=True)
         for name in CARRIED_FILES:
-            shutil.copy(args.identity_encoder / name, args.output / IDENTITY_ENCODER)
+            shutil.copyfile(args.identity_encoder / name, args.output / IDENTITY_ENCODER / name)
     size = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())
     nearest = largest_cosines(identities.embeddings, known.embeddings)[0].max().item()
     print(f"{args.output}: {size / 2**20:.1f} MiB, {len(identities)} identities; nearest training face {nearest:.3f}")
