@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from uiface_diffusers.training.distillation import compare_copy, save_carried, v
 
 sys.path.insert(0, str(REPOSITORY / "training"))
 import distill_encoder  # noqa: E402
+import export_checkpoint  # noqa: E402
 
 TINY = {"layers": 18, "width": 4, "image_size": 32}
 
@@ -115,6 +117,24 @@ def test_only_the_pipeline_that_carries_it_takes_its_embeddings(carrying, folder
     carrying.identity_projector.register_to_config(identity_encoder="another")
     with pytest.raises(ValueError, match="encoder `toy`, this pipeline from encoder `another`"):
         carrying.prepare_identity_embeds(bank)
+
+
+def test_a_checkpoint_is_exported_with_it(caches, carrying, tmp_path, capsys):
+    save_carried(tiny_copy(), tmp_path / "copy", EncoderMark("toy", FaceCache(caches[0]).encoder_mark.fingerprint), [])
+    (tmp_path / "copy" / "checkpoint").mkdir()  # of its training: not taken
+    argv = [carrying.config["_name_or_path"], "--faces", caches[0], "--num-identities", "2", "--max-similarity", "1"]
+    argv = [str(word) for word in [*argv, "--output", tmp_path / "shipped"]]
+    export_checkpoint.main([*argv, "--identity-encoder", str(tmp_path / "copy")])
+    assert sorted(each.name for each in (tmp_path / "shipped" / IDENTITY_ENCODER).iterdir()) == sorted(CARRIED_FILES)
+    pipe = UIFacePipeline.from_pretrained(tmp_path / "shipped")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of weights that cannot be compared, too
+        pipe.prepare_identity_embeds(pipe.embed_photographs(faces(1), aligned=True))
+    save_carried(tiny_copy(), tmp_path / "copy", EncoderMark("another"), [])
+    with pytest.raises(
+        ValueError, match="copy is a copy, which comes from encoder `another`, .*seen from encoder `toy`"
+    ):
+        export_checkpoint.main([*argv, "--identity-encoder", str(tmp_path / "copy")])
 
 
 def test_loading_does_not_touch_it(folder):

@@ -573,10 +573,12 @@ class UIFacePipeline(DiffusionPipeline):
         Raises:
             ValueError: they are of another one.
         """
-        folder = self.carried_encoder()
+        folder, trained_on = self.carried_encoder(), projector_mark(self.identity_projector)
         if folder is not None and is_by_carried(mark, folder):
             mark = teacher_mark(folder)  # the projector may have been exchanged
-        check_same_encoder(what, mark, "this pipeline", projector_mark(self.identity_projector))
+            if trained_on.fingerprint is None:  # what came with the pipeline is no reason for a warning
+                mark = mark._replace(fingerprint=None)
+        check_same_encoder(what, mark, "this pipeline", trained_on)
 
     def embed_photographs(
         self,

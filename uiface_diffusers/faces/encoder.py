@@ -165,7 +165,7 @@ class PhotographEncoder:
         return align_face(photograph, face.landmarks)
 
 
-def check_aligned(faces: Sequence[np.ndarray]) -> None:
+def check_aligned(faces: np.ndarray | Sequence[np.ndarray]) -> None:
     """
     Raises:
         ValueError: a face is not of `(112, 112, 3)` bytes.

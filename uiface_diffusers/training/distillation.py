@@ -126,7 +126,8 @@ def save_carried(
     sizes = {
         name: getattr(model.config, name) for name in ("layers", "width", "embedding_dim", "image_size", "use_se")
     }
-    about = {"approximates": teacher._asdict(), "training_data": list(training_data), "license": license}
+    about: dict[str, Any] = {"approximates": teacher._asdict(), "license": license}
+    about["training_data"] = list(training_data)
     weights = {
         name: tensor.half() if tensor.ndim > 1 else tensor for name, tensor in model.cpu().float().state_dict().items()
     }
