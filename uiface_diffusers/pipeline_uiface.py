@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import tempfile
 import threading
 import warnings
@@ -30,7 +31,8 @@ from huggingface_hub import create_repo
 from .attention_processor import installed_processors
 from .conditions import ARGUMENTS, check_names, condition_values, with_arguments, with_conditions
 from .denoisers import DenoiserModel, denoiser_kind
-from .encoders import check_same_encoder, projector_mark
+from .encoders import IDENTITY_ENCODER, EncoderMark, check_same_encoder, projector_mark
+from .faces import CarriedEncoder, FaceEncoder, carried_encoder, is_by_carried, teacher_mark
 from .files import plain_numbers
 from .fingerprint import unwrapped
 from .hub import download_pipeline, fill_card, load_card, own_class_names, write_remote_code
@@ -382,6 +384,13 @@ class UIFacePipeline(DiffusionPipeline):
             message = commit_message or f"Upload {type(self).__name__}"
             return self._upload_folder(folder, repo_id, token=token, commit_message=message, create_pr=create_pr)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As diffusers' own; the encoder that the pipeline carries goes with it."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        folder, copied = self.carried_encoder(), Path(save_directory) / IDENTITY_ENCODER
+        if folder is not None and folder.resolve() != copied.resolve():
+            shutil.copytree(folder, copied, dirs_exist_ok=True)
+
     @staticmethod
     def _with_defaults(unet: torch.nn.Module | None, given: dict[str, float]) -> dict[str, float]:
         """Those given, and the paper's for the others. Warns if the model's own differ."""
@@ -579,6 +588,68 @@ class UIFacePipeline(DiffusionPipeline):
         single |= {"num_images_per_prompt": 1, "callback_on_step_end_tensor_inputs": None}
         self.check_inputs(identity_embeds=identity_embeds, layout=layout, **single, **defaults | sampling)
 
+    def carried_encoder(self) -> Path | None:
+        """The folder of the encoder that comes with the pipeline, `identity_encoder` in the folder that it was loaded
+        from; `None` if there is none."""
+        source = self.config.get("_name_or_path")
+        if source is None or Path(source).is_dir():
+            return carried_encoder(source)
+        try:
+            return carried_encoder(self.download(source, local_files_only=True))
+        except OSError:  # it was loaded from a cache elsewhere
+            return None
+
+    def check_encoder(self, what: str, mark: EncoderMark) -> None:
+        """Refuses embeddings of another encoder than the one that the pipeline was trained with, or that it carries.
+
+        Args:
+            what: has the embeddings of `mark`, such as "the bank".
+
+        Raises:
+            ValueError: they are of another one.
+        """
+        folder, trained_on = self.carried_encoder(), projector_mark(self.identity_projector)
+        if folder is not None and is_by_carried(mark, folder):
+            mark = teacher_mark(folder)  # the projector may have been exchanged
+            if trained_on.fingerprint is None:  # what came with the pipeline is no reason for a warning
+                mark = mark._replace(fingerprint=None)
+        check_same_encoder(what, mark, "this pipeline", trained_on)
+
+    def embed_photographs(
+        self,
+        photographs: Picture | list[Picture],
+        aligned: bool = False,
+        detector: FaceEncoder | None = None,
+        selection: str = "largest",
+    ) -> IdentityBank:
+        """The identities of people in photographs, by the encoder that the pipeline carries: a small copy of the one
+        that it was trained with, for which no model pack is needed. A copy's embeddings are near the real ones, not
+        the same: where you have the pack, `FaceEncoder.embed` is better.
+
+        Args:
+            photographs: one or several: files, `PIL.Image.Image` of any mode, or `(height, width, 3)` bytes.
+            aligned (`bool`, defaults to `False`): they are aligned faces already, such as those of a generated set.
+            detector (`FaceEncoder`, *optional*): finds the faces in photographs that are not aligned; of any pack.
+            selection: which face of a photograph, see `FaceEncoder.select`.
+
+        Returns:
+            An `IdentityBank` for this pipeline's call; other pipelines refuse it.
+
+        Raises:
+            NoFaceError: a photograph without a face.
+            OSError: a file cannot be read.
+            ValueError: the pipeline carries no encoder, or there is no detector for photographs.
+        """
+        folder = self.carried_encoder()
+        if folder is None:
+            trained_on = projector_mark(self.identity_projector)
+            raise ValueError(
+                f"this pipeline carries no encoder (`{IDENTITY_ENCODER}` in its folder): embed photographs by"
+                f" `FaceEncoder.embed` with the pack that it was trained with, {trained_on}."
+            )
+        encoder = CarriedEncoder(folder, detector, self.device)
+        return encoder.embed(photographs, selection, aligned)
+
     def prepare_identity_embeds(self, identity_embeds: Any) -> torch.Tensor | None:
         """Brings identity embeddings into one form: `(batch, identity_dim)`, float32, of unit length, on the CPU.
 
@@ -593,8 +664,7 @@ class UIFacePipeline(DiffusionPipeline):
             return None
         config = self.identity_projector.config
         if isinstance(identity_embeds, IdentityBank):
-            trained_on = projector_mark(self.identity_projector)
-            check_same_encoder("the identity bank", identity_embeds.encoder_mark, "this pipeline", trained_on)
+            self.check_encoder("the identity bank", identity_embeds.encoder_mark)
             identity_embeds = identity_embeds.embeddings
         if isinstance(identity_embeds, list | tuple):
             if not len(identity_embeds):
