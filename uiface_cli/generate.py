@@ -3,7 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .options import any_of, boolean, device, none, one_of, part, path, real, timestep_pair, whole
+from .options import any_of, boolean, boundary_word, device, none, one_of, part, path, real, timestep_pair, whole
 from .shared import MODEL, Commands, add_command, add_encoder_arguments, face_encoder
 
 MODELS_OWN = "the model's own"
@@ -29,9 +29,10 @@ SAMPLING = {
         any_of(real(low=0), none), MODELS_OWN, "how much to stress the identity; 1 is no guidance"
     ),
     "boundary": SamplingOption(
-        any_of(one_of("adaptive"), none, whole(0)),
+        any_of(boundary_word, none, whole(0)),
         "adaptive",
-        "where stage two begins: adaptive (by each sample's cross-attention), a timestep, or none: a single stage",
+        "where stage two begins: by a rule such as adaptive (each sample's cross-attention), at a timestep, or none: a"
+        " single stage",
     ),
     "boundary_threshold": SamplingOption(
         any_of(real(low=0), none), MODELS_OWN, "change of the attention maps below which the boundary is reached"

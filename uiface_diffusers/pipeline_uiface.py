@@ -43,13 +43,14 @@ from .models.empty_context import EmptyContext
 from .models.identity_projector import IdentityProjector
 from .pictures import Picture, as_pictures, rgb_bytes
 from .two_stage import TwoStageSampler
-from .two_stage.boundary import boundary_rule
-from .two_stage.layout import begin_within, first_evaluation, layout_boundary, noised_layout
+from .two_stage.boundary import rule_kind, rule_of_layout
+from .two_stage.layout import begin_within, first_evaluation, noised_layout
 from .two_stage.schedulers import (
     check_scheduler,
     check_timesteps,
     denoiser_timesteps,
     paper_timesteps,
+    prediction_type,
     scale_model_input,
     set_timesteps,
     starts_step,
@@ -192,6 +193,7 @@ class UIFacePipeline(DiffusionPipeline):
         vae ([`AutoencoderKL`], [`AutoencoderTiny`] or [`VQModel`]): the first stage; `None` for a
             pipeline that is only saved, or gives latents.
         unet ([`ModelMixin`]): the denoiser, of `uiface_diffusers.denoisers.SUPPORTED`; it must have cross-attention.
+            It may be a transformer: the component has the name that saved pipelines know it by.
         scheduler ([`SchedulerMixin`]): one of `uiface_diffusers.two_stage.schedulers.SUPPORTED`, with epsilon or v
             prediction, or of its `FLOW`, with the velocity of flow matching.
         identity_projector ([`IdentityProjector`]): identity embedding -> identity context.
@@ -488,12 +490,7 @@ class UIFacePipeline(DiffusionPipeline):
             "reuse_empty_branch": reuse_empty_branch,
         }.items():
             _check_count(name, value)
-        is_timestep = isinstance(boundary, Integral) and not isinstance(boundary, bool) and int(boundary) >= 0
-        is_adaptive = isinstance(boundary, str) and boundary == "adaptive"
-        if boundary is not None and not is_adaptive and not is_timestep:
-            raise ValueError(
-                f'`boundary` has to be "adaptive", a timestep (an integer from 0) or None but is {boundary!r}.'
-            )
+        kind = rule_kind(boundary)
         if not isinstance(guide_from_boundary, bool | np.bool_):
             raise ValueError(f"`guide_from_boundary` has to be True or False but is {guide_from_boundary!r}.")
         if not (injection is None or isinstance(injection, str)) or injection not in INJECTIONS:
@@ -511,6 +508,10 @@ class UIFacePipeline(DiffusionPipeline):
 
         batch_size = (1 if identity_embeds is None else len(identity_embeds)) * num_images_per_prompt
         _check_generator(generator, batch_size)
+        _, threshold, latest, _ = self.prepare_sampling(
+            num_inference_steps, guidance_scale, boundary_threshold, latest_boundary, injection_strength
+        )
+        rule = kind.of(boundary, batch_size, latest, guide_from_boundary, threshold)
         condition_values(self.conditions, conditions or {}, batch_size)
         if latents is not None:
             channels = self.unet.config.in_channels
@@ -529,8 +530,7 @@ class UIFacePipeline(DiffusionPipeline):
         check_timesteps(scheduler)
         if layout is not None:
             self._check_layout(layout, batch_size, self._latent_size(latents))
-            latest = self.config["latest_boundary"] if latest_boundary is None else latest_boundary
-            first_evaluation(scheduler, paper_timesteps(scheduler), layout_boundary(boundary, latest))
+            first_evaluation(scheduler, paper_timesteps(scheduler), rule.layout_timestep())
 
     def _check_layout(self, layout: torch.Tensor | list[np.ndarray], batch_size: int, size: tuple[int, int]) -> None:
         if len(layout) not in (1, batch_size):
@@ -853,11 +853,11 @@ class UIFacePipeline(DiffusionPipeline):
         reuse_empty_branch: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        layout: torch.Tensor | Picture | list[Picture] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature
+        layout: torch.Tensor | Picture | list[Picture] | None = None,
         **conditions: Any,
     ) -> UIFacePipelineOutput | tuple:
         r"""Samples faces. B below is the number of identities times `num_images_per_prompt`. The timesteps of
@@ -873,10 +873,10 @@ class UIFacePipeline(DiffusionPipeline):
             guidance_scale (`float`, *optional*, the paper's is 2.0): diffusers' scale, the paper's w plus 1:
                 e_empty + guidance_scale * (e_identity - e_empty). 1 is no guidance. By default, this,
                 `boundary_threshold`, `latest_boundary` and `injection_strength` are those of `pipe.config`.
-            boundary (`str`, `int` or `None`, defaults to `"adaptive"`): `"adaptive"` finds each sample's boundary in
-                its cross-attention (paper, sec. 3.3); a timestep is the same boundary for all, the first timestep
-                predicted from the identity; `None` is the single stage that the paper compares with: the identity with
-                guidance from the first step on, nothing injected.
+            boundary (`str`, `int` or `None`, defaults to `"adaptive"`): one of `two_stage.boundary.RULES`.
+                `"adaptive"` finds each sample's boundary in its cross-attention (paper, sec. 3.3); a timestep is the
+                same boundary for all, the first timestep predicted from the identity; `None` is the single stage that
+                the paper compares with: the identity with guidance from the first step on, nothing injected.
             boundary_threshold (`float`, *optional*, the paper's is 0.006): the adaptive boundary is reached when the
                 attention maps of two steps differ by less: the mean absolute difference of maps in [0, 1]. The one of
                 `pipe.config` is for 50 steps; it is scaled with the width of a step.
@@ -901,11 +901,6 @@ class UIFacePipeline(DiffusionPipeline):
                 sample, no sample depends on the others in its batch.
             latents (`torch.Tensor` of shape `(B, channels, height, width)`, *optional*): the start noise; by default,
                 drawn from `generator` in float32.
-            layout (`PIL.Image.Image`, `np.ndarray`, path, list of these, or `torch.Tensor`, *optional*): whose pose,
-                light, expression and background the samples take: one picture for all, or one per sample, aligned as
-                the training's faces are; a tensor is clean latents `(B or 1, channels, height, width)`. It is noised
-                to `boundary`, and the steps above are skipped: the higher, the more identity and the less layout.
-                `"adaptive"` is then `latest_boundary`, and `None` is refused.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (`(B, height, width, 3)` in [0, 1]), `"pt"`
                 (`(B, 3, height, width)` in [0, 1]) or `"latent"` (float32, whatever the UNet's dtype).
             return_dict (`bool`, defaults to `True`): a tuple `(images, boundary_timesteps)` when `False`.
@@ -915,6 +910,11 @@ class UIFacePipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs (`list[str]`): of `latents`; `stage_two`, the `(B,)` booleans of the
                 samples that followed their identity in this step; and `attention_maps`, the newest ones by which the
                 adaptive boundary is found, `(B, 32, 32)` in [0, 1], NaN for a sample in stage two, or `None`.
+            layout (`PIL.Image.Image`, `np.ndarray`, path, list of these, or `torch.Tensor`, *optional*): whose pose,
+                light, expression and background the samples take: one picture for all, or one per sample, aligned as
+                the training's faces are; a tensor is clean latents `(B or 1, channels, height, width)`. It is noised
+                to `boundary`, and the steps above are skipped: the higher, the more identity and the less layout.
+                `"adaptive"` is then `latest_boundary`, and `None` is refused.
             pose (`tuple[float, float]`, `list` or `torch.Tensor` of shape `(B, 2)`, *optional*): yaw and pitch of the
                 head in degrees, of [`PoseProjector`]; one for all samples, or one per sample, `None` for one without.
                 It and other conditions of `uiface_diffusers.models.CONDITIONS` need their component.
@@ -953,7 +953,6 @@ class UIFacePipeline(DiffusionPipeline):
             conditions,
         )
         num_images_per_prompt, num_inference_steps = int(num_images_per_prompt), int(num_inference_steps)
-        switch: str | float | None = plain_numbers(boundary)
         reuse_empty_branch = int(reuse_empty_branch)
         scale, threshold, latest, strength = self.prepare_sampling(
             num_inference_steps, guidance_scale, boundary_threshold, latest_boundary, injection_strength
@@ -965,20 +964,20 @@ class UIFacePipeline(DiffusionPipeline):
         # 2. contexts, timesteps, start noise
         contexts = self.prepare_contexts(identity_embeds, num_images_per_prompt, device, conditions)
         own_empty, own_tokens = len(contexts) > 1 + has_identities * batch_size, self.empty_context.config.num_tokens
-        timesteps, denoiser_timesteps = self.prepare_timesteps(num_inference_steps, device)
+        timesteps, model_timesteps = self.prepare_timesteps(num_inference_steps, device)
         schedule, first = paper_timesteps(self.scheduler), 0
+        rule = rule_kind(boundary).of(boundary, batch_size, latest, guide_from_boundary, threshold)
         if layouts is not None:
-            switch = layout_boundary(switch, latest)
-            first = begin_within(self.scheduler, schedule, switch)
+            rule = fixed = rule_of_layout(rule)
+            first = begin_within(self.scheduler, schedule, fixed.timestep)
         # the denoiser alone works in its own dtype: rounded between the steps, latents would lead to another image
         latents_dtype = torch.promote_types(torch.float32, self.unet.dtype)
         latents = self.prepare_latents(batch_size, latents_dtype, device, generator, latents, layouts, first)
-        timesteps, denoiser_timesteps, schedule = timesteps[first:], denoiser_timesteps[first:], schedule[first:]
+        timesteps, model_timesteps, schedule = timesteps[first:], model_timesteps[first:], schedule[first:]
         self._num_timesteps = len(timesteps)
         step_kwargs = self.prepare_extra_step_kwargs(generator)
 
         # 3. denoise
-        rule = boundary_rule(switch, batch_size, latest, guide_from_boundary, threshold)
         sampler = TwoStageSampler(
             rule, has_identities, scale, injection, guidance_interval, reuse_empty_branch, device, own_empty
         )
@@ -991,10 +990,9 @@ class UIFacePipeline(DiffusionPipeline):
                 sampler.guidance_scale = self.guidance_scale  # callbacks may have changed it
                 plan = sampler.begin_step(schedule[i], schedule[i + 1 :], starts_step(self.scheduler))
                 model_input = scale_model_input(self.scheduler, latents, t)
-                rows, block_maps = denoiser(model_input, denoiser_timesteps[i], plan)
+                rows, block_maps = denoiser(model_input, model_timesteps[i], plan)
                 noise_pred = sampler.combine(rows.to(latents_dtype))
-                if block_maps:
-                    sampler.observe(block_maps)
+                sampler.observe(model_input, noise_pred, prediction_type(self.scheduler), block_maps)
                 latents = step_after_switch(self.scheduler, sampler.switched, noise_pred, t, latents, **step_kwargs)
 
                 if callback_on_step_end is not None:
