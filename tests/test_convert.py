@@ -99,7 +99,8 @@ def test_insightface_reads_the_records(people, tmp_path):
     reader = RecordReader(tmp_path / "set" / "train.rec")
     first = reader.read_image(0)
     assert first.labels.tolist() == [8.0, 11.0] and first.content == b"" and reader.keys == list(range(11))
-    assert [reader.read_label(key) for key in reader.image_keys()] == [0, 0, 0, 0, 1, 1, 2]
+    assert reader.image_keys() == list(range(1, 8))
+    assert [reader.read_image(key).labels.tolist() for key in range(1, 8)] == [[0], [0], [0], [0], [1], [1], [2]]
     assert [reader.read_image(key).labels.tolist() for key in (8, 9, 10)] == [[1, 5], [5, 7], [7, 8]]
     assert all(struct.unpack_from("<I", reader.read(key))[0] == 0 for key in range(1, 8))  # a number, no array
     (tmp_path / "set" / "train.idx").unlink()
@@ -127,7 +128,7 @@ def test_labels_of_records_are_kept(tmp_path):
         (tmp_path / "folders" / name).rename(tmp_path / "folders" / f"{int(name) + 10:07d}")
     convert_dataset(tmp_path / "folders", tmp_path / "set", "recordio")
     reader = RecordReader(tmp_path / "set" / "train.rec")
-    assert sorted({reader.read_label(key) for key in reader.image_keys()}) == [2, 10, 11]
+    assert sorted({reader.read_image(key).labels[0] for key in reader.image_keys()}) == [2, 10, 11]
 
 
 @pytest.mark.parametrize("form", FORMS)

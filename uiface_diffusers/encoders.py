@@ -10,6 +10,9 @@ from .files import warn_once
 # the files of other packs and of other recognizers say nothing of a license
 INSIGHTFACE_PACKS = ("antelopev2", "buffalo_l", "buffalo_m", "buffalo_s", "buffalo_sc")
 INSIGHTFACE_LICENSE = "non-commercial research only"
+# in a pipeline's folder, where it carries an encoder of its own, see `uiface_diffusers.faces.CarriedEncoder`
+IDENTITY_ENCODER = "identity_encoder"
+CARRIED_FILES = ("README.md", "config.json", "model.safetensors", "preprocessor_config.json")
 
 
 class EncoderMark(NamedTuple):
