@@ -196,8 +196,8 @@ def world(tmp_path_factory, toy_photographs, backbone) -> Path:
     fold = "".join(f"person_0\t{i}\t{i + 1}\n" for i in range(1, 6))
     fold += "".join(f"person_0\t{i}\tperson_1\t{i}\n" for i in range(1, 6))
     (root / "lfw" / "pairs.txt").write_text("2\t5\n" + fold * 2)
-    (root / "benchmarks").mkdir()
-    write_benchmark(root / "benchmarks" / "toy.bin")
+    (root / "bins").mkdir()
+    write_benchmark(root / "bins" / "toy.bin")
     return root
 
 

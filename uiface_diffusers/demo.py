@@ -26,6 +26,7 @@ from .faces import CarriedEncoder, PhotographEncoder, load_photograph
 from .identities import IdentityBank
 from .pipeline_uiface import UIFacePipeline
 from .seeds import image_generator
+from .two_stage.boundary import RULES, AttentionAtRest, BoundaryRule, FixedTimestep, SingleStage
 
 if TYPE_CHECKING:
     import gradio
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 MOST_FACES = 16
 PHOTOGRAPH = "photograph"
 MAX_UPLOAD = "20mb"
-ADAPTIVE, FIXED, SINGLE = "adaptive", "one timestep for all", "none: single stage"
+ADAPTIVE, FIXED, SINGLE = AttentionAtRest.label, FixedTimestep.label, SingleStage.label
 # of an attention map: from no to all attention
 COLORS = np.array([[12, 12, 40], [120, 28, 109], [237, 105, 37], [252, 255, 164]])
 STYLE = """
@@ -135,6 +136,11 @@ def faces_html(title: str, sampled: Sampled, with_boundaries: bool = True, with_
     return f'<div class="uiface-title">{html.escape(title)}</div><div class="uiface-faces">{"".join(cells)}</div>'
 
 
+def _rule(label: str) -> type[BoundaryRule]:
+    """The rule of one of the demo's choices."""
+    return next(rule for rule in RULES if rule.label == label)
+
+
 class Demo:
     """What the page's buttons do.
 
@@ -204,10 +210,10 @@ class Demo:
         *,
         progress: Callable[[float, str], None] = lambda share, text: None,
     ) -> str:
-        """The faces as a part of a page. `boundary` is one of `ADAPTIVE`, `FIXED` and `SINGLE`; `beside` adds the
-        single stage from the same noise."""
+        """The faces as a part of a page. `boundary` is the label of a rule; `beside` adds the single stage from the
+        same noise."""
         two_stages: dict[str, Any] = {
-            "boundary": {ADAPTIVE: "adaptive", FIXED: timestep, SINGLE: None}[boundary],
+            "boundary": timestep if _rule(boundary).takes_timestep else _rule(boundary).word,
             "injection": None if injection == "none" else injection,
         }
         title = f"{identity.names[0]}: " + ("single stage" if boundary == SINGLE else "two stages")
@@ -294,7 +300,7 @@ def build_page(demo: Demo) -> "gradio.Blocks":
                 number = gr.Slider(1, MOST_FACES, 8, step=1, label="Faces")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53)
                 button = gr.Button("Make faces", variant="primary")
-                boundary = gr.Radio([ADAPTIVE, FIXED, SINGLE], value=ADAPTIVE, label="Boundary")
+                boundary = gr.Radio([rule.label for rule in RULES], value=ADAPTIVE, label="Boundary")
                 timestep = gr.Slider(0, 1000, 500, step=10, label="Timestep of the boundary", visible=False)
                 injection = gr.Radio(["both", "self", "cross", "none"], value="both", label="Injected attention")
                 guidance = gr.Slider(1, 6, defaults["guidance_scale"], step=0.1, label="Guidance scale")
@@ -304,7 +310,10 @@ def build_page(demo: Demo) -> "gradio.Blocks":
             with gr.Column(scale=3, min_width=320):
                 faces = gr.HTML("Press “Make faces”.", elem_id="faces")
         boundary.change(
-            lambda chosen: gr.update(visible=chosen == FIXED), boundary, timestep, api_visibility="private"
+            lambda chosen: gr.update(visible=_rule(chosen).takes_timestep),
+            boundary,
+            timestep,
+            api_visibility="private",
         )
         draw.click(demo.draw, None, name, api_visibility="private")
         name.change(lambda: (None, ""), None, [photograph, note], api_visibility="private")
