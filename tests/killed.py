@@ -3,17 +3,14 @@
 A small module, because a process of its own imports it.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable
 
-from uiface_diffusers import cli
+from processes import fork
 
-# the processes have imported everything already
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["uiface_diffusers.cli", "uiface_diffusers"])
+from uiface_diffusers import cli
 
 
 def _command(run: Callable[[list[str]], None], arguments: list[str], renamed: str, number: int) -> None:
@@ -35,7 +32,6 @@ def run_until_complete(
 ) -> None:
     """Runs `uiface`, or another `main`, until so many files whose names end with `renamed` are complete; it is killed
     when it opens the next file. An error if it ends before."""
-    process = PROCESSES.Process(target=_command, args=(run, arguments, renamed, number))
-    process.start()
+    process = fork(_command, run, arguments, renamed, number)
     process.join()
     assert process.exitcode == -signal.SIGKILL, process.exitcode

@@ -2,7 +2,7 @@
 """The paper's ablation at any scale, from a pipeline to a page: one bank, the same noise in every arm.
 
     python training/studies/ablation.py --identities bank.safetensors --real cache/devtrain cache/celeba \
-        --benchmarks benchmarks --pairs lfw_devtest=lfw/pairsDevTest.txt celeba_bench=celeba_bench/pairs.txt \
+        --benchmarks bins --pairs lfw_devtest=lfw/pairsDevTest.txt celeba_bench=celeba_bench/pairs.txt \
         --encoder edgeface --judge judge --encoder-root insightface --lpips-backbone alexnet_features.safetensors \
         --faces 4000 20000 --fast --work runs/ablation --results docs/results.md
 

@@ -21,6 +21,7 @@ from ..evaluation.paired import pack_answers
 from ..evaluation.report import REPORT, load_report
 from ..files import check_settings, complete_file, local_path, read_json, write_json
 from . import face_recognition
+from .options import INDIFFERENT
 from .recognition import LEAST_ACCURACY, RESULTS
 
 # in the folder of the bench, and of each set
@@ -30,11 +31,9 @@ TABLE, PAGE = "bench.json", "bench.md"
 EVALUATION = "evaluation"
 # of one training: benchmark -> accuracy, and benchmark -> which pairs are told right
 VERIFICATION, ANSWERS = "verification.json", "answers.json"
-# options of a recipe that the weights do not depend on
-INDIFFERENT = {"config", "train_data", "output_dir", "seed", "resume_from_checkpoint", "benchmarks", "checked_faces"}
-INDIFFERENT |= {"dataloader_num_workers", "checkpointing_steps", "checkpoints_total_limit", "validation_steps"}
-INDIFFERENT |= {"report_to", "logging_steps", "hub_model_id", "hub_private", "license"}
-# and those that it must not have, with the reason
+# options that the table has a row for, each
+OF_ROWS = {"train_data", "seed"}
+# and those that a recipe must not have, with the reason
 REFUSED = {"max_train_hours": "tables of two machines would differ", "push_to_hub": "recognizers are not uploaded"}
 
 
@@ -126,7 +125,7 @@ def recipe_settings(recipe: Path, output: Path) -> dict[str, Any]:
     for name, reason in REFUSED.items():
         if args[name]:
             raise ValueError(f"{recipe} has {name.replace('_', '-')}: {reason}. Take it out.")
-    return {name: value for name, value in args.items() if name not in INDIFFERENT | REFUSED.keys()}
+    return {name: value for name, value in args.items() if name not in INDIFFERENT | OF_ROWS | REFUSED.keys()}
 
 
 def benchmark_fingerprint(benchmark: Benchmark) -> str:
