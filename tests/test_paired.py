@@ -74,10 +74,10 @@ def test_equal_recognizers_differ_by_nothing():
 
 
 def test_intervals_cover_a_known_difference():
-    """Five points, where people are easy or hard for all and seeds are good or bad: the interval covers them in 95 of
-    100 worlds or more, and is not so wide that it says nothing."""
+    """Five points, where people are easy or hard for all and seeds are good or bad: the interval covers them in
+    nearly all worlds, and is not so wide that it says nothing."""
     covered, sure = 0, 0
-    for world in range(60):
+    for world in range(30):
         generator = np.random.default_rng([4, world])
         people = random_pairs(generator, 60, 1200)
         ease = generator.normal(0, 0.08, 60)[people].mean(axis=1)
@@ -90,7 +90,7 @@ def test_intervals_cover_a_known_difference():
         value, low, high = resample_accuracies([right], [people], num_resamples=200).difference(0, 1)[0]
         covered += low <= truth <= high
         sure += low > 0
-    assert covered >= 55 and sure >= 50
+    assert covered >= 28 and sure >= 25
 
 
 def level_of(chance: np.ndarray) -> np.ndarray:

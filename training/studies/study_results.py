@@ -254,10 +254,12 @@ def study_page(args: argparse.Namespace, content: dict[str, Any], pictures: dict
                 "",
                 *difference_table(args, arms, done),
             ]
-        lines += ["", f"The sets, mean +- standard deviation over {settings['groups']} groups of identities.", ""]
-        lines += set_table(arms, set_columns(arms, SHOWN, f" by {judge}"))
-        lines += ["", f"Cosines of pairs by {judge}: quantiles of 5 (low), 50 and 95 % (high).", ""]
-        lines += set_table(arms, set_columns(arms, QUANTILES, f" by {judge}"))
+        for title, kinds in (
+            (f"The sets, mean +- standard deviation over {settings['groups']} groups of identities.", SHOWN),
+            (f"Cosines of pairs by {judge}: quantiles of 5 (low), 50 and 95 % (high).", QUANTILES),
+        ):
+            columns = set_columns(arms, kinds, f" by {judge}")
+            lines += ["", title, "", *set_table(arms, columns)] if columns else []
         lines += ["", "What predicts the accuracy: Spearman's rank correlation over the arms.", ""]
         lines += prediction_table(arms, done)
         if pictures.get(int(size)):
