@@ -1008,7 +1008,6 @@ class UIFacePipeline(DiffusionPipeline):
             conditions,
         )
         num_images_per_prompt, num_inference_steps = int(num_images_per_prompt), int(num_inference_steps)
-        reuse_empty_branch = int(reuse_empty_branch)
         scale, threshold, latest, strength = self.prepare_sampling(
             num_inference_steps, guidance_scale, boundary_threshold, latest_boundary, injection_strength
         )
@@ -1034,7 +1033,7 @@ class UIFacePipeline(DiffusionPipeline):
 
         # 3. denoise
         sampler = TwoStageSampler(
-            rule, has_identities, scale, injection, guidance_interval, reuse_empty_branch, device, own_empty
+            rule, has_identities, scale, injection, guidance_interval, int(reuse_empty_branch), device, own_empty
         )
         denoiser = denoiser_kind(self.unet)(self.unet, contexts, device, sampler.injects_cross, strength, own_tokens)
         with installed_processors(cast(AttentionMixin, self.unet)), self.progress_bar(total=len(timesteps)) as bar:
@@ -1064,6 +1063,5 @@ class UIFacePipeline(DiffusionPipeline):
             images = decode_latents(self.vae, latents.to(self.vae.dtype))
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images, sampler.boundary_timesteps)
-        return UIFacePipelineOutput(images=images, boundary_timesteps=sampler.boundary_timesteps)
+        output = UIFacePipelineOutput(images=images, boundary_timesteps=sampler.boundary_timesteps)
+        return output if return_dict else output.to_tuple()
