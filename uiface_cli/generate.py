@@ -196,6 +196,20 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"{option.help} (default: {str(option.default).lower()})",
         )
 
+    group.add_argument(
+        "--diversity",
+        type=any_of(real(0, 1), one_of("recommended")),
+        metavar="VALUE",
+        help="choose boundary, latest boundary and guidance on the curve of `uiface calibrate`: from 0, most identity,"
+        " to 1, most diversity; recommended: as real faces",
+    )
+    group.add_argument(
+        "--identity-cosine",
+        type=real(-1, 1),
+        metavar="COSINE",
+        help="the same by the mean cosine of an image to its identity",
+    )
+
 
 def run(args: argparse.Namespace) -> None:
     import torch
@@ -236,6 +250,8 @@ def run(args: argparse.Namespace) -> None:
         push_to_hub=args.push_to_hub,
         layouts=args.layouts,
         distributions={name: value for name, value in distributions.items() if value is not None},
+        diversity=args.diversity,
+        identity_cosine=args.identity_cosine,
         **{name: value for name, value in vars(args).items() if name in SAMPLING},
     )
     print(

@@ -44,6 +44,7 @@ from .models.identity_projector import IdentityProjector
 from .pictures import Picture, as_pictures, rgb_bytes
 from .two_stage import TwoStageSampler
 from .two_stage.boundary import rule_kind, rule_of_layout
+from .two_stage.dial import DIAL_ARGUMENTS, REFUSED, Dial
 from .two_stage.layout import begin_within, first_evaluation, noised_layout
 from .two_stage.schedulers import (
     check_scheduler,
@@ -204,6 +205,8 @@ class UIFacePipeline(DiffusionPipeline):
             for the call's arguments; the paper's if not given. They are saved with the pipeline, and `from_pipe` keeps
             them. `components` does not have them: `UIFacePipeline(**pipe.components)` warns if the model's own differ
             from the paper's.
+        dial (`dict`, *optional*): the curve of `uiface calibrate` (`two_stage.dial.Dial`), for the call's `diversity`
+            and `identity_cosine`. Saved and kept like the defaults.
 
     Raises:
         ValueError: components that do not belong together or cannot be sampled from, or defaults out of range.
@@ -233,9 +236,12 @@ class UIFacePipeline(DiffusionPipeline):
         boundary_threshold: float | None = None,
         latest_boundary: int | None = None,
         injection_strength: float | None = None,
+        dial: dict[str, Any] | None = None,
         **conditions: ConditionProjector | None,
     ):
         super().__init__()
+        if dial is not None:
+            Dial.from_config(dial)
         check_names(conditions, CONDITIONS)
         self._check_components(vae, unet, identity_projector, empty_context, conditions)
         values = (guidance_scale, boundary_threshold, latest_boundary, injection_strength)
@@ -250,7 +256,7 @@ class UIFacePipeline(DiffusionPipeline):
             empty_context=empty_context,
             **dict.fromkeys(CONDITIONS) | conditions,
         )
-        self.register_to_config(**self._with_defaults(unwrapped(unet), given))
+        self.register_to_config(**self._with_defaults(unwrapped(unet), given), dial=dial)
         self.image_processor = VaeImageProcessor()
 
     @classmethod
@@ -276,8 +282,10 @@ class UIFacePipeline(DiffusionPipeline):
         return own_class_names(config, cls.__name__) if isinstance(config, dict) else config
 
     def to_json_string(self) -> str:
-        """The content of `model_index.json`, without the conditions that this pipeline does not have."""
+        """The content of `model_index.json`, without the conditions and the dial that this pipeline does not have."""
         config = json.loads(super().to_json_string())
+        if config.get("dial") is None:
+            config.pop("dial", None)
         kept = {name: value for name, value in config.items() if name not in CONDITIONS or value[0] is not None}
         return json.dumps(kept, indent=2, sort_keys=True) + "\n"
 
@@ -294,10 +302,10 @@ class UIFacePipeline(DiffusionPipeline):
         """
         if "scheduler" not in kwargs and getattr(pipeline, "scheduler", None) is not None:
             kwargs["scheduler"] = copy.deepcopy(pipeline.scheduler)
-        own = {*cls._get_signature_keys(cls)[0], *MODEL_DEFAULTS}
+        own = {*cls._get_signature_keys(cls)[0], *MODEL_DEFAULTS, "dial"}
         if not isinstance(pipeline, UIFacePipeline) or not kwargs.keys() <= own:
             return super().from_pipe(pipeline, **kwargs)
-        defaults = {name: pipeline.config[name] for name in MODEL_DEFAULTS}
+        defaults = {name: pipeline.config[name] for name in (*MODEL_DEFAULTS, "dial")}
         new = cls(**pipeline.components | defaults | kwargs)
         if pipeline.config.get("_name_or_path") is not None:
             new.register_to_config(_name_or_path=pipeline.config["_name_or_path"])
@@ -560,7 +568,45 @@ class UIFacePipeline(DiffusionPipeline):
     def sampling_defaults(cls) -> dict[str, Any]:
         """The arguments of the call that say how to sample, with their defaults: all but those of a single call."""
         parameters = inspect.signature(cls.__call__).parameters
-        return {name: each.default for name, each in parameters.items() if name not in {"self", *CALL_ARGUMENTS}}
+        others = {"self", *CALL_ARGUMENTS, *DIAL_ARGUMENTS}
+        return {name: each.default for name, each in parameters.items() if name not in others}
+
+    def with_dial(self, sampling: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the call in which `diversity` and `identity_cosine` are replaced by what they become.
+
+        Args:
+            sampling: some of the arguments of `sampling_defaults`, and of the dial.
+
+        Raises:
+            ValueError: the pipeline has no dial, a value is out of its range, both are given, or an argument that the
+                dial decides is given, too.
+        """
+        others = {name: value for name, value in sampling.items() if name not in DIAL_ARGUMENTS}
+        asked = {name: sampling[name] for name in DIAL_ARGUMENTS if sampling.get(name) is not None}
+        if not asked:
+            return others
+        given = [*asked, *(name for name in REFUSED if name in others)]
+        if len(given) > 1:
+            raise ValueError(f"`{given[0]}` decides what `{given[1]}` would: give one of the two.")
+        if self.config.dial is None:
+            raise ValueError(
+                f"`{given[0]}` needs a pipeline whose trade-off of diversity and identity was measured: run `uiface"
+                " calibrate MODEL --encoder PACK` first, or give `boundary` and `guidance_scale`."
+            )
+        dial, value = Dial.from_config(self.config.dial), plain_numbers(asked[given[0]])
+        return others | dial.settings(dial.identity_cosine(value) if "diversity" in asked else value)
+
+    def prepare_dial(self, diversity: float | str | None, identity_cosine: float | None, *given: Any) -> list[Any]:
+        """The values of `two_stage.dial.REFUSED` in their order: those `given`, or what the dial makes of them."""
+        defaults, values = self.sampling_defaults(), dict(zip(REFUSED, given, strict=True))
+        # a default is as good as nothing
+        others = {
+            name: value
+            for name, value in values.items()
+            if not (isinstance(value, type(defaults[name])) and value == defaults[name])
+        }
+        dial = {"diversity": diversity, "identity_cosine": identity_cosine}
+        return list((values | self.with_dial(others | dial)).values())
 
     def check_sampling(
         self,
@@ -578,7 +624,7 @@ class UIFacePipeline(DiffusionPipeline):
         Raises:
             ValueError: there is no such argument, or a value does not fit.
         """
-        defaults = self.sampling_defaults()
+        defaults, sampling = self.sampling_defaults(), self.with_dial(sampling)
         unknown = sorted(sampling.keys() - defaults.keys())
         if unknown:
             raise ValueError(
@@ -858,6 +904,8 @@ class UIFacePipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature
         layout: torch.Tensor | Picture | list[Picture] | None = None,
+        diversity: float | str | None = None,
+        identity_cosine: float | None = None,
         **conditions: Any,
     ) -> UIFacePipelineOutput | tuple:
         r"""Samples faces. B below is the number of identities times `num_images_per_prompt`. The timesteps of
@@ -918,6 +966,10 @@ class UIFacePipeline(DiffusionPipeline):
             pose (`tuple[float, float]`, `list` or `torch.Tensor` of shape `(B, 2)`, *optional*): yaw and pitch of the
                 head in degrees, of [`PoseProjector`]; one for all samples, or one per sample, `None` for one without.
                 It and other conditions of `uiface_diffusers.models.CONDITIONS` need their component.
+            diversity (`float` or `"recommended"`, *optional*): chooses `boundary`, `latest_boundary` and
+                `guidance_scale` on the curve that `uiface calibrate` measured: 0 is most identity, 1 most diversity,
+                `"recommended"` as real faces. `with_dial` says what it becomes. Not beside one of these arguments.
+            identity_cosine (`float`, *optional*): the same by the mean cosine of an image to its identity.
 
         Examples:
 
@@ -929,6 +981,9 @@ class UIFacePipeline(DiffusionPipeline):
             RuntimeError: another call of this pipeline, or of one with the same scheduler, is running.
         """
         # 1. inputs
+        guidance_scale, boundary, latest_boundary, boundary_threshold = self.prepare_dial(
+            diversity, identity_cosine, guidance_scale, boundary, latest_boundary, boundary_threshold
+        )
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         identity_embeds, layouts = self.prepare_identity_embeds(identity_embeds), self.load_layout(layout)
@@ -953,7 +1008,6 @@ class UIFacePipeline(DiffusionPipeline):
             conditions,
         )
         num_images_per_prompt, num_inference_steps = int(num_images_per_prompt), int(num_inference_steps)
-        reuse_empty_branch = int(reuse_empty_branch)
         scale, threshold, latest, strength = self.prepare_sampling(
             num_inference_steps, guidance_scale, boundary_threshold, latest_boundary, injection_strength
         )
@@ -979,7 +1033,7 @@ class UIFacePipeline(DiffusionPipeline):
 
         # 3. denoise
         sampler = TwoStageSampler(
-            rule, has_identities, scale, injection, guidance_interval, reuse_empty_branch, device, own_empty
+            rule, has_identities, scale, injection, guidance_interval, int(reuse_empty_branch), device, own_empty
         )
         denoiser = denoiser_kind(self.unet)(self.unet, contexts, device, sampler.injects_cross, strength, own_tokens)
         with installed_processors(cast(AttentionMixin, self.unet)), self.progress_bar(total=len(timesteps)) as bar:
@@ -1009,6 +1063,5 @@ class UIFacePipeline(DiffusionPipeline):
             images = decode_latents(self.vae, latents.to(self.vae.dtype))
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images, sampler.boundary_timesteps)
-        return UIFacePipelineOutput(images=images, boundary_timesteps=sampler.boundary_timesteps)
+        output = UIFacePipelineOutput(images=images, boundary_timesteps=sampler.boundary_timesteps)
+        return output if return_dict else output.to_tuple()
