@@ -110,7 +110,8 @@ def calibrate(
         point = _measured_before(folder)
         if point is None:
             rows = _sample(pipeline, identities, folder, batch_size=batch_size, **sampling, **each)
-            point = DialPoint(**each, **_figures(folder, identities, encoder, perceptual), rows_per_image=rows)
+            figures: dict[str, Any] = _figures(folder, identities, encoder, perceptual)
+            point = DialPoint(**each, **figures, rows_per_image=rows)
             write_json(folder / "point.json", asdict(point))
         points.append(point)
         log(f"{number}/{len(grid)} {describe(point)}")
@@ -175,7 +176,7 @@ def _measure(
     identities: IdentityBank | None = None,
     max_faces: int | None = None,
 ) -> dict[str, float]:
-    """Name -> value of all figures of the registered measures that have what they need."""
+    """Name -> value of the figures of the registered measures that have what they need."""
     faces = FaceSet(open_faces(path)).usable(str(path), cache)
     if max_faces is not None:
         faces = faces.sample_identities(max_faces)
@@ -196,7 +197,8 @@ def _measure(
     for measure in measures:
         measure.check()
         measure.measure()
-    return {figure.name: figure.value for measure in measures for figure in measure.found}
+    found = (figure for measure in measures for figure in measure.found)
+    return {figure.name: figure.value for figure in found if figure.value is not None}
 
 
 def _real_cosine(path: str | os.PathLike, cache: Path, encoder: FaceEncoder) -> float:

@@ -235,9 +235,9 @@ def denoising_loss(
     is_empty = torch.rand(batch_size, device=device) < empty_probability
     # the empty context gets a gradient in every step
     is_empty[:1].fill_(True)  # assigning to `is_empty[0]` would wait for the device
-    arguments = [identity_embeds, is_empty]
+    arguments: tuple[Any, ...] = (identity_embeds, is_empty)
     if values:
-        arguments.append(condition_inputs(values, flip.bool(), dropouts or {}))
+        arguments += (condition_inputs(values, flip.bool(), dropouts or {}),)
 
     objective = objective_of(scheduler)
     noisy = objective.noisy(latents, noise, timesteps)
