@@ -7,6 +7,7 @@ import textwrap
 import warnings
 from pathlib import Path
 
+import accelerate
 import numpy as np
 import PIL.Image
 import pytest
@@ -76,6 +77,16 @@ def test_aligned_faces_need_no_pack(carrying):
     out = carrying(bank, num_inference_steps=2)
     plain = carrying(bank.embeddings, num_inference_steps=2)
     assert len(out.images) == 3 and len(plain.images) == 3
+
+
+def test_it_embeds_where_the_pipeline_computes(carrying):
+    """As after `enable_sequential_cpu_offload`, which needs an accelerator: the weights are on the meta device."""
+    expected = carrying.embed_photographs(faces(1), aligned=True)
+    for component in carrying.components.values():
+        if isinstance(component, torch.nn.Module):
+            accelerate.cpu_offload(component, torch.device("cpu"), offload_buffers=True)
+    assert carrying.device.type == "meta"
+    assert torch.equal(carrying.embed_photographs(faces(1), aligned=True).embeddings, expected.embeddings)
 
 
 def test_whole_photographs_need_a_detector(carrying, toy_root, tmp_path):
@@ -162,11 +173,16 @@ def test_it_comes_from_the_hub(folder, tmp_path):
         bank = pipe.embed_photographs(faces, aligned=True)
         assert bank.encoder_mark == ours.embed_photographs(faces, aligned=True).encoder_mark
         pipe.prepare_identity_embeds(bank)
+        ours.save_pretrained(sys.argv[2], push_to_hub=True, repo_id="tester/saved")
+        assert UIFacePipeline.from_pretrained("tester/saved").carried_encoder() is not None
     """
     with HubServer(tmp_path / "hub") as hub:
         environment = {**hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
         process = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(program), folder], env=environment, capture_output=True, text=True
+            [sys.executable, "-c", textwrap.dedent(program), folder, tmp_path / "saved"],
+            env=environment,
+            capture_output=True,
+            text=True,
         )
     assert process.returncode == 0, process.stderr
 
@@ -196,6 +212,13 @@ def test_commands(folder, toy_root, tmp_path, capsys):
     assert "--encoder model is for --from-images" in complaint(
         "identities", "make", folder, "--number", "1", "--output", tmp_path / "x.safetensors", "--encoder", "model"
     )
+    # a detector is not dropped in silence, nor is the encoder
+    has_its_own = "--detector is for the encoder that a model carries: the pack toy has its own"
+    assert has_its_own in complaint(*command[:-2], *pack, *detector)
+    prepare_faces(images, tmp_path / "cache", FaceEncoder("toy", str(toy_root), det_size=160), image_size=32)
+    of_cache = [tmp_path / "cache" if word == images else word for word in command]
+    assert "is a cache, which has embeddings" in complaint(*of_cache)
+    assert "is a cache, which has embeddings" in complaint(*of_cache[:-2], *detector)
     for file in (folder / IDENTITY_ENCODER).iterdir():
         file.unlink()
     assert "carries no encoder" in complaint(*command)

@@ -72,9 +72,15 @@ def encoder_settings(args: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def face_encoder(args: argparse.Namespace, **options: Any) -> "FaceEncoder":
-    """The encoder that the options name."""
+    """The encoder that the options name.
+
+    Raises:
+        ValueError: they name a detector for the encoder that a model carries, too.
+    """
     from uiface_diffusers.faces import FaceEncoder
 
+    if getattr(args, "detector", None) is not None:
+        raise ValueError(f"--detector is for the encoder that a model carries: the pack {args.encoder} has its own.")
     return FaceEncoder(args.encoder, **encoder_settings(args), **options)
 
 

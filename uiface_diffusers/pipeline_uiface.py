@@ -396,10 +396,11 @@ class UIFacePipeline(DiffusionPipeline):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As diffusers' own; the encoder that the pipeline carries goes with it."""
-        super().save_pretrained(save_directory, *args, **kwargs)
         folder, copied = self.carried_encoder(), Path(save_directory) / IDENTITY_ENCODER
+        # first: with `push_to_hub`, diffusers uploads the folder before it returns
         if folder is not None and folder.resolve() != copied.resolve():
             shutil.copytree(folder, copied, dirs_exist_ok=True)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @staticmethod
     def _with_defaults(unet: torch.nn.Module | None, given: dict[str, float]) -> dict[str, float]:
@@ -599,7 +600,7 @@ class UIFacePipeline(DiffusionPipeline):
     def prepare_dial(self, diversity: float | str | None, identity_cosine: float | None, *given: Any) -> list[Any]:
         """The values of `two_stage.dial.REFUSED` in their order: those `given`, or what the dial makes of them."""
         defaults, values = self.sampling_defaults(), dict(zip(REFUSED, given, strict=True))
-        # a default is as good as nothing
+        # an argument that has its default counts as not given
         others = {
             name: value
             for name, value in values.items()
@@ -693,7 +694,8 @@ class UIFacePipeline(DiffusionPipeline):
                 f"this pipeline carries no encoder (`{IDENTITY_ENCODER}` in its folder): embed photographs by"
                 f" `FaceEncoder.embed` with the pack that it was trained with, {trained_on}."
             )
-        encoder = CarriedEncoder(folder, detector, self.device)
+        # of an offloaded pipeline, `device` may be "meta"
+        encoder = CarriedEncoder(folder, detector, self._execution_device)
         return encoder.embed(photographs, selection, aligned)
 
     def prepare_identity_embeds(self, identity_embeds: Any) -> torch.Tensor | None:

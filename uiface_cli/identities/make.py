@@ -129,12 +129,17 @@ def encoder_of_images(args: argparse.Namespace) -> "PhotographEncoder":
 def take_from_images(args: argparse.Namespace) -> dict[str, int]:
     from uiface_diffusers.banks import identities_from_images, is_cache, load_bank
 
+    from_cache = is_cache(args.from_images)
+    if from_cache and (args.encoder == OF_THE_MODEL or args.detector is not None):
+        raise ValueError(
+            f"{args.from_images} is a cache, which has embeddings: it takes no other encoder or detector."
+        )
     bank, report = identities_from_images(
         args.from_images,
         args.output,
         args.number,
         exclude=[load_bank(bank) for bank in args.exclude],
-        encoder=None if is_cache(args.from_images) else encoder_of_images(args),
+        encoder=None if from_cache else encoder_of_images(args),
         max_similarity=args.max_similarity,
         aligned=args.aligned,
     )
