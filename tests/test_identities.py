@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import complaint, draw_person
 from safetensors.torch import save_file
 
-from uiface_diffusers import IdentityBank, cli
+from uiface_diffusers import IdentityBank, UIFacePipeline, cli
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.generation import make_identities
 from uiface_diffusers.identities import inspect_bank, largest_cosines
@@ -39,6 +39,24 @@ def test_identities_are_made_from_the_model_and_go_on(tiny_pipeline, encoder, tm
     assert torch.equal(IdentityBank.load(tmp_path / "bank.safetensors").embeddings[:6], bank.embeddings)
     with pytest.raises(ValueError, match="begun with other settings .seed"):
         make_identities(tiny_pipeline, encoder, 8, tmp_path / "bank.safetensors", [exclude], seed=1, **options)
+
+
+def test_identities_go_on_with_what_the_dial_was(tiny_pipeline, encoder, tmp_path):
+    """A curve that is measured again has the same model: the settings keep the call's arguments, not the dial's."""
+    measured = {"genuine_cosine": 0.3, "eer": 0.1, "rows_per_image": 2.0, "boundary": "adaptive"}
+    points = [
+        {"guidance_scale": scale, "latest_boundary": 300, "identity_cosine": cosine, "diversity": 1 - cosine}
+        for scale, cosine in ((1.5, 0.2), (3.0, 0.6))
+    ]
+    dial = {"points": [point | measured for point in points], "encoder": "toy", "encoder_fingerprint": None}
+    dial |= {"num_inference_steps": 2, "diversity_measure": "genuine_distance"}
+    options = {"max_similarity": 1.0, "batch_size": 2, "num_inference_steps": 2, "diversity": 0.0}
+    pipe = UIFacePipeline.from_pipe(tiny_pipeline, dial=dial)
+    make_identities(pipe, encoder, 2, tmp_path / "bank.safetensors", **options)
+    dial["points"][1]["guidance_scale"] = 4.0
+    again = UIFacePipeline.from_pipe(tiny_pipeline, dial=dial)
+    with pytest.raises(ValueError, match="begun with other settings .sampling.*'guidance_scale': 3.0"):
+        make_identities(again, encoder, 2, tmp_path / "bank.safetensors", **options)
 
 
 def test_too_few_identities_are_saved_and_reported(tiny_pipeline, encoder, tmp_path):

@@ -59,7 +59,8 @@ def make_identities(
         if value is not None and value < 1:
             raise ValueError(f"`{name}` has to be positive but is {value}.")
     seed, batch_size = plain_numbers(seed), plain_numbers(batch_size)
-    sampling = {name: plain_numbers(value) for name, value in sampling.items()}
+    # the settings have what the dial makes of them: the model's fingerprint says nothing of its dial
+    sampling = pipeline.with_dial({name: plain_numbers(value) for name, value in sampling.items()})
     pipeline.check_sampling(**sampling)
     output = local_path(output)
     check_no_folder(output)
