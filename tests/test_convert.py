@@ -86,6 +86,15 @@ def test_the_card_goes_along(people, tmp_path, form, capsys):
     assert "made from: {name: people, " in printed and "lineage.generator.name: org/model" in printed
 
 
+def test_a_step_that_somebody_wrote_without_a_list_is_one_step(people, tmp_path, capsys):
+    (people / "README.md").write_text("---\nlineage: {derived_from: WebFace}\n---\n")
+    cli.main(["card", str(people)])
+    assert "  made from: WebFace\n" in capsys.readouterr().out
+    cli.main(["convert", str(people), str(tmp_path / "first"), "--format", "imagefolder"])
+    steps = read_header(tmp_path / "first" / "README.md")["lineage"]["derived_from"]
+    assert steps[0] == "WebFace" and steps[1]["name"] == "people" and len(steps) == 2
+
+
 def test_a_card_that_is_no_yaml_is_named_before_the_work(people, tmp_path):
     (people / "README.md").write_text("---\nlicense: [\n---\n")
     with pytest.raises(SystemExit, match="the header of .*README.md, between the lines ---, is no YAML"):

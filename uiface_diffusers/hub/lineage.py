@@ -107,9 +107,14 @@ def derived_header(dataset: str | os.PathLike, step: Mapping[str, Any], same_ima
     lineage = {**_mapping(header.get("lineage"))}
     if not same_images:
         lineage.pop("leakage_audit", None)
-    before = lineage.get(DERIVED)
-    lineage[DERIVED] = [*(before if isinstance(before, list) else []), dict(step)]
+    lineage[DERIVED] = [*_steps(lineage), dict(step)]
     return {name: value for name, value in header.items() if name not in OF_FILES} | {"lineage": lineage}
+
+
+def _steps(lineage: Mapping[str, Any]) -> list[Any]:
+    """From the first set to this one; a single one that somebody wrote without a list is one step."""
+    steps = lineage.get(DERIVED) or []
+    return steps if isinstance(steps, list) else [steps]
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -236,11 +241,10 @@ def describe_lineage(dataset: str | os.PathLike) -> list[str]:
     card = path / CARD if path.is_dir() else path
     header = read_header(card)
     known, missing = known_lineage(header), missing_lineage(header)
-    lines = [
-        f"known, in {card}:" if known or _value(header, f"lineage.{DERIVED}") else f"{card} says nothing of the origin"
-    ]
+    steps = _steps(_mapping(header.get("lineage")))
+    lines = [f"known, in {card}:" if known or steps else f"{card} says nothing of the origin"]
     lines += [f"  {field}: {_in_one_line(value)}" for field, value in known.items()]
-    lines += [f"  made from: {_in_one_line(step)}" for step in _value(header, f"lineage.{DERIVED}") or []]
+    lines += [f"  made from: {_in_one_line(step)}" for step in steps]
     if not missing:
         return [*lines, "nothing is missing"]
     lines.append("missing:")
