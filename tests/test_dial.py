@@ -1,5 +1,6 @@
 """`uiface calibrate` and the dial: the curve by hand, and a tiny model end to end."""
 
+import inspect
 import itertools
 import json
 import shutil
@@ -12,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from conftest import complaint, tiny_components
 
+import uiface_cli.calibrate
 from uiface_diffusers import IdentityBank, UIFacePipeline, cli
+from uiface_diffusers.evaluation.calibration import calibrate
 from uiface_diffusers.two_stage.dial import Dial, DialPoint, diversity_of_real_faces, monotone_curve
 
 
@@ -212,11 +215,26 @@ def test_calibration_in_place_without_perceptual_weights(root, toy_root, tmp_pat
     model = shutil.copytree(root / "model", tmp_path / "model")
     argv = arguments(root, toy_root, "--work", tmp_path / "work")
     argv[1] = str(model)
+    # a copy that fails on the way is no model: the same command goes on
+    (model / "broken").symlink_to(tmp_path / "nowhere")
+    copied = [*argv, "--output", str(tmp_path / "copy")]
+    assert "broken" in complaint(*copied) and not (tmp_path / "copy").exists()
+    (model / "broken").unlink()
+    cli.main(copied)
+    assert {file.name for file in (tmp_path / "copy").iterdir()} == {file.name for file in model.iterdir()}
+    assert UIFacePipeline.from_pretrained(tmp_path / "copy").config.dial is not None
+    assert UIFacePipeline.from_pretrained(model).config.dial is None
     cli.main(argv)
     found = Dial.from_config(UIFacePipeline.from_pretrained(model).config.dial)
     assert found.diversity_measure == "genuine_distance" and found.recommended_diversity is None
     assert all(each.diversity == pytest.approx(1 - each.genuine_cosine) for each in found.points)
     assert replace(found) == found
+
+
+def test_the_command_has_the_grid_of_the_package():
+    parameters = inspect.signature(calibrate).parameters
+    assert parameters["guidance_scales"].default == uiface_cli.calibrate.GUIDANCE_SCALES
+    assert parameters["latest_boundaries"].default == uiface_cli.calibrate.LATEST_BOUNDARIES
 
 
 def test_bad_input_is_refused_before_long_work(root, toy_root, tmp_path):

@@ -1,9 +1,17 @@
 import argparse
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .options import device, path, real, whole
 from .shared import MODEL, Commands, add_command, add_encoder_arguments, face_encoder
+
+if TYPE_CHECKING:
+    from uiface_diffusers.two_stage.dial import Dial
+
+# of `uiface_diffusers.evaluation.calibration.calibrate`; a test compares
+GUIDANCE_SCALES = (1.5, 3.0)
+LATEST_BOUNDARIES = (100, 300, 500, 700)
 
 
 def add(commands: Commands) -> None:
@@ -43,15 +51,20 @@ def add(commands: Commands) -> None:
         "--num-inference-steps", type=whole(), default=50, metavar="NUMBER", help="default: %(default)s"
     )
     parser.add_argument(
-        "--guidance-scales", type=real(low=0), nargs="+", default=[1.5, 3.0], metavar="SCALE", help="default: 1.5 3"
+        "--guidance-scales",
+        type=real(low=0),
+        nargs="+",
+        default=GUIDANCE_SCALES,
+        metavar="SCALE",
+        help=f"default: {' '.join(map(str, GUIDANCE_SCALES))}",
     )
     parser.add_argument(
         "--latest-boundaries",
         type=whole(0),
         nargs="+",
-        default=[100, 300, 500, 700],
+        default=LATEST_BOUNDARIES,
         metavar="TIMESTEP",
-        help="default: 100 300 500 700",
+        help=f"default: {' '.join(map(str, LATEST_BOUNDARIES))}",
     )
     parser.add_argument(
         "--real",
@@ -101,12 +114,24 @@ def run(args: argparse.Namespace) -> None:
         real=args.real,
         log=lambda line: print(line, flush=True),
     )
-    if args.output is not None:
-        shutil.copytree(folder, args.output)
-    save_dial(args.output or folder, dial)
+    if args.output is None:
+        save_dial(folder, dial)
+    else:
+        _copy_with(dial, folder, args.output)
     print("the curve, from most diverse to most identity:")
     for point in dial.points:
         print(f"  {describe(point)}")
     if dial.recommended_diversity is not None:
         print(f"as varied as real faces: --diversity {dial.recommended_diversity:.2f}, or recommended")
     print(f"written to {(args.output or folder) / 'model_index.json'}")
+
+
+def _copy_with(dial: "Dial", folder: Path, output: Path) -> None:
+    """A copy of a model with its dial, under its name when it is complete: what is there is not written to again."""
+    from uiface_diffusers.evaluation.calibration import save_dial
+
+    beside = output.with_name(f".{output.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(folder, beside)
+    save_dial(beside, dial)
+    beside.rename(output)
