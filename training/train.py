@@ -34,10 +34,12 @@ from uiface_diffusers.files import write_json
 from uiface_diffusers.fingerprint import model_fingerprint
 from uiface_diffusers.hub import save_card
 from uiface_diffusers.latents import FirstStage
+from uiface_diffusers.training.alignment import AlignedDenoiser, OwnRecognizer, Teacher, cache_features
 from uiface_diffusers.training.averages import WeightAverage
 from uiface_diffusers.training.datasets import LatentFaces, describe_caches, open_caches
 from uiface_diffusers.training.denoising import (
     TIMESTEP_SAMPLING,
+    ConditionalDenoiser,
     DenoisingLog,
     build_denoiser,
     check_network,
@@ -60,7 +62,7 @@ from uiface_diffusers.training.options import (
     run_script,
 )
 from uiface_diffusers.training.order import EndlessBatchSampler, sampling_weights
-from uiface_diffusers.training.run import Product, Run, make_accelerator, training_folder
+from uiface_diffusers.training.run import Product, Run, frozen, make_accelerator, training_folder
 from uiface_diffusers.training.schedules import make_lr_scheduler
 
 logger = get_logger(__name__)
@@ -92,6 +94,14 @@ def add_loss_arguments(group: Options) -> None:
     text = "of 1 - cosine between the denoised face and the identity it was given (DCFace, Kim et al. 2023); needs"
     text += " --encoder-root and v_prediction or flow_prediction"
     group.add_argument("--identity-weight", type=real(0), default=0.0, help=text)
+    text = "folders of IResNets (training/train_face_recognition.py), of any embedding, beside the encoder: they compare"
+    text += " the denoised with the clean face, both decoded, and the recognizers' mean is taken"
+    group.add_argument("--identity-recognizers", nargs="+", default=[], help=text)
+    text = "of 1 - cosine between features in the middle of the denoiser and a recognizer's map of the clean face (REPA,"
+    text += " Yu et al. 2025); needs --alignment-recognizer or --encoder-root"
+    group.add_argument("--alignment-weight", type=real(0), default=0.0, help=text)
+    text = "that recognizer: folder of an IResNet; by default, the encoder"
+    group.add_argument("--alignment-recognizer", help=text)
     text = "of LPIPS between the denoised and the clean face, both decoded, with weight on eyes and mouth; needs"
     text += " v_prediction or flow_prediction"
     group.add_argument("--lpips-weight", type=real(0), default=0.0, help=text)
@@ -127,6 +137,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # of predicted noise the clean latents are no stable function: the noisier, the less
     if args.identity_weight and (args.encoder_root is None or args.prediction_type not in PREDICTS_LATENTS):
         parser.error("--identity-weight needs --encoder-root and --prediction-type v_prediction or flow_prediction")
+    if args.identity_recognizers and args.encoder_root is None:
+        parser.error("--identity-recognizers are beside the encoder: give --encoder-root and --identity-weight, too")
+    if args.alignment_weight and args.alignment_recognizer is None and args.encoder_root is None:
+        parser.error("--alignment-weight needs a teacher: --alignment-recognizer or --encoder-root")
+    own = [args.alignment_recognizer] if args.alignment_recognizer else []
+    for folder in [*args.identity_recognizers, *own]:
+        if not (Path(folder) / "config.json").is_file():
+            parser.error(f"{folder} is no folder of a recognizer of training/train_face_recognition.py")
     if args.lpips_weight and args.prediction_type not in PREDICTS_LATENTS:
         parser.error("--lpips-weight needs --prediction-type v_prediction or flow_prediction")
     shares = args.train_data_shares
@@ -170,6 +188,22 @@ def load_training_data(
     return LatentFaces(latents, embeddings), sampler, names, encoder
 
 
+def align_features(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    caches: Sequence[FaceCache],
+    dataset: LatentFaces,
+    denoiser: ConditionalDenoiser,
+    encoder: FaceEncoder | None,
+) -> tuple[AlignedDenoiser, str]:
+    """The denoiser with what aligns its features, and the teacher's fingerprint. The data set gets the features."""
+    teacher = Teacher(args.alignment_recognizer or encoder)
+    aligned = AlignedDenoiser(denoiser, *dataset.latents.shape[-2:])
+    with accelerator.main_process_first():
+        dataset.features = cache_features(caches, teacher, aligned.grid, accelerator.device)
+    return aligned, teacher.fingerprint
+
+
 class Pipeline(Product):
     """The pipeline of a training; on the way, a grid of faces: a row of the empty context and one of each identity,
     with the same seeds in every row."""
@@ -187,6 +221,7 @@ class Pipeline(Product):
 
     def card(self, args: argparse.Namespace) -> dict[str, Any]:
         paths = ("train_data", "vae", "output_dir", "init_from", "hub_model_id", "encoder_root")
+        paths += ("identity_recognizers", "alignment_recognizer")
         lineage = {"training_data": describe_caches(args.train_data)}
         return {
             "recipe": describe_recipe("training/train.py", args, paths),
@@ -241,15 +276,21 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
     noise_scheduler = training_scheduler(sampling_scheduler)
     signal = objective_of(noise_scheduler).signal
     face_encoder, recognizer, perceptual = load_judges(args, accelerator, encoder_mark)
+    recognizers = args.identity_recognizers if args.identity_weight else []
+    further = [frozen(accelerator, OwnRecognizer(folder)) for folder in recognizers]
     decodes = recognizer is not None or perceptual is not None
     if decodes:
         vae.to(memory_format=torch.channels_last)  # decodes and differentiates a quarter faster
 
+    trained, teacher_fingerprint = denoiser, None
+    if args.alignment_weight:
+        trained, teacher_fingerprint = align_features(args, accelerator, caches, dataset, denoiser, face_encoder)
+
     # 3. optimizer; the published code's Adam is AdamW without weight decay
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     lr_scheduler = make_lr_scheduler(args, optimizer)
     average = WeightAverage(denoiser.to(device), args.ema_decay)
-    model, optimizer = accelerator.prepare(denoiser, optimizer)
+    model, optimizer = accelerator.prepare(trained, optimizer)
     accelerator.register_for_checkpointing(lr_scheduler)  # `prepare` would step it once per process
 
     # 4. train
@@ -260,6 +301,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
     fixed |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "side_view_share": args.side_view_share}
     fixed |= {"train_data": [cache.fingerprint for cache in caches], "vae": model_fingerprint(vae)}
     fixed |= {"prediction_type": args.prediction_type, "unet": args.unet}
+    fixed |= {} if teacher_fingerprint is None else {"alignment": teacher_fingerprint}
     fixed |= {} if args.denoiser == "uiface" else {"denoiser": args.denoiser, "transformer": args.transformer}
     log = DenoisingLog(noise_scheduler.config.num_train_timesteps, device)
     samples = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -278,18 +320,20 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
         per_step={"samples": samples},
     )
     denoiser.train()
-    for latents, identity_embeds in run:
+    for latents, identity_embeds, *teacher in run:
         with accelerator.accumulate(model):
             with accelerator.autocast():
                 options = (args.empty_probability, args.snr_gamma, args.timestep_sampling)
-                loss = denoising_loss(model, noise_scheduler, latents, identity_embeds, *options)
+                loss = denoising_loss(model, noise_scheduler, latents, identity_embeds, *options, *teacher)
             terms, faces = {"denoising": loss.losses.mean()}, None
+            if loss.alignment is not None:
+                terms["alignment"] = args.alignment_weight * loss.alignment.mean()
             if decodes:
                 weights = signal(loss.timesteps) if args.decoded_noise == "low" else None
                 judges = (vae, recognizer, perceptual)
-                faces = face_losses(*judges, loss, identity_embeds, args.decoded_samples, weights)
+                faces = face_losses(*judges, loss, identity_embeds, args.decoded_samples, weights, further)
                 terms["lpips"] = args.lpips_weight * faces.lpips.mean()
-                distances = ((1 - faces.cosines) * faces.has_identity).sum()
+                distances = (faces.identity_distances() * faces.has_identity).sum()
                 terms["identity"] = args.identity_weight * distances / faces.has_identity.sum().clamp(min=1)
             accelerator.backward(sum(terms.values()))
             if args.max_grad_norm is not None and accelerator.sync_gradients:

@@ -48,16 +48,18 @@ def describe_caches(folders: Sequence[str | os.PathLike]) -> list[dict[str, Any]
 
 
 class LatentFaces(Dataset):
-    """Latents of both flips `(2, C, h, w)` and identity embeddings; fetched a batch at a time."""
+    """Latents of both flips `(2, C, h, w)` and identity embeddings, and the teacher's features `(2, h * w, C)` of both
+    flips if there are any; fetched a batch at a time."""
 
-    def __init__(self, latents: LatentSet, embeddings: torch.Tensor):
-        self.latents, self.embeddings = latents, embeddings
+    def __init__(self, latents: LatentSet, embeddings: torch.Tensor, features: LatentSet | None = None):
+        self.latents, self.embeddings, self.features = latents, embeddings, features
 
     def __len__(self) -> int:
         return len(self.latents)
 
-    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.latents.__getitems__(indices), self.embeddings[indices]
+    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, ...]:
+        batch = (self.latents.__getitems__(indices), self.embeddings[indices])
+        return batch if self.features is None else (*batch, self.features.__getitems__(indices))
 
 
 class FacePictures(Dataset):
