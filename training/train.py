@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Trains UIFace's denoiser with identity projector and empty context (Lin et al., ICLR 2025, sec. 3.2).
+"""Trains UIFace's denoiser with identity projector and empty context (Lin et al., ICLR 2025, sec. 3.2), and with
+projectors of further conditions, such as the head pose.
 
     uiface prepare photos --output cache/photos --encoder buffalo_l
     accelerate launch training/train.py --config training/configs/uiface_casia.yaml \\
@@ -31,18 +32,19 @@ from uiface_diffusers.denoisers import TRAINABLE
 from uiface_diffusers.encoders import EncoderMark, common_encoder
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.files import write_json
-from uiface_diffusers.fingerprint import model_fingerprint
+from uiface_diffusers.fingerprint import model_fingerprint, weights_fingerprint
 from uiface_diffusers.hub import save_card
 from uiface_diffusers.latents import FirstStage
-from uiface_diffusers.training.alignment import AlignedDenoiser, OwnRecognizer, Teacher, cache_features
+from uiface_diffusers.models import CONDITIONS
+from uiface_diffusers.training.alignment import OwnRecognizer, Teacher, align_features
 from uiface_diffusers.training.averages import WeightAverage
-from uiface_diffusers.training.datasets import LatentFaces, describe_caches, open_caches
+from uiface_diffusers.training.datasets import LatentFaces, describe_caches, open_caches, read_condition
 from uiface_diffusers.training.denoising import (
     TIMESTEP_SAMPLING,
-    ConditionalDenoiser,
     DenoisingLog,
     build_denoiser,
     check_network,
+    condition_options,
     denoising_loss,
     face_losses,
     load_judges,
@@ -79,6 +81,13 @@ def add_data_arguments(group: Options) -> None:
     group.add_argument("--context-dropout", type=real(0, 1), default=0.25, help="dropout of the context's components")
     text = "how often the empty context is trained; beside it, the first sample of every batch and process has it"
     group.add_argument("--empty-probability", type=real(0, 1), default=0.2, help=text)
+    for component, projector in CONDITIONS.items():
+        name, option = projector.condition, component.replace("_", "-")
+        text = f"condition on the {name}, too, which the caches need to have: {projector.__name__} options, as JSON,"
+        text += " '{}' for its own. One that --init-from has is trained in any case"
+        group.add_argument(f"--{option}", type=json_object, help=text)
+        text = f"how often a sample goes without its {name}, so that it need not be given"
+        group.add_argument(f"--{name}-dropout", type=real(0, 1), default=0.1, help=text)
     group.add_argument("--balanced-sampling", **SWITCH, help="every identity as often, however many faces it has")
     text = "how much of the training each cache gets, one number per cache; by default, in proportion to its faces"
     group.add_argument("--train-data-shares", nargs="+", type=real(0), help=text)
@@ -94,10 +103,14 @@ def add_loss_arguments(group: Options) -> None:
     text = "of 1 - cosine between the denoised face and the identity it was given (DCFace, Kim et al. 2023); needs"
     text += " --encoder-root and v_prediction or flow_prediction"
     group.add_argument("--identity-weight", type=real(0), default=0.0, help=text)
-    text = "folders of IResNets (training/train_face_recognition.py), of any embedding, beside the encoder: they compare"
+    text = (
+        "folders of IResNets (training/train_face_recognition.py), of any embedding, beside the encoder: they compare"
+    )
     text += " the denoised with the clean face, both decoded, and the recognizers' mean is taken"
     group.add_argument("--identity-recognizers", nargs="+", default=[], help=text)
-    text = "of 1 - cosine between features in the middle of the denoiser and a recognizer's map of the clean face (REPA,"
+    text = (
+        "of 1 - cosine between features in the middle of the denoiser and a recognizer's map of the clean face (REPA,"
+    )
     text += " Yu et al. 2025); needs --alignment-recognizer or --encoder-root"
     group.add_argument("--alignment-weight", type=real(0), default=0.0, help=text)
     text = "that recognizer: folder of an IResNet; by default, the encoder"
@@ -161,7 +174,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_training_data(
-    args: argparse.Namespace, caches: Sequence[FaceCache], accelerator: Accelerator, vae: FirstStage
+    args: argparse.Namespace,
+    caches: Sequence[FaceCache],
+    accelerator: Accelerator,
+    vae: FirstStage,
+    conditions: Sequence[str] = (),
 ) -> tuple[LatentFaces, EndlessBatchSampler, list[str], EncoderMark]:
     """Data set, its order, identity of each face, and encoder. All is checked before anything is encoded."""
     encoder = common_encoder({str(cache.folder): cache.encoder_mark for cache in caches})
@@ -175,6 +192,7 @@ def load_training_data(
             logger.warning(f"{unknown} of {len(poses)} faces have no head pose: they count as no side views")
     shares = (args.train_data_shares, args.side_view_share)
     weights = sampling_weights(names, lengths, poses, args.balanced_sampling, *shares)
+    values = [read_condition(CONDITIONS[name], caches) for name in conditions]
     rank, world_size = accelerator.process_index, accelerator.num_processes
     sampler = EndlessBatchSampler(sum(lengths), args.train_batch_size, args.seed, rank, world_size, weights=weights)
     with accelerator.main_process_first():
@@ -185,23 +203,7 @@ def load_training_data(
             f"{len(latents)} cached latents for {len(embeddings)} faces in {args.train_data}: delete the latents-*"
             " files to encode them again."
         )
-    return LatentFaces(latents, embeddings), sampler, names, encoder
-
-
-def align_features(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    caches: Sequence[FaceCache],
-    dataset: LatentFaces,
-    denoiser: ConditionalDenoiser,
-    encoder: FaceEncoder | None,
-) -> tuple[AlignedDenoiser, str]:
-    """The denoiser with what aligns its features, and the teacher's fingerprint. The data set gets the features."""
-    teacher = Teacher(args.alignment_recognizer or encoder)
-    aligned = AlignedDenoiser(denoiser, *dataset.latents.shape[-2:])
-    with accelerator.main_process_first():
-        dataset.features = cache_features(caches, teacher, aligned.grid, accelerator.device)
-    return aligned, teacher.fingerprint
+    return LatentFaces(latents, embeddings, values), sampler, names, encoder
 
 
 class Pipeline(Product):
@@ -261,8 +263,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
     # 1. data
     vae_path, vae_subfolder = (args.vae, args.vae_subfolder) if args.vae else (args.init_from, "vae")
     vae = AutoModel.from_pretrained(vae_path, subfolder=vae_subfolder).eval().requires_grad_(False).to(device)
-    caches = open_caches(args.train_data)
-    dataset, sampler, names, encoder_mark = load_training_data(args, caches, accelerator, vae)
+    caches, conditions = open_caches(args.train_data), condition_options(args)
+    dataset, sampler, names, encoder_mark = load_training_data(args, caches, accelerator, vae, list(conditions))
 
     # 2. models
     torch.manual_seed(args.seed)
@@ -282,9 +284,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
     if decodes:
         vae.to(memory_format=torch.channels_last)  # decodes and differentiates a quarter faster
 
-    trained, teacher_fingerprint = denoiser, None
-    if args.alignment_weight:
-        trained, teacher_fingerprint = align_features(args, accelerator, caches, dataset, denoiser, face_encoder)
+    teacher = Teacher(args.alignment_recognizer or face_encoder) if args.alignment_weight else None
+    trained: torch.nn.Module = denoiser
+    if teacher is not None:
+        trained, dataset.features = align_features(accelerator, denoiser, teacher, caches, dataset.latents.shape[-2:])
 
     # 3. optimizer; the published code's Adam is AdamW without weight decay
     optimizer = torch.optim.AdamW(trained.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
@@ -295,14 +298,16 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
 
     # 4. train
     contexts = (denoiser.identity_projector, denoiser.empty_context)
-    pipeline = UIFacePipeline(vae, denoiser.unet, sampling_scheduler, *contexts, **defaults)
+    pipeline = UIFacePipeline(vae, denoiser.unet, sampling_scheduler, *contexts, **defaults, **denoiser.conditions)
     first_faces = sorted({name: position for position, name in reversed(list(enumerate(names)))}.values())
-    fixed = {"balanced_sampling": args.balanced_sampling, "train_data_shares": args.train_data_shares}
-    fixed |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "side_view_share": args.side_view_share}
-    fixed |= {"train_data": [cache.fingerprint for cache in caches], "vae": model_fingerprint(vae)}
-    fixed |= {"prediction_type": args.prediction_type, "unet": args.unet}
-    fixed |= {} if teacher_fingerprint is None else {"alignment": teacher_fingerprint}
-    fixed |= {} if args.denoiser == "uiface" else {"denoiser": args.denoiser, "transformer": args.transformer}
+    fixed = {"train_data": [cache.fingerprint for cache in caches], "vae": model_fingerprint(vae), "init_from": None}
+    if args.init_from is not None:
+        parts = (denoiser.unet, *contexts, *denoiser.conditions.values(), sampling_scheduler)
+        fixed["init_from"] = [model_fingerprint(each) for each in parts]
+    fixed["lpips_backbone"] = None if perceptual is None else weights_fingerprint(perceptual)
+    fixed["alignment_recognizer"] = None if teacher is None else teacher.fingerprint
+    fixed["identity_recognizers"] = [weights_fingerprint(each) for each in further]
+    dropouts = {name: getattr(args, f"{CONDITIONS[name].condition}_dropout") for name in conditions}
     log = DenoisingLog(noise_scheduler.config.num_train_timesteps, device)
     samples = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     run = Run(
@@ -320,11 +325,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
         per_step={"samples": samples},
     )
     denoiser.train()
-    for latents, identity_embeds, *teacher in run:
+    for latents, identity_embeds, *given in run:
+        targets = None if teacher is None else given.pop()
         with accelerator.accumulate(model):
             with accelerator.autocast():
                 options = (args.empty_probability, args.snr_gamma, args.timestep_sampling)
-                loss = denoising_loss(model, noise_scheduler, latents, identity_embeds, *options, *teacher)
+                options += (dict(zip(conditions, given, strict=True)), dropouts, targets)
+                loss = denoising_loss(model, noise_scheduler, latents, identity_embeds, *options)
             terms, faces = {"denoising": loss.losses.mean()}, None
             if loss.alignment is not None:
                 terms["alignment"] = args.alignment_weight * loss.alignment.mean()

@@ -3,10 +3,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .options import any_of, boolean, device, none, one_of, part, path, real, timestep_pair, whole
+from .options import any_of, boolean, boundary_word, device, none, one_of, part, path, real, timestep_pair, whole
 from .shared import MODEL, Commands, add_command, add_encoder_arguments, face_encoder
 
 MODELS_OWN = "the model's own"
+
+
+# what `uiface_diffusers.models.CONDITIONS` has; a test compares
+CONDITIONS = {
+    "pose": "head pose: that of a cache's face, or a yaw from LOW to HIGH degrees (uniform:-60:60; with a pitch,"
+    " uniform:-60:60,-20:20)",
+}
 
 
 class SamplingOption(NamedTuple):
@@ -22,9 +29,10 @@ SAMPLING = {
         any_of(real(low=0), none), MODELS_OWN, "how much to stress the identity; 1 is no guidance"
     ),
     "boundary": SamplingOption(
-        any_of(one_of("adaptive"), none, whole(0)),
+        any_of(boundary_word, none, whole(0)),
         "adaptive",
-        "where stage two begins: adaptive (by each sample's cross-attention), a timestep, or none: a single stage",
+        "where stage two begins: by a rule such as adaptive (each sample's cross-attention), at a timestep, or none: a"
+        " single stage",
     ),
     "boundary_threshold": SamplingOption(
         any_of(real(low=0), none), MODELS_OWN, "change of the attention maps below which the boundary is reached"
@@ -72,6 +80,9 @@ def add(commands: Commands) -> None:
             # part 0 of 32, with each image's identity turned by a random angle
             uiface generate org/model --identities bank.safetensors --output data \\
                 --shard 0/32 --identity-perturbation 0.6 1.0
+
+            # head poses of a cache's faces, by a model with a pose projector
+            uiface generate org/model --identities bank.safetensors --output data --pose-distribution cache/photos
 
             # in directions in which real people's embeddings vary
             uiface generate org/model --identities bank.safetensors --output data --identity-flow runs/identity_flow
@@ -138,6 +149,10 @@ def add_data_set_arguments(parser: argparse.ArgumentParser) -> None:
         help="aligned faces: each image takes pose, light, expression and background of one; --boundary is how little"
         " of it stays",
     )
+    for name, text in CONDITIONS.items():
+        parser.add_argument(
+            f"--{name}-distribution", metavar="CACHE|uniform:LOW:HIGH", help=f"each image draws a {text}"
+        )
     parser.add_argument(
         "--min-similarity",
         type=real(-1, 1),
@@ -200,6 +215,7 @@ def run(args: argparse.Namespace) -> None:
     pipeline = load_pipeline(folder, args.scheduler, dtype=getattr(torch, args.dtype))
     # all of a bank that was asked for, a handful of the model's own
     number = args.max_identities or (len(identities) if args.identities else 4)
+    distributions = {name: getattr(args, f"{name}_distribution") for name in CONDITIONS}
     flow = None if args.identity_flow is None else load_identity_flow(args.identity_flow)
     report = generate_dataset(
         pipeline.to(args.device or state.device),
@@ -219,6 +235,7 @@ def run(args: argparse.Namespace) -> None:
         max_attempts=args.max_attempts,
         push_to_hub=args.push_to_hub,
         layouts=args.layouts,
+        distributions={name: value for name, value in distributions.items() if value is not None},
         **{name: value for name, value in vars(args).items() if name in SAMPLING},
     )
     print(

@@ -15,6 +15,7 @@ from .models import (
     IResNetConfig,
     IResNetImageProcessor,
     IResNetModel,
+    PoseProjector,
     UIFaceUNet2DModel,
 )
 from .pipeline_uiface import UIFacePipeline, UIFacePipelineOutput
@@ -29,6 +30,7 @@ __all__ = [
     "IdentityBank",
     "IdentityFlow",
     "IdentityProjector",
+    "PoseProjector",
     "UIFacePipeline",
     "UIFacePipelineOutput",
     "UIFaceUNet2DModel",

@@ -50,10 +50,12 @@ class AttentionMapRecorder:
     Args:
         height, width (`int`): spatial shape of the UNet's input.
         map_size (`int`, defaults to 32): height and width of the attention map.
+        share (`tuple[int, int]`, defaults to all): of a context's tokens, how many of how many are of the map, the
+            first ones. Those of a condition come after them: the map is of what the empty context lays out.
     """
 
-    def __init__(self, height: int, width: int, map_size: int = ATTENTION_MAP_SIZE):
-        self.height, self.width, self.map_size = height, width, map_size
+    def __init__(self, height: int, width: int, map_size: int = ATTENTION_MAP_SIZE, share: tuple[int, int] = (1, 1)):
+        self.height, self.width, self.map_size, self.share = height, width, map_size, share
         self.block_maps: list[torch.Tensor] = []
 
     @property
@@ -63,7 +65,8 @@ class AttentionMapRecorder:
     def record(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
         """Takes `(rows, heads, positions, dim)` queries and `(rows, heads, tokens, dim)` keys; float32 under any
         dtype, autocast included."""
-        positions = query.shape[2]
+        positions, (own, all_tokens) = query.shape[2], self.share
+        key = key[:, :, : key.shape[2] * own // all_tokens]
         # every halving of the UNet rounds up
         height, width = self.height, self.width
         while height * width > positions:
@@ -279,7 +282,7 @@ def attention_states(
     Args:
         unet: the UNet.
         tokens (*optional*): for every cross-attention module by its name, the contexts as it sees them
-            `(1 + B, tokens, dim)`: the empty one, then every sample's own. Their keys and values are then computed
+            `(contexts, tokens, dim)`, in the order of `RowPlan.contexts`. Their keys and values are then computed
             here, once for all steps.
         cross_injection (`bool`, defaults to `True`): whether the keys' covariances will be needed.
     """

@@ -68,6 +68,8 @@ def weights_fingerprint(module: torch.nn.Module) -> str:
 
 
 def pipeline_fingerprint(pipeline: DiffusionPipeline) -> str:
-    """Twelve hexadecimal digits of all components, the scheduler included."""
-    parts = {name: model_fingerprint(component) for name, component in pipeline.components.items()}
+    """Twelve hexadecimal digits of all components, the scheduler included. One that is `None` is as if it did not
+    exist."""
+    components = {name: each for name, each in pipeline.components.items() if each is not None}
+    parts = {name: model_fingerprint(component) for name, component in components.items()}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]

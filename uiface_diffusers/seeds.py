@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 # streams of random numbers of one image; candidates for new identities have no identity; what the perturbations of an
-# identity's images have in common is drawn as for image 0
-NOISE, PERTURBATION, CANDIDATE, COMMON_PERTURBATION, LAYOUT = range(5)
+# identity's images have in common is drawn as for image 0; conditions have streams of their own from CONDITION on
+NOISE, PERTURBATION, CANDIDATE, COMMON_PERTURBATION, LAYOUT, CONDITION = range(6)
 # how an image's random numbers come from its seed; data sets and studies begun with another version are refused.
 # 1: `torch.Generator().manual_seed`, which takes 32 bits of a seed only: images shared their noise
 NOISE_VERSION = 2

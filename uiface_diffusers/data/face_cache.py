@@ -130,8 +130,12 @@ class FaceCache:
     def poses(self) -> np.ndarray:
         """Yaw and pitch of each face (see `head_pose`), `(N, 2)` float32, in the order of `embeddings`. NaN where they
         are not known: of pictures that were aligned already, and in caches of earlier versions."""
-        tables = [read_shard(shard, ["file"], if_there=("yaw", "pitch")).to_pandas() for shard in self.shards]
-        tables = [table.reindex(columns=["yaw", "pitch"]) for table in tables]
+        return self.columns(("yaw", "pitch"))
+
+    def columns(self, names: Sequence[str]) -> np.ndarray:
+        """Columns of numbers, `(N, len(names))` float32, in the order of `embeddings`. NaN where there is none."""
+        tables = [read_shard(shard, ["file"], if_there=names).to_pandas() for shard in self.shards]
+        tables = [table.reindex(columns=list(names)) for table in tables]
         return np.concatenate([table.to_numpy(np.float32) for table in tables])
 
     def images(self, positions: Sequence[int]) -> list[np.ndarray]:

@@ -4,8 +4,8 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..files import complete_file
+from ..models import CONDITIONS
 
 # first bytes of a file, and Pillow's options
 IMAGE_FORMATS = {
@@ -25,6 +26,10 @@ IMAGES_A_SHARD = 1000
 GENERATION = "generation.json"
 METADATA = "metadata.parquet"
 JOURNAL = "journal"
+
+
+# of what images were conditioned on beside their identity
+CONDITION_COLUMNS = [name for projector in CONDITIONS.values() for name in projector.fields]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,7 @@ class ImageRow:
         similarity (`float`, *optional*): cosine of the image's embedding to the identity's.
         size (`int`): of the file in bytes.
         layout (`str`, *optional*): name of the picture that it took its layout from, in its source.
+        conditions (`dict[str, float]`): the values that it was given, each a column of its own: yaw and pitch.
     """
 
     identity: str
@@ -63,17 +69,26 @@ class ImageRow:
     similarity: float | None
     size: int
     layout: str | None = None
+    conditions: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, columns: Mapping[str, Any]) -> "ImageRow":
+        """The row that has these columns."""
+        conditions = {name: value for name, value in columns.items() if name in CONDITION_COLUMNS}
+        own = {name: value for name, value in columns.items() if name not in conditions}
+        return cls(**own, conditions={name: value for name, value in conditions.items() if value is not None})
 
     @property
     def key(self) -> ImageKey:
         return ImageKey(self.identity, self.index)
 
     def columns(self) -> dict[str, Any]:
-        """Of a set without layouts, there is none for them."""
+        """Of a set without layouts or conditions, there is none for them."""
         columns = asdict(self)
+        conditions = columns.pop("conditions")
         if self.layout is None:
             del columns["layout"]
-        return columns
+        return columns | conditions
 
 
 SCHEMA = pa.schema(
@@ -92,8 +107,11 @@ SCHEMA = pa.schema(
 
 
 def metadata_schema(rows: Sequence[ImageRow]) -> pa.Schema:
-    """Of the metadata of some images: `SCHEMA`, and `layout` if any of them has one."""
-    return SCHEMA if all(row.layout is None for row in rows) else SCHEMA.append(pa.field("layout", pa.string()))
+    """Of the metadata of some images: `SCHEMA`, and `layout` and columns of conditions if any of them has one."""
+    further = [] if all(row.layout is None for row in rows) else [pa.field("layout", pa.string())]
+    conditions = {name for row in rows for name in row.conditions}
+    further += [pa.field(name, pa.float32()) for name in CONDITION_COLUMNS if name in conditions]
+    return pa.schema([*SCHEMA, *further])
 
 
 def image_name(identity: str, index: int, image_format: str) -> str:
@@ -149,18 +167,20 @@ def read_rows(output: Path) -> dict[ImageKey, ImageRow]:
         try:
             # a column that a set has no values of is not there
             there = set(pq.read_schema(metadata).names)
-            names = [field.name for field in fields(ImageRow) if field.name in there or field.default is MISSING]
+            own = [each for each in fields(ImageRow) if each.name != "conditions"]
+            names = [each.name for each in own if each.name in there or each.default is MISSING]
+            names += [name for name in CONDITION_COLUMNS if name in there]
             table = pq.read_table(metadata, columns=names).to_pylist()
         except (pa.ArrowException, OSError, ValueError) as error:
             raise ValueError(
                 f"{metadata} is damaged: restore it, or delete it and the images are made again. ({error})"
             ) from error
-        rows = {row.key: row for row in (ImageRow(**each) for each in table)}
+        rows = {row.key: row for row in (ImageRow.of(each) for each in table)}
     # of an image that was made again, the newest row counts
     for journal in sorted((output / JOURNAL).glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns):
         for line in journal.read_bytes().splitlines(keepends=True):
             if line.endswith(b"\n"):
-                row = ImageRow(**json.loads(line))
+                row = ImageRow.of(json.loads(line))
                 rows[row.key] = row
     return rows
 

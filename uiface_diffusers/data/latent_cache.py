@@ -99,8 +99,8 @@ def _is_of(file: Path, shard: Path) -> bool:
 
 
 class LatentSet(Dataset):
-    """The latents of all files that `cache_latents` gave, or what else `cache_both_flips` did, fetched a batch at a time. The files are mapped into memory:
-    processes of one machine share them.
+    """The latents of all files that `cache_latents` gave, or what else `cache_both_flips` did, fetched a batch at a
+    time. The files are mapped into memory: processes of one machine share them.
 
     Args:
         files: in order.

@@ -18,10 +18,13 @@ class Denoiser:
 
     Args:
         model (`ModelMixin`): the denoiser, of a class that `accepts` takes.
-        contexts (`torch.Tensor` of shape `(1 + B, tokens, dim)`): the empty context, then every sample's own.
+        contexts (`torch.Tensor` of shape `(contexts, tokens, dim)`): the empty ones, then those of the identities, in
+            the order of `RowPlan.contexts`.
         device (`torch.device`): where it computes.
         cross_injection (`bool`): whether cross-attention is injected into.
         injection_strength (`float`): of that, in [0, 1].
+        own_tokens (`int`, *optional*): the first tokens of each context, by which the boundary is found; the others
+            are of conditions. All by default.
     """
 
     def __init__(
@@ -31,8 +34,10 @@ class Denoiser:
         device: torch.device,
         cross_injection: bool,
         injection_strength: float,
+        own_tokens: int | None = None,
     ):
         self.model, self.contexts, self.injection_strength = model, contexts, injection_strength
+        self.map_share = (own_tokens or contexts.shape[1], contexts.shape[1])
         # what is offloaded encodes the contexts in every step, where its weights are at hand
         is_offloaded = model.device != device or _is_group_offload_enabled(model)
         self.encodes_once = not is_offloaded and self.attends_to_contexts_only(unwrapped(model))
@@ -149,7 +154,7 @@ class Denoiser:
             plan's recorded rows, `(R, 32, 32)` for every cross-attention.
         """
         shape = self.map_shape(*latents.shape[-2:])
-        recorder = AttentionMapRecorder(*shape) if plan.recorded is not None else None
+        recorder = AttentionMapRecorder(*shape, share=self.map_share) if plan.recorded is not None else None
         rows = self.predict(
             latents[plan.samples].to(self.model.dtype),
             timestep,

@@ -80,6 +80,8 @@ def dataset_card(
         else ""
     )
     layouts = "" if settings.layouts is None else f"| layouts | drawn from pictures `{settings.layouts}` |\n"
+    for name, drawn_from in (settings.conditions or {}).items():
+        layouts += f"| {name} | drawn from `{drawn_from}` |\n"
     cosines = settings.identity_perturbation
     perturbation: object = "none" if cosines is None else cosines if cosines == "auto" else list(cosines)
     if settings.identity_flow is not None:

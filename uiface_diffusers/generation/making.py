@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -22,6 +22,7 @@ from ..latents import decode_latents
 from ..models import IdentityFlow
 from ..pipeline_uiface import UIFacePipeline
 from ..seeds import COMMON_PERTURBATION, PERTURBATION, image_generator, noise_seed
+from .distributions import Distribution
 from .layouts import Layouts
 from .plan import Attempt, Part
 from .resume import made_images
@@ -61,6 +62,7 @@ class Sampled:
     boundaries: list[int]
     perturbations: list[float | None]
     layouts: list[str | None]
+    conditions: list[dict[str, float]]
 
 
 class ImageMaker:
@@ -74,6 +76,7 @@ class ImageMaker:
         writer: of the images.
         flow (*optional*): gives the directions of the perturbation.
         layouts (*optional*): each image draws one.
+        distributions (*optional*): of conditions; each image draws a value.
     """
 
     def __init__(
@@ -86,8 +89,9 @@ class ImageMaker:
         writer: ImageFolder,
         flow: IdentityFlow | None = None,
         layouts: Layouts | None = None,
+        distributions: Mapping[str, Distribution] | None = None,
     ):
-        self.layouts = layouts
+        self.layouts, self.distributions = layouts, distributions or {}
         self.pipeline, self.bank, self.encoder = pipeline, bank, encoder
         self.settings, self.batch_size, self.writer = settings, batch_size, writer
         self.flow = flow
@@ -168,14 +172,26 @@ class ImageMaker:
         if self.layouts is not None:
             drawn = [self.layouts.drawn(seed, attempt) for attempt in attempts]
             names, layout = [each.file for each in drawn], [self.layouts.read(each) for each in drawn]
+        conditions, values = self._draw_conditions(attempts)
         out = self.pipeline(
             replace(self.bank, embeddings=embeddings, names=[]),
             generator=[image_generator(seed, *attempt.seed_key) for attempt in attempts],
             output_type="latent",
             layout=layout,
+            **conditions,
             **self.settings.sampling,
         )
-        return Sampled(attempts, out.images, out.boundary_timesteps.tolist(), perturbations, names)
+        return Sampled(attempts, out.images, out.boundary_timesteps.tolist(), perturbations, names, values)
+
+    def _draw_conditions(self, attempts: list[Attempt]) -> tuple[dict[str, Any], list[dict[str, float]]]:
+        """Of the attempts: arguments of the pipeline's call, and columns of each one's metadata."""
+        arguments: dict[str, Any] = {}
+        columns: list[dict[str, float]] = [{} for _ in attempts]
+        for name, distribution in self.distributions.items():
+            drawn = [distribution.drawn(self.settings.seed, attempt) for attempt in attempts]
+            arguments[name] = torch.tensor([list(value.values()) for value in drawn])
+            columns = [before | value for before, value in zip(columns, drawn, strict=True)]
+        return arguments, columns
 
     def _embeddings(self, attempts: list[Attempt]) -> torch.Tensor:
         """Of the attempts' identities, or of their images where the bank has one for each, `(N, identity_dim)`, of
@@ -256,6 +272,7 @@ class ImageMaker:
             wanted = self._embeddings(sampled.attempts)
             similarities = (self.encoder.embed_pictures(pictures) * wanted).sum(dim=1).tolist()
         columns = (sampled.attempts, sampled.boundaries, sampled.perturbations, similarities, sampled.layouts)
+        columns += (sampled.conditions,)
         return [
             ImageRow(
                 attempt.key.identity,
@@ -267,8 +284,9 @@ class ImageMaker:
                 similarity=similarity,
                 size=0,
                 layout=layout,
+                conditions=conditions,
             )
-            for attempt, boundary, perturbation, similarity, layout in zip(*columns, strict=True)
+            for attempt, boundary, perturbation, similarity, layout, conditions in zip(*columns, strict=True)
         ]
 
     def _best(

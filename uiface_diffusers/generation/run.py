@@ -12,14 +12,16 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from ..conditions import ARGUMENTS, condition_values
 from ..encoders import check_same_encoder
 from ..faces import FaceEncoder
 from ..files import local_path, plain_numbers
 from ..hub.lineage import CARD, read_header
 from ..identities import IdentityBank, safe_cosines
 from ..identities.selection import check_same_dimension
-from ..models import IdentityFlow
+from ..models import CONDITIONS, IdentityFlow
 from ..pipeline_uiface import UIFacePipeline
+from .distributions import Distribution
 from .finish import finish_dataset
 from .layouts import Layouts
 from .making import ImageMaker, default_batch_size
@@ -66,6 +68,7 @@ def generate_dataset(
     push_to_hub: str | None = None,
     identity_flow: IdentityFlow | None = None,
     layouts: str | os.PathLike | None = None,
+    distributions: Mapping[str, str | os.PathLike] | None = None,
     **sampling: Any,
 ) -> GenerationReport:
     """Generates `images_per_identity` faces of every identity of a bank. The same call goes on where an earlier one
@@ -97,6 +100,8 @@ def generate_dataset(
             cosines, too, where there is no `identity_perturbation`.
         layouts (*optional*): aligned faces in a folder, or in another form that `open_faces` reads. Each image draws
             one, whose layout it takes: see `layout` of the pipeline's call. All are read before anything is generated.
+        distributions (`Mapping[str, str]`, *optional*): of conditions, such as `{"pose": "uniform:-60:60"}` or
+            `{"pose": CACHE}`. Each image draws a value, which its row of metadata has; see `Distribution`.
         sampling: further arguments of the pipeline's call, as `guidance_scale`.
 
     Raises:
@@ -105,6 +110,7 @@ def generate_dataset(
     """
     sampling = {name: plain_numbers(value) for name, value in sampling.items()}
     drawn_from = None if layouts is None else Layouts(layouts)
+    conditions = _open_distributions(pipeline, distributions or {})
     _check_inputs(pipeline, identities, encoder, drawn_from, sampling)
     _check_perturbation(identities, plain_numbers(images_per_identity), identity_perturbation, identity_flow)
     batch_size = default_batch_size(pipeline) if batch_size is None else plain_numbers(batch_size)
@@ -121,6 +127,7 @@ def generate_dataset(
         min_similarity,
         max_attempts,
         drawn_from,
+        conditions,
         images_per_identity=images_per_identity,
         seed=seed,
         size=size,
@@ -133,7 +140,9 @@ def generate_dataset(
     read_header(folder / CARD)  # of an earlier run: what is wrong with it is named before the work
     plan = Plan(identities.names, settings.images_per_identity)
     writer = OUTPUT_FORMATS[output_format](folder, plan, settings.size, image_format)
-    maker = ImageMaker(pipeline, identities, encoder, settings, batch_size, writer, identity_flow, drawn_from)
+    maker = ImageMaker(
+        pipeline, identities, encoder, settings, batch_size, writer, identity_flow, drawn_from, conditions
+    )
     with locked(folder, part):
         with_noise_of(settings, writer, part).begin(folder, versions=_versions())
         made, seconds = maker.make(part)
@@ -148,6 +157,19 @@ def generate_dataset(
         images_per_second=made / seconds if made else 0.0,
         unet_rows_per_image=maker.unet_rows / made if made else 0.0,
     )
+
+
+def _open_distributions(pipeline: UIFacePipeline, given: Mapping[str, str | os.PathLike]) -> dict[str, Distribution]:
+    """
+    Raises:
+        ValueError: the pipeline has no such condition, or a distribution is wrong.
+    """
+    for name in given:
+        if name not in ARGUMENTS:
+            raise ValueError(f"there is no condition {name!r} to draw values of: {sorted(ARGUMENTS)}.")
+    # names the component that the pipeline lacks
+    condition_values(pipeline.conditions, {name: [None] for name in given}, 1)
+    return {name: Distribution(CONDITIONS[ARGUMENTS[name]], each) for name, each in given.items()}
 
 
 def _check_inputs(

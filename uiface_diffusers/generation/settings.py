@@ -13,6 +13,7 @@ from ..identities import IdentityBank, bank_hash, check_cosine_range
 from ..models import IdentityFlow
 from ..pipeline_uiface import UIFacePipeline
 from ..seeds import NOISE_VERSION
+from .distributions import Distribution
 from .layouts import Layouts
 from .writers import OUTPUT_FORMATS
 
@@ -37,6 +38,8 @@ class GenerationSettings:
         max_attempts (`int`): at an image; 1 without `min_similarity`.
         sampling (`Mapping[str, Any]`): arguments of the pipeline's call, none left to its defaults.
         layouts (`str`, *optional*): the fingerprint of the pictures that images take their layouts from.
+        conditions (`Mapping[str, str]`, *optional*): the fingerprints of the distributions that conditions are
+            drawn from.
 
     Raises:
         ValueError: a value is out of range.
@@ -63,6 +66,7 @@ class GenerationSettings:
     max_attempts: int
     sampling: Mapping[str, Any]
     layouts: str | None = None
+    conditions: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("images_per_identity", "size", "max_attempts"):
@@ -90,6 +94,7 @@ class GenerationSettings:
         min_similarity: float | None,
         max_attempts: int,
         layouts: Layouts | None,
+        distributions: Mapping[str, Distribution],
         **given: Any,
     ) -> "GenerationSettings":
         """Of a call of `generate_dataset`, whose numbers may be NumPy's.
@@ -120,6 +125,7 @@ class GenerationSettings:
             max_attempts=1 if similarity is None else attempts,
             sampling=_sampling(pipeline, sampling),
             layouts=None if layouts is None else layouts.fingerprint,
+            conditions={name: each.fingerprint for name, each in distributions.items()} or None,
             **given,
         )
 
@@ -127,7 +133,7 @@ class GenerationSettings:
         """Writes `generation.json`, or refuses to go on in a folder that was begun with other settings."""
         prints = ("identity_encoder_fingerprint", "encoder_fingerprint")
         settings = asdict(self)
-        for name in ("identity_flow", "layouts"):
+        for name in ("identity_flow", "layouts", "conditions"):
             if settings[name] is None:
                 del settings[name]
         check_settings(output / GENERATION, settings, if_known=prints, **notes)

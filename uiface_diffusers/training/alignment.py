@@ -8,9 +8,11 @@ that a step costs one small MLP more.
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import nn
 
 from ..data import FaceCache, LatentSet
@@ -42,7 +44,9 @@ class OwnRecognizer(nn.Module):
     def __init__(self, folder: str | os.PathLike):
         super().__init__()
         if not Path(folder).is_dir():
-            raise ValueError(f"{folder} is no folder: give that of a recognizer of training/train_face_recognition.py.")
+            raise ValueError(
+                f"{folder} is no folder: give that of a recognizer of training/train_face_recognition.py."
+            )
         loaded = load_recognizer(folder, device="cpu") if "/" in str(folder) else load_recognizer(f"./{folder}")
         model = loaded.model if isinstance(loaded, ModelRecognizer) else None
         if not isinstance(model, IResNetModel):
@@ -92,7 +96,9 @@ class Teacher(nn.Module):
             `(N, h * w, C)` with C <= 64: the last map, resized (bilinear) and projected, of unit length everywhere.
         """
         own = self.recognizer
-        features = F.interpolate(own.spatial(faces) if isinstance(own, OwnRecognizer) else own(faces), grid, mode="bilinear")
+        features = F.interpolate(
+            own.spatial(faces) if isinstance(own, OwnRecognizer) else own(faces), grid, mode="bilinear"
+        )
         features = features.flatten(2).transpose(1, 2)
         channels = features.shape[-1]
         if channels > CHANNELS:
@@ -121,7 +127,9 @@ def cache_features(
         if part.shape[1:] != (2, grid[0] * grid[1], features.shape[-1]):
             raise ValueError(f"{file} has features of shape {tuple(part.shape[1:])}: delete it to compute it again.")
     if len(features) != sum(len(cache) for cache in caches):
-        raise ValueError(f"{len(features)} cached features for {sum(map(len, caches))} faces: delete the features-* files.")
+        raise ValueError(
+            f"{len(features)} cached features for {sum(map(len, caches))} faces: delete the features-* files."
+        )
     return features
 
 
@@ -131,19 +139,22 @@ class AlignedDenoiser(nn.Module):
 
     Args:
         denoiser (`ConditionalDenoiser`): is changed only by a hook, which works in training mode.
-        height, width (`int`): of the latents.
+        middle (`torch.nn.Module`): of its network, as `Denoiser.middle` gives it.
+        inner (`int`): channels of `middle`.
         channels (`int`): of the teacher's features.
-
-    Raises:
-        ValueError: it has no known middle.
     """
 
-    def __init__(self, denoiser: ConditionalDenoiser, height: int, width: int, channels: int):
+    def __init__(self, denoiser: ConditionalDenoiser, middle: nn.Module, inner: int, channels: int):
         super().__init__()
         self.denoiser = denoiser
-        middle, inner, _ = denoiser_kind(denoiser.unet).middle(denoiser.unet, height, width)
         hidden = 2 * inner  # REPA: 2,048 of 1,152
-        layers = (nn.Linear(inner, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, channels))
+        layers = (
+            nn.Linear(inner, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, channels),
+        )
         self.head = nn.Sequential(*layers)
         # no graph break: `torch.compile` sees through a hook and what it fills
         self._taken: dict[str, torch.Tensor] = {}
@@ -153,9 +164,31 @@ class AlignedDenoiser(nn.Module):
         if module.training:
             self._taken["features"] = output
 
-    def forward(self, *args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The prediction, and features `(batch, h * w, channels)`."""
         prediction = self.denoiser(*args)
         features = self._taken.pop("features")
         tokens = features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
         return prediction, self.head(tokens)
+
+
+def align_features(
+    accelerator: Accelerator,
+    denoiser: ConditionalDenoiser,
+    teacher: Teacher,
+    caches: Sequence[FaceCache],
+    latent_size: Sequence[int],
+) -> tuple[AlignedDenoiser, LatentSet]:
+    """The denoiser with an MLP beside it, and the teacher's features of all faces.
+
+    Args:
+        latent_size: height and width.
+
+    Raises:
+        ValueError: the denoiser has no known middle; or `cache_features`'s.
+    """
+    height, width = latent_size
+    middle, inner, grid = denoiser_kind(denoiser.unet).middle(denoiser.unet, height, width)
+    with accelerator.main_process_first():
+        features = cache_features(caches, teacher, grid, accelerator.device)
+    return AlignedDenoiser(denoiser, middle, inner, features.shape[-1]), features

@@ -1,5 +1,6 @@
 """Faces to train on, fetched a batch at a time."""
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +16,11 @@ from torchvision.transforms import v2
 from ..data import FaceCache, LatentSet
 from ..data.face_cache import load_pictures
 from ..hub.lineage import CARD, read_header
+from ..models import ConditionProjector
 from ..pictures import rgb_bytes
 from ..seeds import mix_seed
 
+logger = logging.getLogger(__name__)
 # the stream of random numbers of a face's augmentation
 AUGMENTATION = 1
 
@@ -48,18 +51,46 @@ def describe_caches(folders: Sequence[str | os.PathLike]) -> list[dict[str, Any]
 
 
 class LatentFaces(Dataset):
-    """Latents of both flips `(2, C, h, w)` and identity embeddings, and the teacher's features `(2, h * w, C)` of both
-    flips if there are any; fetched a batch at a time."""
+    """Latents of both flips `(2, C, h, w)`, identity embeddings, values of conditions, and the teacher's features of
+    both flips `(2, locations, channels)` if `features` was set; fetched a batch at a time.
 
-    def __init__(self, latents: LatentSet, embeddings: torch.Tensor, features: LatentSet | None = None):
-        self.latents, self.embeddings, self.features = latents, embeddings, features
+    Args:
+        latents: of the faces.
+        embeddings (`torch.Tensor` of shape `(N, identity_dim)`): of unit length.
+        values: of each condition, `(N, fields)`.
+    """
+
+    def __init__(self, latents: LatentSet, embeddings: torch.Tensor, values: Sequence[torch.Tensor] = ()):
+        self.latents, self.embeddings, self.values = latents, embeddings, values
+        self.features: LatentSet | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, ...]:
-        batch = (self.latents.__getitems__(indices), self.embeddings[indices])
-        return batch if self.features is None else (*batch, self.features.__getitems__(indices))
+        further = [each[indices] for each in self.values]
+        further += [] if self.features is None else [self.features.__getitems__(indices)]
+        return self.latents.__getitems__(indices), self.embeddings[indices], *further
+
+
+def read_condition(projector: type[ConditionProjector], caches: Sequence[FaceCache]) -> torch.Tensor:
+    """The values of a condition of all faces, `(N, fields)`; NaN where they are not known.
+
+    Raises:
+        ValueError: a cache has none.
+    """
+    found = [projector.from_columns(cache.columns(projector.columns)) for cache in caches]
+    lacking = [str(c.folder) for c, each in zip(caches, found, strict=True) if np.isnan(each).any(axis=1).all()]
+    if lacking:
+        raise ValueError(
+            f"--{projector.condition}-projector needs {' and '.join(projector.columns)} of the faces, which"
+            f" {', '.join(lacking)} do not have: {projector.remedy}; or leave these caches out."
+        )
+    values = np.concatenate(found)
+    unknown = int(np.isnan(values).any(axis=1).sum())
+    if unknown:
+        logger.warning(f"{unknown} of {len(values)} faces have no {projector.condition}: they train its absence")
+    return torch.from_numpy(values)
 
 
 class FacePictures(Dataset):

@@ -2,8 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Sequence
-from typing import NamedTuple, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,12 @@ from diffusers import ConfigMixin, ModelMixin, SchedulerMixin
 from torch import nn
 
 from .. import EmptyContext, IdentityProjector, UIFacePipeline
+from ..conditions import with_conditions
 from ..denoisers import TRAINABLE, denoiser_kind
 from ..encoders import EncoderMark, check_same_encoder, projector_mark
 from ..faces import FaceEncoder
 from ..latents import FirstStage, decode_latents
+from ..models import CONDITIONS, ConditionProjector
 from ..pipeline_uiface import MODEL_DEFAULTS
 from ..two_stage.schedulers import prediction_type
 from .losses import draw_rows, facial_feature_weights, full_precision, jitter
@@ -37,11 +39,24 @@ TIMESTEP_SAMPLING = {"uniform": _uniform_timesteps, "logit_normal": _logit_norma
 
 
 class ConditionalDenoiser(nn.Module):
-    """The three trained components as one module, so that all gradients are reduced together."""
+    """The trained components as one module, so that all gradients are reduced together.
 
-    def __init__(self, unet: ModelMixin, identity_projector: IdentityProjector, empty_context: EmptyContext):
+    Args:
+        unet, identity_projector, empty_context: those of the pipeline.
+        conditions: component -> projector, of `models.CONDITIONS`.
+    """
+
+    def __init__(
+        self,
+        unet: ModelMixin,
+        identity_projector: IdentityProjector,
+        empty_context: EmptyContext,
+        conditions: Mapping[str, ConditionProjector] | None = None,
+    ):
         super().__init__()
         self.unet, self.identity_projector, self.empty_context = unet, identity_projector, empty_context
+        # last: the parameters of a denoiser without conditions keep their places in checkpoints
+        self.conditions = nn.ModuleDict(dict(conditions or {}))
 
     def forward(
         self,
@@ -49,10 +64,12 @@ class ConditionalDenoiser(nn.Module):
         timesteps: torch.Tensor,
         identity_embeds: torch.Tensor,
         is_empty: torch.Tensor,
+        values: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         context = self.identity_projector(identity_embeds, return_dict=False)[0]
         empty = self.empty_context(len(context), return_dict=False)[0]
         context = torch.where(is_empty[:, None, None], empty, context)
+        context = with_conditions(context, cast(Any, self.conditions), values or {})
         return self.unet(noisy_latents, timestep=timesteps, encoder_hidden_states=context, return_dict=False)[0]
 
 
@@ -70,11 +87,35 @@ def check_network(args: argparse.Namespace) -> None:
         raise ValueError(f"{option} {json.dumps(given)} makes no network: {error}") from error
 
 
+def condition_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Component -> options, of the conditions that a training has: those asked for, and those of `--init-from`.
+
+    Raises:
+        ValueError: options make no projector, or would change that of `--init-from`.
+    """
+    options = {name: getattr(args, name) for name in CONDITIONS if getattr(args, name) is not None}
+    index = {} if args.init_from is None else UIFacePipeline.load_config(args.init_from)
+    there = [name for name in CONDITIONS if (index.get(name) or [None])[0] is not None]
+    for name in there:
+        if options.setdefault(name, {}):
+            raise ValueError(f"--{name.replace('_', '-')} cannot change that of {args.init_from}: give no options.")
+    for name, given in options.items():
+        try:
+            with torch.device("meta"):
+                CONDITIONS[name](**given)
+        except (TypeError, ValueError, RuntimeError) as error:
+            option = name.replace("_", "-")
+            raise ValueError(
+                f"--{option} {json.dumps(given)} makes no {CONDITIONS[name].__name__}: {error}"
+            ) from error
+    return options
+
+
 def build_denoiser(
     args: argparse.Namespace, latent_shape: torch.Size, identity_dim: int, encoder: EncoderMark
 ) -> tuple[ConditionalDenoiser, SchedulerMixin, dict[str, float]]:
-    """The three trained components, the sampler, and the defaults of its call that are not the paper's: new ones, or
-    those of `--init-from`.
+    """The trained components, the sampler, and the defaults of its call that are not the paper's: new ones, or those
+    of `--init-from`. Conditions that are asked for and not there are new.
 
     Raises:
         ValueError: the pipeline to start from is of another encoder, objective or number of latent channels.
@@ -92,8 +133,8 @@ def build_denoiser(
             identity_encoder=encoder.name,
             identity_encoder_fingerprint=encoder.fingerprint,
         )
-        scheduler = new_sampler(args.prediction_type)
-        return ConditionalDenoiser(unet, projector, EmptyContext(context_dim, num_tokens)), scheduler, {}
+        scheduler, empty = new_sampler(args.prediction_type), EmptyContext(context_dim, num_tokens)
+        return ConditionalDenoiser(unet, projector, empty, build_conditions(args, projector)), scheduler, {}
     pipeline = UIFacePipeline.from_pretrained(args.init_from)
     projector = pipeline.identity_projector
     check_same_encoder(args.init_from, projector_mark(projector), "the training data", encoder)
@@ -109,8 +150,25 @@ def build_denoiser(
     projector.register_to_config(dropout=args.context_dropout)
     pipeline.unet.register_to_config(sample_size=height if height == width else (height, width))
     sampling_defaults = {name: pipeline.config[name] for name in MODEL_DEFAULTS}
-    denoiser = ConditionalDenoiser(pipeline.unet, projector, pipeline.empty_context)
+    conditions = build_conditions(args, projector, pipeline.conditions)
+    denoiser = ConditionalDenoiser(pipeline.unet, projector, pipeline.empty_context, conditions)
     return denoiser, pipeline.scheduler, sampling_defaults
+
+
+def build_conditions(
+    args: argparse.Namespace,
+    identity_projector: IdentityProjector,
+    there: Mapping[str, ConditionProjector | None] | None = None,
+) -> dict[str, ConditionProjector]:
+    """Component -> projector, of the conditions of a training; new ones that are not `there` yet, with as many tokens
+    as the identity's context has."""
+    config = identity_projector.config
+    shape = {"context_dim": config.context_dim, "num_tokens": config.num_tokens}
+    found = {}
+    for name, options in condition_options(args).items():
+        present = (there or {}).get(name)
+        found[name] = CONDITIONS[name](**shape | options) if present is None else present
+    return found
 
 
 def load_judges(
@@ -157,6 +215,8 @@ def denoising_loss(
     empty_probability: float,
     snr_gamma: float | None,
     timestep_sampling: str = "uniform",
+    values: Mapping[str, torch.Tensor] | None = None,
+    dropouts: Mapping[str, float] | None = None,
     teacher: torch.Tensor | None = None,
 ) -> DenoisingLoss:
     """Loss of every sample: MSE of the predicted noise (or v, or velocity) at a random timestep, under the identity
@@ -165,6 +225,9 @@ def denoising_loss(
     Args:
         latents (`torch.Tensor` of shape `(batch, 2, C, h, w)`): both flips; one is chosen for each sample.
         identity_embeds (`torch.Tensor` of shape `(batch, identity_dim)`): of unit length.
+        values (*optional*): component -> values of its condition `(batch, fields)`, of the first flip. The empty
+            context is trained with them, too.
+        dropouts (*optional*): component -> how often a sample goes without its value.
         teacher (`torch.Tensor` of shape `(batch, 2, locations, channels)`, *optional*): features of both flips; the
             denoiser is an `AlignedDenoiser` then.
     """
@@ -178,10 +241,13 @@ def denoising_loss(
     is_empty = torch.rand(batch_size, device=device) < empty_probability
     # the empty context gets a gradient in every step
     is_empty[:1].fill_(True)  # assigning to `is_empty[0]` would wait for the device
+    arguments = [identity_embeds, is_empty]
+    if values:
+        arguments.append(condition_inputs(values, flip.bool(), dropouts or {}))
 
     objective = objective_of(scheduler)
     noisy = objective.noisy(latents, noise, timesteps)
-    prediction = denoiser(noisy, objective.denoiser_timesteps(timesteps), identity_embeds, is_empty)
+    prediction = denoiser(noisy, objective.denoiser_timesteps(timesteps), *arguments)
     alignment = None
     if teacher is not None:
         prediction, features = prediction
@@ -193,6 +259,19 @@ def denoising_loss(
         loss = objective.weighted(loss, timesteps, snr_gamma)
     denoised = objective.denoised(noisy, prediction, timesteps)
     return DenoisingLoss(loss, timesteps, is_empty, denoised, latents, alignment)
+
+
+def condition_inputs(
+    values: Mapping[str, torch.Tensor], is_mirrored: torch.Tensor, dropouts: Mapping[str, float]
+) -> dict[str, torch.Tensor]:
+    """What the projectors are given: component -> values `(batch, fields)`, of mirrored faces where they are, and NaN
+    where they are dropped."""
+    inputs = {}
+    for name, given in values.items():
+        given = torch.where(is_mirrored[:, None], CONDITIONS[name].mirrored(given), given)
+        dropped = torch.rand(len(given), device=given.device) < dropouts.get(name, 0.0)
+        inputs[name] = given.masked_fill(dropped[:, None], torch.nan)
+    return inputs
 
 
 class FaceLosses(NamedTuple):

@@ -13,8 +13,8 @@ class RowPlan:
         num_samples (`int`): B, the samples of the batch.
         empty (`torch.LongTensor` of shape `(E,)`): the sample of every empty row, ascending.
         identity (`torch.LongTensor` of shape `(I,)`): the sample of every identity row, ascending.
-        contexts (`torch.LongTensor` of shape `(E + I,)`): the context of every row: 0 is the empty one, 1 + b that of
-            sample b.
+        contexts (`torch.LongTensor` of shape `(E + I,)`): the context of every row. The empty ones come first: one
+            for all samples, or one per sample; then those of the identities.
         source (`torch.LongTensor` of shape `(E + I,)`, *optional*): for every row the row among the empty ones that
             belongs to the same sample. `None` when neither guidance nor injection needs it.
         recorded (`torch.LongTensor` of shape `(R,)`, *optional*): the empty rows whose cross-attention the boundary
@@ -66,6 +66,7 @@ def plan_rows(
     record: bool = False,
     keep_empty: bool = False,
     reuse_empty: bool = False,
+    own_empty: bool = False,
 ) -> RowPlan:
     """Which rows per step needs: one for a sample in stage one, two for a sample in stage two (one if nothing is taken
     from its empty branch, or what is taken is reused).
@@ -78,6 +79,7 @@ def plan_rows(
         record (`bool`): whether the samples still in stage one seek their boundary.
         keep_empty (`bool`): whether what is taken is kept for later steps.
         reuse_empty (`bool`): whether it is what an earlier step kept. All samples are in stage two, then and now.
+        own_empty (`bool`): whether each sample has an empty context of its own, as with a pose of its own.
     """
     taken = guided or self_injection or cross_injection
     reuse_empty = reuse_empty and taken
@@ -91,7 +93,7 @@ def plan_rows(
         num_samples=len(stage_two),
         empty=empty,
         identity=identity,
-        contexts=torch.cat([torch.zeros_like(empty), identity + 1]),
+        contexts=torch.cat([empty, identity + len(stage_two)] if own_empty else [empty * 0, identity + 1]),
         source=position[torch.cat([empty, identity])] if taken and len(identity) else None,
         recorded=recorded if record and len(recorded) else None,
         self_injection=self_injection and len(identity) > 0,
