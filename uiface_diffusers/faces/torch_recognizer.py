@@ -110,8 +110,9 @@ class SpatialRecognizer(nn.Module):
         graph, copies = fx.Graph(), {}
         graph.graph_copy(recognizer.network.graph, copies)
         graph.output(copies[maps[-1]])
-        graph.eliminate_dead_code()
         self.recognizer_pixels, self.network = recognizer._pixels, fx.GraphModule(recognizer.network, graph)
+        self.network.graph.eliminate_dead_code()
+        self.network.recompile()
 
     def forward(self, faces: torch.Tensor) -> torch.Tensor:
         """Features `(N, C, h, w)` of faces `(N, 3, size, size)` in [-1, 1]; 7x7 of IResNets."""
