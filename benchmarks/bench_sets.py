@@ -2,7 +2,7 @@
 """Runs `uiface bench` on real and generated sets, kills it twice, and compares it with uninterrupted trainings.
 
     uiface make-benchmark --pairs lfw/pairsDevTest.txt --images lfw/images --output benchmarks/lfw_devtest.bin
-    OMP_NUM_THREADS=2 python benchmarks/bench_sets.py celeba=celeba_112 lfw=cache/devtrain --benchmarks benchmarks \
+    OMP_NUM_THREADS=2 python benchmarks/bench_sets.py celeba=celeba_112 lfw=cache/devtrain --benchmarks bins \
         --work runs/bench
 
 The generated sets are of the embedded checkpoint: the same people and noise, in two stages and in a single one. The

@@ -302,7 +302,8 @@ def append(file: Path, rng) -> str:
 
 
 def exchange(file: Path, rng) -> str | None:
-    others = sorted(path for path in file.parents[-2].rglob("*") if path.is_file() and path.suffix != file.suffix)
+    near = file.parents[-2] if len(file.parents) > 1 else Path(".")
+    others = sorted(path for path in near.rglob("*") if path.is_file() and path.suffix != file.suffix)
     others = others or sorted(path for path in Path(".").rglob("*") if path.is_file() and path.suffix != file.suffix)
     other = others[rng.integers(len(others))]
     shutil.copy(other, file)

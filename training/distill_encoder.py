@@ -159,7 +159,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
 
     # 4. train
     log = DistillationLog(device)
-    fixed = {"train_data": faces.fingerprints, "recognizer": args.recognizer, "weight_decay": args.weight_decay}
     run = Run(
         "distill_encoder",
         args,
@@ -170,7 +169,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
         product=Copy(copy, faces.teacher, others),
         log=log,
         lr_scheduler=lr_scheduler,
-        fixed=fixed,
+        fixed={"train_data": faces.fingerprints},
     )
     for pixels, embeddings in run:
         pixels = vary(to_unit_range(pixels))

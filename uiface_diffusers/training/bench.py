@@ -2,11 +2,13 @@
 
 import gc
 import hashlib
+import io
 import json
 import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +118,19 @@ def recipe_settings(recipe: Path, output: Path) -> dict[str, Any]:
     """The options of a recipe that its results depend on, defaults among them.
 
     Raises:
-        ValueError: it is missing, or has one of `REFUSED`.
+        ValueError: it is missing or damaged, an option or a value is wrong, or it has one of `REFUSED`.
     """
     if not recipe.is_file():
         raise ValueError(f"{recipe} is missing: the recipe is a YAML file of options.")
     words = ["--config", str(recipe), "--train-data", "-", "--output-dir", str(output)]
-    args = vars(face_recognition.parse_args(words))
+    written = io.StringIO()
+    try:
+        with redirect_stderr(written):
+            args = vars(face_recognition.parse_args(words))
+    except SystemExit as error:
+        # without the usage of the training script, which nobody called
+        reason = " ".join(written.getvalue().rpartition("error: ")[2].split())
+        raise ValueError(f"the recipe {recipe} cannot be used: {reason}") from error
     for name, reason in REFUSED.items():
         if args[name]:
             raise ValueError(f"{recipe} has {name.replace('_', '-')}: {reason}. Take it out.")

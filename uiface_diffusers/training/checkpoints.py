@@ -121,7 +121,6 @@ def check_unchanged(checkpoint: Path, fixed: dict) -> None:
         for name, value in fixed.items()
         if name in before and before[name] != value
     }
-    changed |= {name: f"{name}: {before[name]} then, none now" for name in before.keys() - fixed.keys()}
     steps = changed.pop("max_train_steps", None)
     if steps is not None:
         logger.warning(f"{checkpoint} is resumed with another end of the schedule ({steps}): the learning rate jumps")
