@@ -88,25 +88,27 @@ class TorchRecognizer(nn.Module):
         """The same model up to its last map of features.
 
         Raises:
-            ValueError: it has none of 7x7 or more that is smaller than its picture.
+            ValueError: it has none of 7x7 to 14x14.
         """
         return SpatialRecognizer(self)
 
 
 class SpatialRecognizer(nn.Module):
-    """A `TorchRecognizer` up to its last map of features of 7x7 or more, which an IResNet flattens; weights are shared.
+    """A `TorchRecognizer` up to its last map of features of 7x7 to 14x14, which an IResNet flattens; weights are
+    shared.
 
     Raises:
-        ValueError: it has none of 7x7 or more that is smaller than its picture.
+        ValueError: it has none of 7x7 to 14x14.
     """
 
     def __init__(self, recognizer: TorchRecognizer):
         super().__init__()
         shapes = Shapes(recognizer.network)
         shapes.run(torch.zeros(1, 3, ALIGNED_SIZE, ALIGNED_SIZE))
-        # 7x7 at least: EdgeFace ends in 3x3; square, since it also has maps whose channels come last
+        # a sixteenth of the picture to an eighth: EdgeFace ends in 3x3, and its maps of attention are 48x48; square,
+        # since it also has maps whose channels come last
         squares = {node: shape[-1] for node, shape in shapes.of.items() if len(shape) == 4 and shape[-1] == shape[-2]}
-        maps = [node for node, side in squares.items() if 7 <= side < ALIGNED_SIZE]
+        maps = [node for node, side in squares.items() if ALIGNED_SIZE // 16 <= side <= ALIGNED_SIZE // 8]
         if not maps:
             raise ValueError("the recognition model has no map of features: choose a convolutional one.")
         graph, copies = fx.Graph(), {}
