@@ -111,7 +111,8 @@ class SpatialRecognizer(nn.Module):
         maps = [node for node, side in squares.items() if ALIGNED_SIZE // 16 <= side <= ALIGNED_SIZE // 8]
         if not maps:
             raise ValueError("the recognition model has no map of features: choose a convolutional one.")
-        graph, copies = fx.Graph(), {}
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
         graph.graph_copy(recognizer.network.graph, copies)
         graph.output(copies[maps[-1]])
         self.recognizer_pixels, self.network = recognizer._pixels, fx.GraphModule(recognizer.network, graph)
