@@ -50,6 +50,7 @@ Module = TypeVar("Module", bound=nn.Module)
 # compare (`fixed` of `Run`); and of the schedule's options those that it does not read
 CHANGEABLE = INDIFFERENT | {"max_train_steps", "max_train_hours", "epochs", "channels_last", "gradient_checkpointing"}
 CHANGEABLE |= {"train_data", "init_from", "vae", "vae_subfolder", "encoder_root", "identity_encoder", "lpips_backbone"}
+CHANGEABLE |= {"alignment_recognizer", "identity_recognizers"}
 CHANGEABLE |= {"lr_warmup_steps", "lr_restart_steps", "lr_restart_factor", "lr_milestones", "lr_decay"}
 
 
