@@ -13,32 +13,20 @@ weights.
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from diffusers import AutoModel
-from diffusers.utils import make_image_grid
 
 from uiface_cli.options import json_object, real, whole
 from uiface_diffusers import UIFacePipeline
-from uiface_diffusers.data import FaceCache, LatentSet, cache_latents
 from uiface_diffusers.denoisers import TRAINABLE
-from uiface_diffusers.encoders import EncoderMark, common_encoder
-from uiface_diffusers.faces import FaceEncoder
-from uiface_diffusers.files import write_json
 from uiface_diffusers.fingerprint import model_fingerprint, weights_fingerprint
-from uiface_diffusers.hub import save_card
-from uiface_diffusers.latents import FirstStage
 from uiface_diffusers.models import CONDITIONS
 from uiface_diffusers.training.alignment import OwnRecognizer, Teacher, align_features
 from uiface_diffusers.training.averages import WeightAverage
-from uiface_diffusers.training.datasets import LatentFaces, describe_caches, open_caches, read_condition
+from uiface_diffusers.training.datasets import load_training_data, open_caches
 from uiface_diffusers.training.denoising import (
     TIMESTEP_SAMPLING,
     DenoisingLog,
@@ -58,16 +46,13 @@ from uiface_diffusers.training.options import (
     add_length_arguments,
     add_machine_arguments,
     add_optimizer_arguments,
-    describe_recipe,
     make_parser,
     parse_recipe,
     run_script,
 )
-from uiface_diffusers.training.order import EndlessBatchSampler, sampling_weights
-from uiface_diffusers.training.run import Product, Run, frozen, make_accelerator, training_folder
+from uiface_diffusers.training.run import Run, frozen, make_accelerator, training_folder
 from uiface_diffusers.training.schedules import make_lr_scheduler
-
-logger = get_logger(__name__)
+from uiface_diffusers.training.trained_pipeline import TrainedPipeline
 
 
 def add_data_arguments(group: Options) -> None:
@@ -173,82 +158,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_training_data(
-    args: argparse.Namespace,
-    caches: Sequence[FaceCache],
-    accelerator: Accelerator,
-    vae: FirstStage,
-    conditions: Sequence[str] = (),
-) -> tuple[LatentFaces, EndlessBatchSampler, list[str], EncoderMark]:
-    """Data set, its order, identity of each face, and encoder. All is checked before anything is encoded."""
-    encoder = common_encoder({str(cache.folder): cache.encoder_mark for cache in caches})
-    banks, lengths = [cache.embeddings() for cache in caches], [len(cache) for cache in caches]
-    names = [f"{cache.folder}/{name}" for cache, bank in zip(caches, banks, strict=True) for name in bank.names]
-    poses = None
-    if args.side_view_share is not None:
-        poses = np.concatenate([cache.poses() for cache in caches])
-        unknown = np.isnan(poses[:, 0]).sum()
-        if unknown:
-            logger.warning(f"{unknown} of {len(poses)} faces have no head pose: they count as no side views")
-    shares = (args.train_data_shares, args.side_view_share)
-    weights = sampling_weights(names, lengths, poses, args.balanced_sampling, *shares)
-    values = [read_condition(CONDITIONS[name], caches) for name in conditions]
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    sampler = EndlessBatchSampler(sum(lengths), args.train_batch_size, args.seed, rank, world_size, weights=weights)
-    with accelerator.main_process_first():
-        files = [file for cache in caches for file in cache_latents(cache, vae, accelerator.device)]
-    latents, embeddings = LatentSet(files), torch.cat([bank.embeddings for bank in banks])
-    if len(latents) != len(embeddings):
-        raise ValueError(
-            f"{len(latents)} cached latents for {len(embeddings)} faces in {args.train_data}: delete the latents-*"
-            " files to encode them again."
-        )
-    return LatentFaces(latents, embeddings, values), sampler, names, encoder
-
-
-class Pipeline(Product):
-    """The pipeline of a training; on the way, a grid of faces: a row of the empty context and one of each identity,
-    with the same seeds in every row."""
-
-    name = "pipeline"
-
-    def __init__(self, pipeline: UIFacePipeline, identities: torch.Tensor, encoder: FaceEncoder | None):
-        self.pipeline, self.identities, self.encoder = pipeline, identities, encoder
-
-    def save(self, run: Run, folder: Path) -> None:
-        self.pipeline.save_pretrained(folder)
-        samples = run.step * run.per_step["samples"]
-        write_json(folder / "progress.json", {"step": run.step, "samples": samples, "hours": round(run.hours, 4)})
-        save_card(folder, self.pipeline, **self.card(run.args))
-
-    def card(self, args: argparse.Namespace) -> dict[str, Any]:
-        paths = ("train_data", "vae", "output_dir", "init_from", "hub_model_id", "encoder_root")
-        paths += ("identity_recognizers", "alignment_recognizer")
-        lineage = {"training_data": describe_caches(args.train_data)}
-        return {
-            "recipe": describe_recipe("training/train.py", args, paths),
-            "card_metadata": {"license": args.license, "lineage": lineage},
-        }
-
-    def validate(self, run: Run) -> None:
-        seeds, steps, images = run.args.validation_seeds, run.args.validation_inference_steps, []
-        self.pipeline.set_progress_bar_config(disable=True)
-        for identity in [None, *self.identities]:
-            generator = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
-            images += self.pipeline(identity, seeds, num_inference_steps=steps, generator=generator).images
-        if self.encoder is not None:
-            embeddings = self.encoder.embed_pictures(images[seeds:])
-            wanted = self.identities.repeat_interleave(seeds, dim=0)
-            run.report({"validation/cosine": F.cosine_similarity(embeddings, wanted).mean().item()})
-        grid = make_image_grid(images, rows=1 + len(self.identities), cols=seeds)
-        run.log_picture("validation/grid", grid)
-        run.save_picture(grid)
-
-    def upload(self, run: Run, repo_id: str, message: str) -> None:
-        private = run.args.hub_private or None
-        self.pipeline.push_to_hub(repo_id, commit_message=message, private=private, **self.card(run.args))
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     accelerator = make_accelerator(args)
@@ -317,7 +226,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
         checkpoint,
         dataset,
         sampler,
-        product=Pipeline(pipeline, dataset.embeddings[first_faces[:2]], face_encoder),
+        product=TrainedPipeline(pipeline, dataset.embeddings[first_faces[:2]], face_encoder),
         log=log,
         lr_scheduler=lr_scheduler,
         fixed=fixed,

@@ -1,5 +1,6 @@
 """Faces to train on, fetched a batch at a time."""
 
+import argparse
 import logging
 import os
 from collections.abc import Sequence
@@ -8,17 +9,21 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from ..data import FaceCache, LatentSet
+from ..data import FaceCache, LatentSet, cache_latents
 from ..data.face_cache import load_pictures
+from ..encoders import EncoderMark, common_encoder
 from ..hub.lineage import CARD, read_header
-from ..models import ConditionProjector
+from ..latents import FirstStage
+from ..models import CONDITIONS, ConditionProjector
 from ..pictures import rgb_bytes
 from ..seeds import mix_seed
+from .order import EndlessBatchSampler, sampling_weights
 
 logger = logging.getLogger(__name__)
 # the stream of random numbers of a face's augmentation
@@ -211,3 +216,36 @@ class Augmentation:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix_seed(self.seed, number, AUGMENTATION))
             return self.transform(face)
+
+
+def load_training_data(
+    args: argparse.Namespace,
+    caches: Sequence[FaceCache],
+    accelerator: Accelerator,
+    vae: FirstStage,
+    conditions: Sequence[str] = (),
+) -> tuple[LatentFaces, EndlessBatchSampler, list[str], EncoderMark]:
+    """Data set, its order, identity of each face, and encoder. All is checked before anything is encoded."""
+    encoder = common_encoder({str(cache.folder): cache.encoder_mark for cache in caches})
+    banks, lengths = [cache.embeddings() for cache in caches], [len(cache) for cache in caches]
+    names = [f"{cache.folder}/{name}" for cache, bank in zip(caches, banks, strict=True) for name in bank.names]
+    poses = None
+    if args.side_view_share is not None:
+        poses = np.concatenate([cache.poses() for cache in caches])
+        unknown = np.isnan(poses[:, 0]).sum()
+        if unknown:
+            logger.warning(f"{unknown} of {len(poses)} faces have no head pose: they count as no side views")
+    shares = (args.train_data_shares, args.side_view_share)
+    weights = sampling_weights(names, lengths, poses, args.balanced_sampling, *shares)
+    values = [read_condition(CONDITIONS[name], caches) for name in conditions]
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    sampler = EndlessBatchSampler(sum(lengths), args.train_batch_size, args.seed, rank, world_size, weights=weights)
+    with accelerator.main_process_first():
+        files = [file for cache in caches for file in cache_latents(cache, vae, accelerator.device)]
+    latents, embeddings = LatentSet(files), torch.cat([bank.embeddings for bank in banks])
+    if len(latents) != len(embeddings):
+        raise ValueError(
+            f"{len(latents)} cached latents for {len(embeddings)} faces in {args.train_data}: delete the latents-*"
+            " files to encode them again."
+        )
+    return LatentFaces(latents, embeddings, values), sampler, names, encoder
