@@ -15,6 +15,7 @@ from ..fingerprint import pipeline_fingerprint, weights_fingerprint
 from ..generation import generate_dataset
 from ..identities import IdentityBank, bank_hash
 from ..pipeline_uiface import UIFacePipeline
+from ..seeds import NOISE_VERSION
 from ..two_stage.dial import Dial, DialPoint, diversity_of_real_faces, monotone_curve
 from . import registry
 from .face_set import FaceSet, open_faces
@@ -96,6 +97,7 @@ def calibrate(
         "images_per_identity": images_per_identity,
         "num_inference_steps": num_inference_steps,
         "seed": seed,
+        "noise": NOISE_VERSION,
         "encoder": encoder.fingerprint,
         "perceptual": None if perceptual is None else weights_fingerprint(perceptual),
     }
