@@ -429,8 +429,8 @@ class UIFacePipeline(DiffusionPipeline):
             tokens = (identity_projector.config.num_tokens, empty_context.config.num_tokens)
             if tokens[0] != tokens[1]:
                 raise ValueError(f"`identity_projector` gives {tokens[0]} tokens, `empty_context` {tokens[1]}.")
-        for name, projector in conditions.items() if empty_context is not None else ():
-            own = empty_context.config.num_tokens
+        own = 1 if empty_context is None else empty_context.config.num_tokens
+        for name, projector in conditions.items():
             if projector is not None and projector.config.num_tokens % own:
                 raise ValueError(
                     f"`{name}` gives {projector.config.num_tokens} tokens, which are not a multiple of the"

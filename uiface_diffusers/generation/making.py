@@ -272,7 +272,6 @@ class ImageMaker:
             wanted = self._embeddings(sampled.attempts)
             similarities = (self.encoder.embed_pictures(pictures) * wanted).sum(dim=1).tolist()
         columns = (sampled.attempts, sampled.boundaries, sampled.perturbations, similarities, sampled.layouts)
-        columns += (sampled.conditions,)
         return [
             ImageRow(
                 attempt.key.identity,
@@ -286,7 +285,9 @@ class ImageMaker:
                 layout=layout,
                 conditions=conditions,
             )
-            for attempt, boundary, perturbation, similarity, layout, conditions in zip(*columns, strict=True)
+            for attempt, boundary, perturbation, similarity, layout, conditions in zip(
+                *columns, sampled.conditions, strict=True
+            )
         ]
 
     def _best(

@@ -38,14 +38,10 @@ class PoseProjector(ConditionProjector):
     def __init__(self, context_dim: int = 256, num_tokens: int = 1, hidden_dim: int = 256, num_frequencies: int = 4):
         super().__init__()
         features = 2 * num_frequencies * len(self.fields)
+        last = nn.Linear(hidden_dim, num_tokens * context_dim)
         self.mlp = nn.Sequential(
-            nn.Linear(features, hidden_dim),
-            nn.SiLU(),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.SiLU(),
-            nn.Linear(hidden_dim, num_tokens * context_dim),
+            nn.Linear(features, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU(), last
         )
-        last = self.mlp[-1]
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.without = nn.Parameter(torch.zeros(num_tokens, context_dim))
@@ -78,4 +74,4 @@ class PoseProjector(ConditionProjector):
     @staticmethod
     def from_columns(columns: np.ndarray) -> np.ndarray:
         """Yaw and pitch as `head_pose` gives them, `(N, 2)` -> in degrees, float32, between -90 and 90."""
-        return np.degrees(np.arctan(np.asarray(columns, np.float32) / np.float32(NOSE_DEPTH)))
+        return np.degrees(np.arctan(np.asarray(columns, np.float32) / np.array(NOSE_DEPTH, np.float32)))

@@ -235,13 +235,11 @@ def denoising_loss(
     is_empty = torch.rand(batch_size, device=device) < empty_probability
     # the empty context gets a gradient in every step
     is_empty[:1].fill_(True)  # assigning to `is_empty[0]` would wait for the device
-    arguments = [identity_embeds, is_empty]
-    if values:
-        arguments.append(condition_inputs(values, flip.bool(), dropouts or {}))
+    inputs = (condition_inputs(values, flip.bool(), dropouts or {}),) if values else ()
 
     objective = objective_of(scheduler)
     noisy = objective.noisy(latents, noise, timesteps)
-    prediction = denoiser(noisy, objective.denoiser_timesteps(timesteps), *arguments).float()
+    prediction = denoiser(noisy, objective.denoiser_timesteps(timesteps), identity_embeds, is_empty, *inputs).float()
     target = objective.target(latents, noise, timesteps)
     loss = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
     if snr_gamma is not None:
