@@ -9,6 +9,7 @@ library's innards, or where what was given of a set is neither taken nor named. 
 """
 
 import argparse
+import importlib.util
 import io
 import json
 import os
@@ -30,6 +31,7 @@ from typing import NamedTuple
 if __name__ == "__main__":  # the suite, which imports this, has its own
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import diffusers
@@ -37,9 +39,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from conftest import ALEXNET, FIXTURES, draw_person, tiny_components, write_toy_pack
+from insightface.utils.face_align import arcface_dst
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_faults_readers import POINTER
+from written_files import POINTER
 
 import uiface_cli
 from uiface_diffusers import IdentityBank, UIFacePipeline, generate_dataset
@@ -75,7 +78,7 @@ def write_corpus(root: Path) -> None:
     write_toy_pack(root / "packs")
     encoder = FaceEncoder("toy", str(root / "packs"), det_size=160)
     prepare_faces(root / "photos", root / "cache", encoder, image_size=112)
-    for form in ("recordio", "webdataset"):
+    for form in FORMS:
         convert_dataset(root / "faces", root / form, form)
     UIFacePipeline(**tiny_components()).save_pretrained(root / "model")
     generator = torch.Generator().manual_seed(0)
@@ -95,6 +98,7 @@ def write_corpus(root: Path) -> None:
     rows = [line.replace(" ", ",") for line in lines]
     (root / "lists" / "pairs.csv").write_text("\n".join(["path1,path2,label", *rows]) + "\n")
     (root / "lists" / "names.txt").write_text("person_0\nperson_2\n")
+    write_protocols(root)
     (root / "benchmarks").mkdir()
     make_benchmark(root / "lists" / "pairs.txt", root / "faces", root / "benchmarks" / "toy.bin", None)
     IResNetModel(IResNetConfig(layers=18, width=8, embedding_dim=16)).save_pretrained(root / "recognizer")
@@ -122,12 +126,36 @@ def write_corpus(root: Path) -> None:
     shutil.rmtree(root / "report" / "cache")
 
 
+def write_protocols(root: Path) -> None:
+    """Lists of a search, groups, a folder of templates, a recipe of the bench."""
+    files = [(f"person_{person}", f"faces/person_{person}/{index}.jpg") for person in range(3) for index in range(3)]
+    gallery, probes = files[:1] + files[3:4], files[1:3] + files[4:]
+    (root / "gallery.csv").write_text("".join(f"{file},{name}\n" for name, file in gallery))
+    (root / "probes.txt").write_text("".join(f"{file}\n" for _, file in probes))
+    (root / "groups.csv").write_text("person_0,one\nperson_1,one\nperson_2,two\n")
+    (root / "templates" / "meta").mkdir(parents=True)
+    (root / "templates" / "loose_crop").mkdir()
+    landmarks = " ".join(f"{x} {y}" for x, y in arcface_dst)
+    media, points = "", ""
+    for number, (_, file) in enumerate(files):
+        shutil.copy(root / file, root / "templates" / "loose_crop" / f"{number}.jpg")
+        media += f"{number}.jpg {number // 2} {number}\n"
+        points += f"{number}.jpg {landmarks} 0.9\n"
+    pairs = "".join(f"{a} {b} {int((a, b) == (0, 1))}\n" for a in range(4) for b in range(a + 1, 5))
+    for name, lines in (("face_tid_mid", media), ("name_5pts_score", points), ("template_pair_label", pairs)):
+        (root / "templates" / "meta" / f"toy_{name}.txt").write_text(lines)
+    recipe = {"recognizer": {"layers": 18, "width": 4, "embedding_dim": 16}, "max-train-steps": 1}
+    recipe |= {"train-batch-size": 4, "report-to": "none", "lr-scheduler": "constant", "validation-steps": 0}
+    (root / "recipe.json").write_text(json.dumps(recipe))  # JSON is YAML, and is damaged as JSON is
+
+
 def pack() -> list[str]:
     return ["--encoder", "toy", "--encoder-root", "packs", "--det-size", "160"]
 
 
 # command -> what it reads, and how it is called; within the copied inputs
 SAMPLE = ["--num-inference-steps", "1", "--device", "cpu", "--size", "8", "--images-per-identity", "1"]
+FORMS = ("recordio", "webdataset", "parquet", "zip", *(() if importlib.util.find_spec("lmdb") is None else ("lmdb",)))
 SETS = ("photos", "faces", "recordio", "webdataset", "cache", "made", "made_shards")
 COMMANDS: list[tuple[str, list[str], list[str]]] = [
     *(("prepare", [name], ["prepare", name, "--output", "out", *pack()]) for name in ("photos", "cache")),
@@ -187,10 +215,34 @@ COMMANDS: list[tuple[str, list[str], list[str]]] = [
     ("convert-original", ["original"],
      ["convert-original", "--unet", "original/unet.pt", "--model-config", "original/config.json", "--vq-model",
       "original/vae", "--output", "out"]),
+    ("identify", ["photos", "faces"],
+     ["identify", "toy", "--gallery", "photos", "--probes", "faces", "--output", "out", *pack()]),
+    ("identify lists", ["gallery.csv", "probes.txt", "faces"],
+     ["identify", "toy", "--gallery", "gallery.csv", "--probes", "probes.txt", "--aligned", *pack()]),
+    ("verify --templates", ["templates"],
+     ["verify", "toy", "--templates", "templates", "--output", "out", *pack()]),
+    ("verify --groups", ["groups.csv", "lists/pairs.txt"],
+     ["verify", "toy", "--pairs", "lists/pairs.txt", "--images", "faces", "--aligned", "--groups", "groups.csv",
+      "--output", "out", *pack()]),
+    ("verify --corruptions", ["benchmarks"],
+     ["verify", "toy", "--encoder-root", "packs", "--benchmarks", "benchmarks", "--corruptions", "--output", "out"]),
+    ("poses", ["cache", "groups.csv"], ["poses", "cache", "--groups", "groups.csv", "--output", "out.json"]),
+    *(("browse", [name], ["browse", name, "--output", "out.html"]) for name in ("faces", "parquet", "made", "cache")),
+    ("make-pack", ["packs"],
+     ["make-pack", "--recognizer", "packs/models/toy/recognizer.onnx", "--detector", "packs/models/toy/detector.onnx",
+      "--output", "out/models/new"]),
+    ("bench", ["recipe.json", "faces", "benchmarks"],
+     ["bench", "faces", "other=zip", "--recipe", "recipe.json", "--benchmarks", "benchmarks", "--seeds", "0",
+      "--output", "out"]),
+    ("card", ["made/README.md"], ["card", "made"]),
+    *(("convert", [name], ["convert", name, "out", "--format", form])
+      for name, form in zip(FORMS, ("zip", "parquet", "lmdb" if "lmdb" in FORMS else "zip", "recordio", "imagefolder"),
+                            strict=False)),
+    ("clean", ["zip", "parquet"], ["clean", "zip", "--list", "out/list.csv", "--output", "out/clean", *pack()]),
 ]  # fmt: skip
 READERS: dict[str, tuple[list[str], Callable[[], object]]] = {
-    "open_source": (list(SETS), None),
-    "LabeledFaces": (["faces", "recordio", "cache", "made_shards"], None),
+    "open_source": ([*SETS, *FORMS[2:]], None),
+    "LabeledFaces": (["faces", "recordio", "cache", "made_shards", *FORMS[2:]], None),
     "FaceCache": (["cache"], lambda: FaceCache("cache").embeddings()),
     "RecordReader": (["recordio"], lambda: RecordReader("recordio/train.rec").image_keys()),
     "read_pairs": (["lists/pairs.txt"], lambda: read_pairs("lists/pairs.txt")),
@@ -250,7 +302,8 @@ def append(file: Path, rng) -> str:
 
 
 def exchange(file: Path, rng) -> str | None:
-    others = sorted(path for path in file.parents[-2].rglob("*") if path.is_file() and path.suffix != file.suffix)
+    near = file.parents[-2] if len(file.parents) > 1 else Path(".")
+    others = sorted(path for path in near.rglob("*") if path.is_file() and path.suffix != file.suffix)
     others = others or sorted(path for path in Path(".").rglob("*") if path.is_file() and path.suffix != file.suffix)
     other = others[rng.integers(len(others))]
     shutil.copy(other, file)
@@ -466,7 +519,8 @@ def given_files(path: Path) -> Counter | None:
     if not path.is_dir() or (path / "prepare.json").exists() or (path / "generation.json").exists():
         return None
     names = sorted(os.listdir(path))
-    if any(name.endswith(".rec") for name in names):
+    counted_otherwise = (".rec", ".parquet", ".lmdb", ".zip")
+    if any(name.endswith(counted_otherwise) for _, _, files in os.walk(path) for name in files):
         return None
     found: Counter = Counter()
     shards = [path / name for name in names if name.endswith(".tar") and not is_system_entry(name)]
@@ -476,11 +530,12 @@ def given_files(path: Path) -> Counter | None:
             with tarfile.open(shard, "r:") as tar:
                 members = [member.name for member in tar if not member.isdir()]
             found.update(f"{shard.name}:{name}" for name in members if not name.endswith(".cls"))
-        found.update(name for name in names if path / name not in shards)
+        found.update(name for name in names if path / name not in shards and name != "README.md")
         return found
     for parent, folders, files in os.walk(path):
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         found.update(os.path.relpath(os.path.join(parent, name), path) for name in files + links)
+    del found["README.md"]
     return Counter({printable(name): number for name, number in found.items()})
 
 

@@ -3,19 +3,17 @@
 A small module, because a process of its own imports it.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable
+
+from processes import fork
 
 from uiface_diffusers import cli
 
-# the processes have imported everything already
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["uiface_diffusers.cli", "uiface_diffusers"])
 
-
-def _command(arguments: list[str], renamed: str, number: int) -> None:
+def _command(run: Callable[[list[str]], None], arguments: list[str], renamed: str, number: int) -> None:
     complete = 0
 
     def count(event: str, values: tuple) -> None:
@@ -26,13 +24,14 @@ def _command(arguments: list[str], renamed: str, number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
-    cli.main(arguments)
+    run(arguments)
 
 
-def run_until_complete(arguments: list[str], renamed: str, number: int = 1) -> None:
-    """Runs `uiface` until so many files whose names end with `renamed` are complete; it is killed when it opens the
-    next file. An error if it ends before."""
-    process = PROCESSES.Process(target=_command, args=(arguments, renamed, number))
-    process.start()
+def run_until_complete(
+    arguments: list[str], renamed: str, number: int = 1, run: Callable[[list[str]], None] = cli.main
+) -> None:
+    """Runs `uiface`, or another `main`, until so many files whose names end with `renamed` are complete; it is killed
+    when it opens the next file. An error if it ends before."""
+    process = fork(_command, run, arguments, renamed, number)
     process.join()
     assert process.exitcode == -signal.SIGKILL, process.exitcode

@@ -1,7 +1,4 @@
 import json
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import yaml
 from accelerate import Accelerator
 from conftest import ALEXNET, REPOSITORY, Outcome, run_script
 from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel
+from processes import Running
 from safetensors.torch import load_file, save_file
 
 from uiface_diffusers.data import FaceCache, prepare_faces
@@ -100,18 +98,8 @@ def test_learns_to_reconstruct_and_measures_its_latents(uninterrupted, workspace
 
 
 def test_sigkill_and_resume_gives_the_same_parameters(uninterrupted, workspace):
-    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    environment |= {"HF_DATASETS_CACHE": str(workspace / "datasets"), "TQDM_MININTERVAL": "0"}
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *options_of(workspace, "killed", "--scale-equivariance-probability", "0")],
-        stderr=subprocess.PIPE,
-        env={**os.environ, **environment},
-    )
-    seen = b""
-    while b"| 15/30" not in seen and process.poll() is None:
-        seen += process.stderr.read1()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    options = options_of(workspace, "killed", "--scale-equivariance-probability", "0")
+    Running("train_autoencoder", options, HF_DATASETS_CACHE=str(workspace / "datasets")).kill_at("| 15/30")
     assert not (workspace / "killed" / "config.json").exists()
     options = ("--resume-from-checkpoint", "latest", "--dataloader-num-workers", "2")
     result = train(workspace, "killed", *options)

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import statistics
 
@@ -115,6 +116,11 @@ def test_other_settings_are_refused_by_name(root, whole, tmp_path, capsys):
     for name, (value, message) in changes.items():
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {name: value}))
         assert message in refused(command(root, "whole", "--recipe", str(tmp_path / "recipe.yaml")))
+    for text, message in (("epochs: [", "cannot be read: while parsing"), ("epochs: x", "--epochs: 'x' is")):
+        (tmp_path / "recipe.yaml").write_text(text)
+        error = refused(command(root, "whole", "--recipe", str(tmp_path / "recipe.yaml")))
+        assert re.search(f"uiface bench: .*the recipe .*recipe.yaml cannot be used: .*{message}", error), error
+        assert "usage" not in error and "\n" not in error.strip()
     shutil.copytree(root / "bins", tmp_path / "bins")
     write_benchmark(tmp_path / "bins" / "lfw.bin", 22)
     assert "benchmark lfw: " in refused(command(root, "whole", "--benchmarks", str(tmp_path / "bins")))

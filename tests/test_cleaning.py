@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections import Counter
 
 import numpy as np
 import PIL.Image
@@ -30,6 +31,7 @@ from uiface_diffusers.evaluation.cleaning import (
     small_picture,
 )
 from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.hub.lineage import read_header
 
 PEOPLE, IMAGES = 10, 6
 
@@ -108,6 +110,10 @@ def test_planted_flaws_are_listed_and_left_out(planted, toy_root, tmp_path, caps
     printed = capsys.readouterr().out
     assert "4 twin: of identities" in printed and "2 stranger: " in printed and "1 unusable: " in printed
     assert f"60 images of 10 identities are in {output}" in printed
+    (step,) = read_header(output / "README.md")["lineage"]["derived_from"]
+    reasons = Counter(reason.partition(":")[0] for reason, _ in expected.values())
+    assert step["taken_out"] == reasons and (step["name"], step["encoder"]) == (root.name, "toy")
+    assert step["images"] == 60 + reasons.total() and step["thresholds"].keys() >= {"stranger_cosine", "twin_cosine"}
 
 
 def test_thresholds_can_be_given(planted, toy_root, tmp_path):

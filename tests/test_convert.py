@@ -17,7 +17,8 @@ from uiface_diffusers import cli
 from uiface_diffusers.data import convert_dataset
 from uiface_diffusers.data.convert import MARKER
 from uiface_diffusers.data.recordio import RecordReader
-from uiface_diffusers.data.sources import open_source
+from uiface_diffusers.data.sources import open_source, source_fingerprint
+from uiface_diffusers.hub.lineage import read_header
 
 
 def contents(path: Path) -> Counter:
@@ -50,13 +51,56 @@ def test_nothing_changes_on_the_way(people, tmp_path, first, second):
     assert sorted(os.listdir(tmp_path)) == ["first", "people", "second"]
 
 
+CARD = """---
+license: cc-by-nc-4.0
+size_categories: [n<1K]
+configs: [{config_name: default, data_files: images/**}]
+lineage:
+  generator: {name: org/model, license: other}
+  leakage_audit: {against: photos}
+---
+Mine.
+"""
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_card_goes_along(people, tmp_path, form, capsys):
+    (people / "README.md").write_text(CARD)
+    cli.main(["convert", str(people), str(tmp_path / "first"), "--format", form])
+    cli.main(["convert", str(tmp_path / "first"), str(tmp_path / "second"), "--format", "imagefolder"])
+    assert "README" not in capsys.readouterr().out  # it is no picture that was lost
+    header = read_header(tmp_path / "second" / "README.md")
+    assert header.keys() == {"license", "lineage"} and header["license"] == "cc-by-nc-4.0"
+    steps = header["lineage"].pop("derived_from")
+    assert header["lineage"] == {
+        "generator": {"name": "org/model", "license": "other"},
+        "leakage_audit": {"against": "photos"},
+    }
+    assert [(step["name"], step["by"], step["images"], step["identities"]) for step in steps] == [
+        ("people", f"uiface convert --format {form}", 7, 3),
+        ("first", "uiface convert --format imagefolder", 7, 3),
+    ]
+    assert steps[0]["fingerprint"] == source_fingerprint(open_source(people))[:12]
+    cli.main(["card", str(tmp_path / "second")])
+    printed = capsys.readouterr().out
+    assert "made from: {name: people, " in printed and "lineage.generator.name: org/model" in printed
+
+
+def test_a_card_that_is_no_yaml_is_named_before_the_work(people, tmp_path):
+    (people / "README.md").write_text("---\nlicense: [\n---\n")
+    with pytest.raises(SystemExit, match="the header of .*README.md, between the lines ---, is no YAML"):
+        cli.main(["convert", str(people), str(tmp_path / "first"), "--format", "zip"])
+    assert sorted(os.listdir(tmp_path)) == ["people"]
+
+
 def test_insightface_reads_the_records(people, tmp_path):
     """Record 0, keys from 1 on, one float label each, and the identities' ranges behind them."""
     convert_dataset(people, tmp_path / "set", "recordio")
     reader = RecordReader(tmp_path / "set" / "train.rec")
     first = reader.read_image(0)
     assert first.labels.tolist() == [8.0, 11.0] and first.content == b"" and reader.keys == list(range(11))
-    assert [reader.read_label(key) for key in reader.image_keys()] == [0, 0, 0, 0, 1, 1, 2]
+    assert reader.image_keys() == list(range(1, 8))
+    assert [reader.read_image(key).labels.tolist() for key in range(1, 8)] == [[0], [0], [0], [0], [1], [1], [2]]
     assert [reader.read_image(key).labels.tolist() for key in (8, 9, 10)] == [[1, 5], [5, 7], [7, 8]]
     assert all(struct.unpack_from("<I", reader.read(key))[0] == 0 for key in range(1, 8))  # a number, no array
     (tmp_path / "set" / "train.idx").unlink()
@@ -78,13 +122,13 @@ def test_webdataset_reads_the_shards(people, tmp_path):
 def test_labels_of_records_are_kept(tmp_path):
     write_faces(tmp_path / "train.rec", label_arrays=False)
     cli.main(["convert", str(tmp_path / "train.rec"), str(tmp_path / "folders"), "--format", "imagefolder"])
-    assert sorted(os.listdir(tmp_path / "folders")) == ["0000000", "0000001", "0000002"]
+    assert sorted(os.listdir(tmp_path / "folders")) == ["0000000", "0000001", "0000002", "README.md"]
     assert os.listdir(tmp_path / "folders" / "0000002") != [] and contents(tmp_path / "folders").total() == 6
     for name in ("0000000", "0000001"):
         (tmp_path / "folders" / name).rename(tmp_path / "folders" / f"{int(name) + 10:07d}")
     convert_dataset(tmp_path / "folders", tmp_path / "set", "recordio")
     reader = RecordReader(tmp_path / "set" / "train.rec")
-    assert sorted({reader.read_label(key) for key in reader.image_keys()}) == [2, 10, 11]
+    assert sorted({reader.read_image(key).labels[0] for key in reader.image_keys()}) == [2, 10, 11]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -115,7 +159,10 @@ def test_all_or_nothing(people, tmp_path, monkeypatch):
     write(tmp_path / "set.part", {MARKER: b"", "anna/half.png": b""})
     output.mkdir()
     convert_dataset(people, output, "imagefolder")
-    assert sorted(os.listdir(output)) == ["Anna Lee", "Bért", "Carl"] and not (tmp_path / "set.part").exists()
+    assert (
+        sorted(os.listdir(output)) == ["Anna Lee", "Bért", "Carl", "README.md"]
+        and not (tmp_path / "set.part").exists()
+    )
     for given, message in ((output, "set is not empty"), (people / "within", "lies within")):
         with pytest.raises(ValueError, match=message):
             convert_dataset(people, given, "imagefolder")

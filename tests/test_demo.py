@@ -155,11 +155,14 @@ def test_a_click_makes_faces_in_the_browser(browser, served, tmp_path):
     widths = page.locator("#faces img").evaluate_all("images => images.map(image => image.naturalWidth)")
     assert set(widths) == {16, 128}
 
-    # a photograph is followed, and not kept
+    # a photograph is followed, and not kept; another visitor's upload is left alone
+    (folder,) = temporary.iterdir()
+    other = folder / "other.png"
+    other.write_bytes(b"of somebody else")
     draw_person((10, 200, 90)).save(tmp_path / "photograph.png")
     page.locator("input[type=file]").first.set_input_files(tmp_path / "photograph.png")
     page.get_by_text("Faces follow the photograph").wait_for(timeout=30_000)
-    assert not [file for file in temporary.rglob("*") if file.is_file()]
+    assert [file for file in temporary.rglob("*") if file.is_file()] == [other]
     page.get_by_label("Single stage beside").uncheck()
     page.get_by_role("button", name="Make faces").click()
     page.locator(".uiface-title", has_text="photograph: two stages").wait_for(timeout=60_000)

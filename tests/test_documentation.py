@@ -13,6 +13,7 @@ from uiface_diffusers import cli
 sys.path.insert(0, str(REPOSITORY / "training"))
 sys.path.insert(0, str(REPOSITORY / "training" / "studies"))
 import ablation  # noqa: E402
+import distill_encoder  # noqa: E402
 import evaluate  # noqa: E402
 import export_checkpoint  # noqa: E402
 import sampling_settings  # noqa: E402
@@ -21,7 +22,7 @@ import train_autoencoder  # noqa: E402
 import train_face_recognition  # noqa: E402
 import train_identity_flow  # noqa: E402
 
-TRAININGS = (train, train_autoencoder, train_face_recognition, train_identity_flow)
+TRAININGS = (distill_encoder, train, train_autoencoder, train_face_recognition, train_identity_flow)
 SCRIPTS = (*TRAININGS, evaluate, export_checkpoint, ablation, sampling_settings)
 PARSERS = {f"{script.__name__}.py": script.parse_args for script in SCRIPTS}
 START = "(?:python training/|accelerate launch training/|uiface )"

@@ -231,7 +231,7 @@ def test_the_terminal_answers_questions(workspace, evaluated, encoder, perceptua
     assert [line.partition("?")[0] + "?" for line in answers] == QUESTIONS
     eer = figures(load_report(evaluated), "toy")["eer"]
     assert f"Equal error rate: {100 * eer:.2f} % by toy" in answers[1]
-    assert answers[3].endswith("Not measured: it needs real faces (`--real`).")
+    assert answers[3].endswith("Not measured: it needs real faces (--real).")
 
 
 def test_every_figure_has_a_question():

@@ -21,7 +21,7 @@ from written_files import FORMS, lmdb, msgpack, needs_lmdb, picture, write, writ
 from uiface_diffusers import cli
 from uiface_diffusers.data import convert_dataset
 from uiface_diffusers.data.lmdb_file import iterate_records
-from uiface_diffusers.data.sources import open_source, source_fingerprint, summarize_left_out
+from uiface_diffusers.data.sources import open_faces, open_source, source_fingerprint, summarize_left_out
 
 # identity -> its pictures' files, of several kinds
 PEOPLE = {
@@ -166,7 +166,7 @@ def test_rows_without_a_picture_or_an_identity_are_counted(tmp_path, capsys):
         write_parquet(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet", [1] * 6)
     write(tmp_path / "hub", {"README.md": b"a card", "data/notes.txt": b""})
     assert contents(tmp_path / "hub").total() == 6
-    expected = {"README.md", "data/notes.txt", "data/test-00000-of-00001.parquet"}
+    expected = {"data/notes.txt", "data/test-00000-of-00001.parquet"}  # the card is not lost
     assert set(open_source(tmp_path / "hub").left_out) == expected
 
 
@@ -267,6 +267,46 @@ def test_zip_as_people_pack_it(tmp_path, method, top):
             "not an image by its suffix": 1,
             "replaced by a later file of the same name": 1,
         }
+
+
+def test_a_zip_is_read_as_the_folder_that_it_unpacks_to(tmp_path):
+    """Pictures at two depths: a person with a folder, or a folder of people with a preview."""
+    person = [("anna/1.png", picture(1)), ("anna/video/2.png", picture(2))]
+    for each in (write_zip(tmp_path / "person.zip", person), write(tmp_path / "person", dict(person))):
+        assert contents(each) == {("anna", picture(1)): 1, ("anna", picture(2)): 1}
+    set_ = [("set/preview.png", picture(0)), ("set/anna/1.png", picture(1)), ("set/bert/1.png", picture(2))]
+    people = {("anna", picture(1)): 1, ("bert", picture(2)): 1}
+    archive = write_zip(tmp_path / "set.zip", set_)
+    assert contents(archive) == people and left_out(archive) == {"in no identity's folder": 1}
+    folder = write(tmp_path / "around", dict(set_))
+    message = "one folder, set, with pictures in it and in 2 folders within, such as set/anna. .*, give .*around/set. "
+    with pytest.raises(ValueError, match=message):
+        open_source(folder)
+    assert contents(folder / "set") == people and left_out(folder / "set") == {"in no identity's folder": 1}
+    # what the message advises for the other case, of either
+    for each in (archive, folder):
+        words = ["convert", str(each), str(tmp_path / f"{each.name}-flat"), "--format", "imagefolder", "--nested"]
+        cli.main(words)
+        assert Counter(name for name, _ in contents(Path(words[2])).elements()) == {"set": 3}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_preview_beside_a_set_is_not_the_set(tmp_path, form):
+    faces = write(tmp_path / "faces", {f"{name}/{number}.png": picture(number) for name in "ab" for number in (1, 2)})
+    convert_dataset(faces, tmp_path / "set", form)
+    for file in (tmp_path / "set").rglob("*.parquet"):
+        file.rename(tmp_path / "set" / "train.parquet")
+    shutil.rmtree(tmp_path / "set" / "data", ignore_errors=True)
+    (tmp_path / "set" / "preview.png").write_bytes(picture(9))
+    source = open_faces(tmp_path / "set")
+    assert len(source.photographs) == 4 and list(source.left_out) == ["preview.png"]
+
+
+def test_a_table_beside_pictures_is_no_set(tmp_path):
+    write(tmp_path, {"0.png": picture(1), "1.png": picture(2)})
+    pq.write_table(pa.table({"file": ["0.png"]}), tmp_path / "list.parquet")
+    source = open_faces(tmp_path)
+    assert len(source.photographs) == 2 and list(source.left_out) == ["list.parquet"]
 
 
 def test_zip_of_videos_and_of_several_archives(tmp_path):
@@ -394,7 +434,7 @@ def test_lmdb_pages_of_all_kinds(tmp_path):
 def test_the_loaders_of_the_field_read_our_lmdb(tmp_path):
     source, _ = people_in("imagefolder", tmp_path / "people")
     cli.main(["convert", str(source), str(tmp_path / "set"), "--format", "lmdb"])
-    assert os.listdir(tmp_path / "set") == ["train.lmdb"]
+    assert sorted(os.listdir(tmp_path / "set")) == ["README.md", "train.lmdb"]
     environment = lmdb.open(str(tmp_path / "set" / "train.lmdb"), subdir=False, readonly=True, lock=False)
     with environment.begin() as reading:
         length, keys, classes = (msgpack.loads(reading.get(key)) for key in (b"__len__", b"__keys__", b"__classnum__"))
@@ -450,7 +490,7 @@ def test_what_is_wrong_in_lmdb_is_counted_or_named(tmp_path):
     named = opened("text", packed(msgpack.dumps, [(picture(1), "anna"), (picture(2), "bert/carl")]))
     assert [photograph.identity for photograph in named.photographs] == ["anna", "bert/carl"]
     convert_dataset(tmp_path / "text.lmdb", tmp_path / "folders", "imagefolder")
-    assert sorted(os.listdir(tmp_path / "folders")) == ["anna", "bert_carl"]
+    assert sorted(os.listdir(tmp_path / "folders")) == ["README.md", "anna", "bert_carl"]
     wrong = {
         "mixed": (packed(pickle.dumps, [(picture(1), 0), (picture(2), "0")]), "labels in .* are numbers and text"),
         "shorter": (packed(msgpack.dumps, values) | {b"__len__": msgpack.dumps(13)}, "has 12 keys, .*__len__ says 13"),

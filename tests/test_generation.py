@@ -485,15 +485,14 @@ def test_identities_that_do_not_fit_are_an_error():
         sample_identities(bank(1), 5)
 
 
-def test_the_embedded_checkpoint_makes_faces_at_once(tmp_path):
+def test_the_embedded_checkpoint_makes_faces_at_once(tmp_path, monkeypatch, capfd):
     """The first command, with fewer steps and faces."""
     options = ["--num-inference-steps", "4", "--images-per-identity", "2", "--max-identities", "2"]
-    command = [sys.executable, "-m", "uiface_diffusers.cli", "generate", "--output", "faces", *options]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    monkeypatch.chdir(tmp_path)
+    cli.main(["generate", "--output", "faces", *options])
     images = read(tmp_path / "faces")
     assert len(images) == 4 and all(image.shape == (112, 112, 3) for image in images.values())
-    assert "4/4" in result.stderr and (tmp_path / "faces" / "preview.png").exists()
+    assert "4/4" in capfd.readouterr().err and (tmp_path / "faces" / "preview.png").exists()
 
 
 def test_the_embedded_checkpoint_is_what_it_says():

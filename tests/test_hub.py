@@ -4,7 +4,9 @@ import ast
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -103,11 +105,48 @@ except ValueError as error:
 else:
     raise AssertionError("code was executed unasked")
 """
+DATASET = """
+from huggingface_hub import ModelCard
+from uiface_diffusers import IdentityBank, UIFacePipeline, generate_dataset
+
+pipe = UIFacePipeline.from_pretrained(sys.argv[1])
+bank = IdentityBank(torch.eye(16)[:2], "toy")
+generate_dataset(pipe, bank, sys.argv[3], 2, push_to_hub="tester/faces", num_inference_steps=2)
+ModelCard.load(sys.argv[4]).validate()
+"""
+LINEAGE = """
+from uiface_diffusers import IdentityBank, UIFacePipeline, generate_dataset
+
+data = [{"name": "Faces", "license": "research only"}]
+metadata = {"license": "cc-by-nc-4.0", "lineage": {"training_data": data}}
+UIFacePipeline.from_pretrained(sys.argv[1]).push_to_hub("tester/model", card_metadata=metadata)
+for name in ("tester/model", UIFacePipeline.download("tester/model")):
+    pipe = UIFacePipeline.from_pretrained(name)
+    bank = IdentityBank(torch.eye(16)[:2], "toy")
+    output = f"{sys.argv[3]}-{len(name)}"
+    generate_dataset(pipe, bank, output, 1, push_to_hub="tester/descended", num_inference_steps=1)
+    assert "research only" in open(f"{output}/README.md").read()
+"""
 
 
-def test_pushed_pulled_and_through_stock_diffusers(hub, folder, tmp_path):
-    images = tmp_path / "images.npy"
-    client(hub, tmp_path / "home_a", PUSH, folder, images)
+class Published(NamedTuple):
+    """A Hub with pipelines and data sets that one client has pushed, and the pictures of the first pipeline."""
+
+    hub: HubServer
+    images: Path
+
+
+@pytest.fixture(scope="module")
+def published(folder, tmp_path_factory) -> Iterator[Published]:
+    root = tmp_path_factory.mktemp("published")
+    card = Path(__file__).parents[1] / "model_card.md"
+    with HubServer(root / "hub") as hub:
+        client(hub, root / "home", PUSH + DATASET + LINEAGE, folder, root / "images.npy", root / "faces", card)
+        yield Published(hub, root / "images.npy")
+
+
+def test_pushed_pulled_and_through_stock_diffusers(published, folder, tmp_path):
+    hub, images = published
     assert hub.repositories["tester/plain"].private and not hub.repositories["tester/shim"].private
     plain = hub.files("tester/plain")
     assert not [name for name in plain if name.endswith((".py", ".bin", ".pkl", ".pt"))]
@@ -147,9 +186,8 @@ from huggingface_hub import HfApi
 for repo in ("tester/good", "tester/closed", "tester/empty"):
     HfApi().create_repo(repo)
 for repo in ("tester/good", "tester/closed"):
-    HfApi().upload_folder(repo_id=repo, folder_path=sys.argv[1])
+    HfApi().upload_folder(repo_id=repo, folder_path=sys.argv[2])
 """
-    client(hub, tmp_path / "home", upload, folder)
     hub.gated.add("tester/closed")
     cases = [
         ("missing", "tester/nothing", {}),
@@ -161,7 +199,7 @@ for repo in ("tester/good", "tester/closed"):
         ("good", "tester/good", {}),
         ("cached", "tester/good", {"local_files_only": True}),
     ]
-    messages = json.loads(client(hub, tmp_path / "home", FAILURES, json.dumps(cases)))
+    messages = json.loads(client(hub, tmp_path / "home", upload + FAILURES, json.dumps(cases), folder))
     assert messages["missing"].startswith("OSError: tester/nothing is neither a folder here nor a repository")
     assert "tester/closed is gated: ask for access" in messages["gated"]
     assert "tester/good has no revision 'v9'" in messages["revision"]
@@ -179,50 +217,45 @@ for repo in ("tester/good", "tester/closed"):
     assert "cannot be reached" in messages["not cached"]
 
 
-def test_an_interrupted_upload_loses_nothing(hub, folder, tmp_path):
-    script = """
+CHANGES = """
 from uiface_diffusers import UIFacePipeline
 
-pipe = UIFacePipeline.from_pretrained(sys.argv[1])
-pipe.push_to_hub("tester/model", commit_message="first")
-before = sample(pipe)
-with torch.no_grad():
-    pipe.empty_context.embedding.add_(1)
-try:
-    pipe.push_to_hub("tester/model", commit_message="second")
-    print("pushed")
-except Exception as error:
-    print(type(error).__name__, error)
+for amount in sys.stdin:
+    pipe = UIFacePipeline.from_pretrained(sys.argv[1])
+    with torch.no_grad():
+        pipe.empty_context.embedding.add_(int(amount))
+    try:
+        pipe.push_to_hub("tester/model", commit_message=f"by {amount}")
+        print(json.dumps("pushed"), flush=True)
+    except Exception as error:
+        print(json.dumps(f"{type(error).__name__} {error}"), flush=True)
 """
+
+
+def test_an_interrupted_upload_loses_nothing(hub, folder, tmp_path):
+    """Four pushes of a client that is told how much the empty context has changed."""
     original = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
-    hub.fail_uploads = 0
-    client(hub, tmp_path / "home", script, folder)
-    first = hub.read("tester/model", "empty_context/diffusion_pytorch_model.safetensors")
-    hub.fail_uploads = 1
-    failing = script.replace('pipe.push_to_hub("tester/model", commit_message="first")\n', "")
-    printed = client(hub, tmp_path / "home", failing.replace("add_(1)", "add_(2)"), folder)
-    assert "Error while uploading" in printed
-    assert hub.read("tester/model", "empty_context/diffusion_pytorch_model.safetensors") == first
-    assert {path: path.read_bytes() for path in folder.rglob("*.safetensors")} == original
-    printed = client(hub, tmp_path / "home", failing.replace("add_(1)", "add_(2)"), folder)
-    assert printed == "pushed\n"
-    assert hub.read("tester/model", "empty_context/diffusion_pytorch_model.safetensors") != first
+    env = {**hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PRELUDE + CHANGES, str(folder)]
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as pushing:
+
+        def push(amount: int) -> str:
+            pushing.stdin.write(f"{amount}\n")
+            pushing.stdin.flush()
+            return json.loads(pushing.stdout.readline())
+
+        assert [push(0), push(1)] == ["pushed", "pushed"]
+        first = hub.read("tester/model", "empty_context/diffusion_pytorch_model.safetensors")
+        hub.fail_uploads = 1
+        assert "Error while uploading" in push(2)
+        assert hub.read("tester/model", "empty_context/diffusion_pytorch_model.safetensors") == first
+        assert {path: path.read_bytes() for path in folder.rglob("*.safetensors")} == original
+        assert push(2) == "pushed"
+        assert hub.read("tester/model", "empty_context/diffusion_pytorch_model.safetensors") != first
 
 
-DATASET = """
-from huggingface_hub import ModelCard
-from uiface_diffusers import IdentityBank, UIFacePipeline, generate_dataset
-
-pipe = UIFacePipeline.from_pretrained(sys.argv[1])
-bank = IdentityBank(torch.eye(16)[:2], "toy")
-generate_dataset(pipe, bank, sys.argv[2], 2, push_to_hub="tester/faces", num_inference_steps=2)
-ModelCard.load(sys.argv[3]).validate()
-"""
-
-
-def test_a_data_set_is_pushed_with_its_card(hub, folder, tmp_path):
-    card = Path(__file__).parents[1] / "model_card.md"
-    client(hub, tmp_path / "home", DATASET, folder, tmp_path / "faces", card)
+def test_a_data_set_is_pushed_with_its_card(published):
+    hub = published.hub
     files = set(hub.files("datasets/tester/faces"))
     assert {"images/000001/0001.png", "metadata.parquet", "generation.json", "preview.png", "README.md"} <= files
     assert not [name for name in files if name.endswith((".part", ".lock", ".jsonl"))]
@@ -231,24 +264,9 @@ def test_a_data_set_is_pushed_with_its_card(hub, folder, tmp_path):
     assert "| identities | 2 |" in pushed.text
 
 
-LINEAGE = """
-from uiface_diffusers import IdentityBank, UIFacePipeline, generate_dataset
-
-data = [{"name": "Faces", "license": "research only"}]
-metadata = {"license": "cc-by-nc-4.0", "lineage": {"training_data": data}}
-UIFacePipeline.from_pretrained(sys.argv[1]).push_to_hub("tester/model", card_metadata=metadata)
-for name in ("tester/model", UIFacePipeline.download("tester/model")):
-    pipe = UIFacePipeline.from_pretrained(name)
-    bank = IdentityBank(torch.eye(16)[:2], "toy")
-    output = f"{sys.argv[2]}-{len(name)}"
-    generate_dataset(pipe, bank, output, 1, push_to_hub="tester/faces", num_inference_steps=1)
-    assert "research only" in open(f"{output}/README.md").read()
-"""
-
-
-def test_the_lineage_goes_from_the_models_card_to_the_data_sets(hub, folder, tmp_path):
-    client(hub, tmp_path / "home", LINEAGE, folder, tmp_path / "faces")
-    lineage = DatasetCard(hub.read("datasets/tester/faces", "README.md").decode()).data.to_dict()["lineage"]
+def test_the_lineage_goes_from_the_models_card_to_the_data_sets(published):
+    card = DatasetCard(published.hub.read("datasets/tester/descended", "README.md").decode())
+    lineage = card.data.to_dict()["lineage"]
     generator = lineage["generator"]
     assert (generator["name"], generator["license"]) == ("tester/model", "cc-by-nc-4.0")
     assert generator["training_data"] == [{"name": "Faces", "license": "research only"}]

@@ -5,11 +5,12 @@ import numpy as np
 import PIL.Image
 import pytest
 from conftest import draw_person
+from killed import run_until_complete
 
 from uiface_diffusers import cli
 from uiface_diffusers.data import prepare_faces
 from uiface_diffusers.data.file_list import open_source_or_list
-from uiface_diffusers.evaluation import load_recognizer, measure_identification
+from uiface_diffusers.evaluation import embedding, load_recognizer, measure_identification
 from uiface_diffusers.evaluation.embedding import embed_faces, embed_source
 from uiface_diffusers.evaluation.identification import exact_unit_vectors
 from uiface_diffusers.evaluation.intervals import accept_interval, wilson_interval
@@ -225,6 +226,44 @@ def test_from_photographs_to_figures(people, toy_root, capsys):
     printed = capsys.readouterr().out
     assert "2 mated and 1 non-mated" in printed and "probes: 1 listed twice: probes/p0/1.png (line 4)" in printed
     assert "1 probes are photographs of the gallery, such as gallery/p1/1.png" in printed
+
+
+def test_killed_and_resumed_gives_the_same_figures(people, toy_root, capsys):
+    pack = ["--encoder", "toy", "--encoder-root", str(toy_root), "--det-size", "160"]
+    arguments = ["identify", "toy", "--gallery", str(people / "gallery"), "--probes", str(people / "probes"), *pack]
+    cli.main([*arguments, "--output", str(people / "whole")])
+    printed = capsys.readouterr().out.replace("whole", "killed")
+    killed = [*arguments, "--output", str(people / "killed")]
+    run_until_complete(killed, ".safetensors")  # of the gallery
+    (kept,) = (people / "killed" / "cache").rglob("*.safetensors")
+    assert not (people / "killed" / "identification.json").exists()
+    time = kept.stat().st_mtime_ns
+    cli.main(killed)
+    assert capsys.readouterr().out == printed and kept.stat().st_mtime_ns == time
+    reports = [(people / name / "identification.json").read_bytes() for name in ("whole", "killed")]
+    assert reports[0] == reports[1]
+
+    # other photographs are embedded; what is damaged is named
+    draw_person((0, 255, 0), ((70, 80, 44),), size=(170, 160)).save(people / "gallery" / "p0" / "1.png")
+    cli.main(killed)
+    assert kept.stat().st_mtime_ns == time and len(list((people / "killed" / "cache").rglob("*.safetensors"))) == 3
+    for file in (people / "killed" / "cache").rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(SystemExit, match=r"uiface identify: .*000000.safetensors.* Delete it, and it is computed"):
+        cli.main(killed)
+
+
+def test_blocks_of_photographs_are_joined(people, toy_root, monkeypatch):
+    recognizer, encoder = load_recognizer("toy", toy_root), FaceEncoder("toy", str(toy_root), det_size=160)
+    source = open_source_or_list(people / "probes")
+    whole = embed_source(recognizer, source, encoder, "probes")
+    monkeypatch.setattr(embedding, "KEPT_TOGETHER", 3)
+    for folder in (None, people / "kept", people / "kept"):
+        parts = embed_source(recognizer, source, encoder, "probes", folder)
+        assert np.allclose(parts.features, whole.features, atol=1e-4)
+        for name in ("identities", "files", "digests", "skipped", "without_face", "left_out"):
+            assert getattr(parts, name) == getattr(whole, name), name
+    assert len(list((people / "kept").rglob("*.safetensors"))) == 3  # the last is of a file that is no picture
 
 
 def test_the_command_line_names_the_problem(people, toy_root):

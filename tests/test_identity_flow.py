@@ -1,8 +1,6 @@
 """Learned perturbation: the sphere, the flow, its training, and data sets that follow it."""
 
 import math
-import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -15,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import REPOSITORY, complaint, draw_person, run_script
 from hub_server import HubServer
+from processes import Running
 from safetensors.torch import load_file
 
 from uiface_diffusers import IdentityBank, IdentityFlow, IdentityProjector, cli, generate_dataset, sample_identities
@@ -436,17 +435,7 @@ def test_sigkill_and_resume_gives_the_same_flow(cache, tmp_path):
     assert flow.config.identity_dim == 16 and len(flow.config.cosine_quantiles) == 65
     assert 0 < flow.config.shared_noise < 1
     assert (tmp_path / "whole" / "validation" / "step-0000024.json").exists()
-    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *options_of(cache, tmp_path / "killed")],
-        stderr=subprocess.PIPE,
-        env={**os.environ, **environment, "TQDM_MININTERVAL": "0"},
-    )
-    seen = b""
-    while b"| 10/24" not in seen and process.poll() is None:
-        seen += process.stderr.read1()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    Running("train_identity_flow", options_of(cache, tmp_path / "killed")).kill_at("| 10/24")
     assert not (tmp_path / "killed" / "config.json").exists()
     result = run_script(script.main, options_of(cache, tmp_path / "killed", "--resume-from-checkpoint", "latest"))
     assert result.returncode == 0 and "resumed from" in result.stderr, result.stderr

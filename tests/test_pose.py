@@ -366,9 +366,9 @@ def test_a_training_goes_on_with_its_projector(trained, workspace):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     # not with another dropout, or without
     result = train(workspace, "again", *options, "--pose-dropout", "0.5")
-    assert "condition_dropouts: {'pose_projector': 0.1} then, {'pose_projector': 0.5} now" in result.stderr
+    assert "pose_dropout: 0.1 then, 0.5 now" in result.stderr
     result = train(workspace, "again", "--max-train-steps", "4", "--resume-from-checkpoint", "latest")
-    assert "conditions: {'pose_projector': {'hidden_dim': 16}} then, none now" in result.stderr
+    assert "pose_projector: {'hidden_dim': 16} then, None now" in result.stderr
 
 
 def test_a_projector_is_added_to_a_trained_pipeline(trained, workspace):

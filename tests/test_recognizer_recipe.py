@@ -1,10 +1,6 @@
 """The options of a recognizer's recipe: augmentation, SE blocks, sampled classes, clipping, weighted sets."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState
 from conftest import REPOSITORY
+from processes import Running, run_distributed
 from safetensors.torch import load_file
 from torchvision.transforms import v2
 from toy_faces import SIZE, toy_face, write_faces
@@ -263,15 +260,7 @@ EVERYTHING += ("--recognizer", json.dumps(TINY | {"use_se": True}), "--checkpoin
 
 
 def test_all_of_it_killed_and_resumed_gives_the_same_weights(sets, tmp_path):
-    script = REPOSITORY / "training" / "train_face_recognition.py"
-    command = [sys.executable, str(script), *options_of(sets, tmp_path / "killed", *EVERYTHING)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "TQDM_MININTERVAL": "0"})
-    seen = b""
-    while b"| 13/24" not in seen and process.poll() is None:
-        seen += process.stderr.read1()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, seen.decode()
+    Running("train_face_recognition", options_of(sets, tmp_path / "killed", *EVERYTHING)).kill_at("| 13/24")
     assert sorted(path.name for path in (tmp_path / "killed").glob("checkpoint-*")) == [
         "checkpoint-10",
         "checkpoint-5",
@@ -293,11 +282,7 @@ def test_processes_sample_the_same_classes(tmp_path):
     data = [str(write_faces(tmp_path / "faces", identities=24, images=2))]
     options = ("--max-train-steps", "1", "--momentum", "0", "--weight-decay", "0", "--train-batch-size", "2")
     options += ("--class-sample-rate", "0.25")
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    script = str(REPOSITORY / "training" / "train_face_recognition.py")
-    command = [sys.executable, *launch, script, *options_of(data, tmp_path / "two", *options)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run_distributed("train_face_recognition", options_of(data, tmp_path / "two", *options))
     torch.manual_seed(0)
     IResNetModel(IResNetConfig(**TINY))
     fresh = MARGIN_HEADS["arcface"](16, 24).weight

@@ -40,9 +40,18 @@ from safetensors.torch import load_file
 from toy_faces import write_benchmark
 
 import uiface_cli
-from uiface_diffusers import IdentityBank, IdentityProjector, UIFacePipeline, generate_dataset
+from uiface_diffusers import (
+    IdentityBank,
+    IdentityProjector,
+    IResNetConfig,
+    IResNetModel,
+    UIFacePipeline,
+    generate_dataset,
+)
 from uiface_diffusers.data import prepare_faces
+from uiface_diffusers.encoders import IDENTITY_ENCODER, EncoderMark
 from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.training.distillation import save_carried
 
 PATTERNS = ("*.md", "docs/**/*.md")
 DOCUMENTS = sorted(file.relative_to(REPOSITORY).as_posix() for each in PATTERNS for file in REPOSITORY.glob(each))
@@ -100,6 +109,10 @@ SMALL = {
         *("--lpips-backbone", "alexnet.safetensors", "--encoder-root", ".insightface", "--max-train-steps", "1"),
         *("--lr-warmup-steps", "1", *TINY_TRAINING),
     ],
+    "distill_encoder.py": [
+        *("--recognizer", json.dumps({"layers": 18, "width": 4, "image_size": 32}), "--max-train-steps", "1"),
+        *TINY_TRAINING,
+    ],
     "train.py": ["--unet", json.dumps(UNET), "--max-train-steps", "1", *TINY_TRAINING],
     "train_face_recognition.py": [
         *("--recognizer", json.dumps({"layers": 18, "width": 4, "embedding_dim": 16}), "--epochs", "1"),
@@ -129,6 +142,8 @@ def write_models(root: Path) -> None:
     onnx.save(model, detector)
     projector = IdentityProjector(16, TINY_UNET["cross_attention_dim"], identity_encoder="buffalo_l").eval()
     UIFacePipeline(**tiny_components() | {"identity_projector": projector}).save_pretrained(root / "org" / "model")
+    copy = IResNetModel(IResNetConfig(18, width=4, embedding_dim=16, image_size=32))
+    save_carried(copy, root / "org" / "model" / IDENTITY_ENCODER, EncoderMark("buffalo_l"), [])
     people = np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32)
     IdentityBank(torch.from_numpy(people), "buffalo_l").save(root / "bank.safetensors")
 
@@ -163,9 +178,11 @@ def world(tmp_path_factory, toy_photographs, backbone) -> Path:
     (root / "docs" / "figures").mkdir(parents=True)
     shutil.copy(backbone, root / "alexnet.safetensors")
     shutil.copytree(toy_photographs, root / "photos")
-    draw_person((10, 200, 90)).save(root / "photo.jpg", quality=95)
+    for name in ("photo.jpg", "face.png"):
+        draw_person((10, 200, 90)).save(root / name, quality=95)
     encoder = FaceEncoder("buffalo_l", root / ".insightface", det_size=160)
     prepare_faces(root / "photos", root / "cache" / "photos", encoder, image_size=112)
+    prepare_faces(root / "photos", root / "cache" / "others", encoder, image_size=112, identities=["person_3"])
     pipe = UIFacePipeline.from_pretrained(root / "org" / "model")
     bank = IdentityBank.load(root / "bank.safetensors")
     for seed, name in enumerate(("data", "other_data")):
@@ -179,8 +196,8 @@ def world(tmp_path_factory, toy_photographs, backbone) -> Path:
     fold = "".join(f"person_0\t{i}\t{i + 1}\n" for i in range(1, 6))
     fold += "".join(f"person_0\t{i}\tperson_1\t{i}\n" for i in range(1, 6))
     (root / "lfw" / "pairs.txt").write_text("2\t5\n" + fold * 2)
-    (root / "benchmarks").mkdir()
-    write_benchmark(root / "benchmarks" / "toy.bin")
+    (root / "bins").mkdir()
+    write_benchmark(root / "bins" / "toy.bin")
     return root
 
 

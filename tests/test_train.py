@@ -2,7 +2,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from diffusers import DDPMScheduler
 from filelock import FileLock
 from hub_server import HubServer
 from huggingface_hub import ModelCard
+from processes import Running, run_distributed
 from safetensors.torch import load_file
 from tiny_training import TRAIN, Oracle, options_of, train, train_script, write_workspace
 
@@ -89,16 +89,7 @@ def test_saves_a_pipeline(uninterrupted, workspace):
 
 def test_sigkill_and_resume_gives_the_same_parameters(uninterrupted, workspace):
     """Killed at a step between two checkpoints."""
-    process = subprocess.Popen(
-        command(workspace, "killed"), stderr=subprocess.PIPE, env={**environment(), "TQDM_MININTERVAL": "0"}
-    )
-    kill_at = 26
-    seen = b""
-    while f"| {kill_at}/60".encode() not in seen and process.poll() is None:
-        seen += process.stderr.read1()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, seen.decode()
+    Running("train", options_of(workspace, "killed")).kill_at("| 26/60")
     checkpoints = sorted(int(p.name.split("-")[1]) for p in (workspace / "killed").glob("checkpoint-*"))
     assert checkpoints and not (workspace / "killed" / "model_index.json").exists()
     result = train(workspace, "killed", "--resume-from-checkpoint", "latest")
@@ -145,11 +136,6 @@ def test_another_seed_gives_other_parameters(uninterrupted, workspace):
     )
 
 
-# `accelerate launch --cpu --num_processes 2` starts a single process without MPI (accelerate 1.15): torchrun, which
-# accelerate itself uses for several GPUs, starts two
-LAUNCH_TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-
-
 def test_accelerate_launch_trains(workspace):
     launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
     launcher += ("--mixed_precision", "no", "--dynamo_backend", "no")
@@ -164,15 +150,12 @@ def test_two_processes_train_one_model(workspace):
     processes."""
     options = ("--validation-steps", "4", "--validation-inference-steps", "2", "--checkpointing-steps", "3")
     options += ("--lr-scheduler", "constant_with_warmup", "--lr-warmup-steps", "8", "--logging-steps", "1")
-    whole = launch(workspace, "two_whole", *options, "--max-train-steps", "6", launch=LAUNCH_TWO)
-    assert whole.returncode == 0, whole.stderr
+    run_distributed("train", options_of(workspace, "two_whole", *options, "--max-train-steps", "6"))
     options += ("--report-to", "tensorboard")
-    result = launch(workspace, "two", *options, "--max-train-steps", "3", launch=LAUNCH_TWO)
-    assert result.returncode == 0, result.stderr
+    run_distributed("train", options_of(workspace, "two", *options, "--max-train-steps", "3"))
     options += ("--resume-from-checkpoint", "latest")
-    result = launch(workspace, "two", *options, "--max-train-steps", "6", launch=LAUNCH_TWO)
-    assert result.returncode == 0, result.stderr
-    assert "samples=48" in result.stderr and result.stderr.count("pipeline saved") == 1
+    written = run_distributed("train", options_of(workspace, "two", *options, "--max-train-steps", "6"))
+    assert "samples=48" in written and written.count("pipeline saved") == 1
     folder = workspace / "two"
     assert sorted(p.name for p in folder.glob("checkpoint*")) == ["checkpoint-3", "checkpoint-6"]
     grids = sorted(p.name for p in (folder / "validation").iterdir())
@@ -215,10 +198,12 @@ def test_the_gradients_of_two_batches_are_averaged(workspace, by):
     """A step of two batches, one per process or one after the other, against the same step by hand: both batches, mean
     gradient, one AdamW step."""
     if by == "processes":
-        result = launch(workspace, by, "--max-train-steps", "1", launch=LAUNCH_TWO)
+        written = run_distributed("train", options_of(workspace, by, "--max-train-steps", "1"))
     else:
         result = train(workspace, by, "--max-train-steps", "1", "--gradient-accumulation-steps", "2")
-    assert result.returncode == 0 and "samples=8" in result.stderr, result.stderr
+        assert result.returncode == 0, result.stderr
+        written = result.stderr
+    assert "samples=8" in written
     theirs = load_file(workspace / by / "checkpoint-1" / "model.safetensors")
 
     cache = FaceCache(workspace / "cache")
@@ -436,13 +421,10 @@ def test_compiled_training_gives_about_the_same_parameters(workspace, toy_root, 
     options += ("--identity-weight", "0.5", "--decoded-samples", "2", "--learning-rate", "1e-4")
     result = train(workspace, "dynamo_no", *options)
     assert result.returncode == 0, result.stderr
-    result = subprocess.run(
-        command(workspace, "dynamo_aot_eager", *options),
-        capture_output=True,
-        text=True,
-        env=environment() | {"ACCELERATE_DYNAMO_BACKEND": "AOT_EAGER"},
+    compiled = Running(
+        "train", options_of(workspace, "dynamo_aot_eager", *options), ACCELERATE_DYNAMO_BACKEND="AOT_EAGER"
     )
-    assert result.returncode == 0, result.stderr
+    assert compiled.wait() == 0, compiled.written.decode()
     first, second = (parameters(workspace / f"dynamo_{backend}") for backend in ("no", "aot_eager"))
     assert first.keys() == second.keys()
     # Adam's first steps are as long as the learning rate, whatever the gradient
@@ -568,16 +550,16 @@ def test_options_train_and_save(workspace, options):
     assert pipe(num_inference_steps=2, output_type="pt").images.isfinite().all()
 
 
-def test_a_hundred_steps_twice_are_two_hundred(workspace):
-    """Two workers, balanced identities, clipped gradients; the second half in a process of its own."""
+def test_twenty_steps_twice_are_forty(workspace):
+    """Two workers, balanced identities, clipped gradients, several epochs."""
     options = ("--dataloader-num-workers", "2", "--balanced-sampling", "--max-grad-norm", "1")
-    options += ("--checkpointing-steps", "100", "--gradient-accumulation-steps", "2")
-    for steps in ("100", "200"):
+    options += ("--checkpointing-steps", "20", "--gradient-accumulation-steps", "2")
+    for steps in ("20", "40"):
         result = train(workspace, "halves", *options, "--max-train-steps", steps, "--resume-from-checkpoint", "latest")
         assert result.returncode == 0, result.stderr
-    result = train(workspace, "two_hundred", *options, "--max-train-steps", "200")
+    result = train(workspace, "forty", *options, "--max-train-steps", "40")
     assert result.returncode == 0, result.stderr
-    assert_equal_parameters(workspace / "halves", workspace / "two_hundred")
+    assert_equal_parameters(workspace / "halves", workspace / "forty")
 
 
 def test_starts_from_a_pipeline(uninterrupted, workspace):

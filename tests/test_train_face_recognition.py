@@ -5,7 +5,6 @@ import math
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -19,6 +18,7 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from conftest import REPOSITORY
 from hub_server import HubServer
+from processes import Running, run_distributed
 from records import RecordWriter, image_record
 from safetensors.torch import load_file
 from toy_faces import IDENTITIES, SIZE, toy_face, write_benchmark, write_faces
@@ -78,13 +78,6 @@ def train(workspace: Path, output: str, *options: str) -> Path:
     return workspace / output
 
 
-def train_elsewhere(workspace: Path, output: str, *options: str, launch: tuple[str, ...] = (), **environment):
-    command = [sys.executable, *launch, str(SCRIPT), *options_of(workspace, output, *options)]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
-    assert result.returncode == 0, result.stderr
-    return result
-
-
 def last_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
     newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     return load_file(newest / "model.safetensors")
@@ -139,15 +132,7 @@ def test_learns_to_tell_people_apart(workspace):
 def test_sigkill_and_resume_gives_the_same_parameters(uninterrupted, workspace):
     """With two workers, killed between two checkpoints; an uninterrupted run without workers has the same weights."""
     options = ("--dataloader-num-workers", "2")
-    command = [sys.executable, str(SCRIPT), *options_of(workspace, "killed", *options)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "TQDM_MININTERVAL": "0"})
-    kill_at = 17
-    seen = b""
-    while f"| {kill_at}/36".encode() not in seen and process.poll() is None:
-        seen += process.stderr.read1()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, seen.decode()
+    Running("train_face_recognition", options_of(workspace, "killed", *options)).kill_at("| 17/36")
     folder = workspace / "killed"
     assert list(folder.glob("checkpoint-*")) and not (folder / "config.json").exists()
     train(workspace, "killed", *options, "--resume-from-checkpoint", "latest")
@@ -174,9 +159,8 @@ def test_two_processes_train_as_two_batches(workspace):
     Batch norm's running statistics differ: the main process has seen half of the faces."""
     options = ("--train-batch-size", "4", "--max-train-steps", "3")
     options += ("--recognizer", f'{{"layers": 18, "width": 4, "embedding_dim": 16, "image_size": {SIZE}}}')
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    result = train_elsewhere(workspace, "two", *options, launch=launch)
-    assert result.stderr.count("recognizer saved") == 1 and result.stderr.count("96 checked") == 1
+    written = run_distributed("train_face_recognition", options_of(workspace, "two", *options))
+    assert written.count("recognizer saved") == 1 and written.count("96 checked") == 1
     two = last_checkpoint(workspace / "two")
     one = last_checkpoint(train(workspace, "one", *options, "--gradient-accumulation-steps", "2"))
     torch.manual_seed(0)
@@ -190,7 +174,8 @@ def test_two_processes_train_as_two_batches(workspace):
     assert results[0] == pytest.approx(results[1], rel=1e-3)
     # the sums of both are in the checkpoint, and counted once
     (workspace / "two" / "train_results.json").unlink()
-    train_elsewhere(workspace, "two", *options, "--resume-from-checkpoint", "latest", launch=launch)
+    again = options_of(workspace, "two", *options, "--resume-from-checkpoint", "latest")
+    run_distributed("train_face_recognition", again)
     assert json.loads((workspace / "two" / "train_results.json").read_text()) == pytest.approx(results[1], rel=1e-5)
 
 
@@ -343,7 +328,10 @@ def test_pushes_and_survives_a_failed_upload(workspace, tmp_path):
         hub.fail_uploads = 1
         options = ("--push-to-hub", "--hub-model-id", "tester/recognizer", "--hub-private", "--license", "mit")
         options += ("--max-train-steps", "2", "--checkpointing-steps", "1")
-        result = train_elsewhere(workspace, "pushed", *options, **hub.environment(tmp_path / "home"))
+        command = [sys.executable, str(SCRIPT), *options_of(workspace, "pushed", *options)]
+        environment = {**os.environ, **hub.environment(tmp_path / "home")}
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stderr
         assert "tester/recognizer was not pushed to the Hub; the training goes on." in result.stderr
         files = hub.files("tester/recognizer")
         assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} <= set(files)

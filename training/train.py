@@ -32,10 +32,11 @@ from uiface_diffusers.denoisers import TRAINABLE
 from uiface_diffusers.encoders import EncoderMark, common_encoder
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.files import write_json
-from uiface_diffusers.fingerprint import model_fingerprint
+from uiface_diffusers.fingerprint import model_fingerprint, weights_fingerprint
 from uiface_diffusers.hub import save_card
 from uiface_diffusers.latents import FirstStage
 from uiface_diffusers.models import CONDITIONS
+from uiface_diffusers.training.alignment import OwnRecognizer, Teacher, align_features
 from uiface_diffusers.training.averages import WeightAverage
 from uiface_diffusers.training.datasets import LatentFaces, describe_caches, open_caches, read_condition
 from uiface_diffusers.training.denoising import (
@@ -63,7 +64,7 @@ from uiface_diffusers.training.options import (
     run_script,
 )
 from uiface_diffusers.training.order import EndlessBatchSampler, sampling_weights
-from uiface_diffusers.training.run import Product, Run, make_accelerator, training_folder
+from uiface_diffusers.training.run import Product, Run, frozen, make_accelerator, training_folder
 from uiface_diffusers.training.schedules import make_lr_scheduler
 
 logger = get_logger(__name__)
@@ -102,6 +103,18 @@ def add_loss_arguments(group: Options) -> None:
     text = "of 1 - cosine between the denoised face and the identity it was given (DCFace, Kim et al. 2023); needs"
     text += " --encoder-root and v_prediction or flow_prediction"
     group.add_argument("--identity-weight", type=real(0), default=0.0, help=text)
+    text = (
+        "folders of IResNets (training/train_face_recognition.py), of any embedding, beside the encoder: they compare"
+    )
+    text += " the denoised with the clean face, both decoded, and the recognizers' mean is taken"
+    group.add_argument("--identity-recognizers", nargs="+", default=[], help=text)
+    text = (
+        "of 1 - cosine between features in the middle of the denoiser and a recognizer's map of the clean face (REPA,"
+    )
+    text += " Yu et al. 2025); needs --alignment-recognizer or --encoder-root"
+    group.add_argument("--alignment-weight", type=real(0), default=0.0, help=text)
+    text = "that recognizer: folder of an IResNet; by default, the encoder"
+    group.add_argument("--alignment-recognizer", help=text)
     text = "of LPIPS between the denoised and the clean face, both decoded, with weight on eyes and mouth; needs"
     text += " v_prediction or flow_prediction"
     group.add_argument("--lpips-weight", type=real(0), default=0.0, help=text)
@@ -137,6 +150,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # of predicted noise the clean latents are no stable function: the noisier, the less
     if args.identity_weight and (args.encoder_root is None or args.prediction_type not in PREDICTS_LATENTS):
         parser.error("--identity-weight needs --encoder-root and --prediction-type v_prediction or flow_prediction")
+    if args.identity_recognizers and args.encoder_root is None:
+        parser.error("--identity-recognizers are beside the encoder: give --encoder-root and --identity-weight, too")
+    if args.alignment_weight and args.alignment_recognizer is None and args.encoder_root is None:
+        parser.error("--alignment-weight needs a teacher: --alignment-recognizer or --encoder-root")
+    own = [args.alignment_recognizer] if args.alignment_recognizer else []
+    for folder in [*args.identity_recognizers, *own]:
+        if not (Path(folder) / "config.json").is_file():
+            parser.error(f"{folder} is no folder of a recognizer of training/train_face_recognition.py")
     if args.lpips_weight and args.prediction_type not in PREDICTS_LATENTS:
         parser.error("--lpips-weight needs --prediction-type v_prediction or flow_prediction")
     shares = args.train_data_shares
@@ -202,6 +223,7 @@ class Pipeline(Product):
 
     def card(self, args: argparse.Namespace) -> dict[str, Any]:
         paths = ("train_data", "vae", "output_dir", "init_from", "hub_model_id", "encoder_root")
+        paths += ("identity_recognizers", "alignment_recognizer")
         lineage = {"training_data": describe_caches(args.train_data)}
         return {
             "recipe": describe_recipe("training/train.py", args, paths),
@@ -256,28 +278,36 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
     noise_scheduler = training_scheduler(sampling_scheduler)
     signal = objective_of(noise_scheduler).signal
     face_encoder, recognizer, perceptual = load_judges(args, accelerator, encoder_mark)
+    recognizers = args.identity_recognizers if args.identity_weight else []
+    further = [frozen(accelerator, OwnRecognizer(folder)) for folder in recognizers]
     decodes = recognizer is not None or perceptual is not None
     if decodes:
         vae.to(memory_format=torch.channels_last)  # decodes and differentiates a quarter faster
 
+    teacher = Teacher(args.alignment_recognizer or face_encoder) if args.alignment_weight else None
+    trained: torch.nn.Module = denoiser
+    if teacher is not None:
+        trained, dataset.features = align_features(accelerator, denoiser, teacher, caches, dataset.latents.shape[-2:])
+
     # 3. optimizer; the published code's Adam is AdamW without weight decay
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     lr_scheduler = make_lr_scheduler(args, optimizer)
     average = WeightAverage(denoiser.to(device), args.ema_decay)
-    model, optimizer = accelerator.prepare(denoiser, optimizer)
+    model, optimizer = accelerator.prepare(trained, optimizer)
     accelerator.register_for_checkpointing(lr_scheduler)  # `prepare` would step it once per process
 
     # 4. train
     contexts = (denoiser.identity_projector, denoiser.empty_context)
     pipeline = UIFacePipeline(vae, denoiser.unet, sampling_scheduler, *contexts, **defaults, **denoiser.conditions)
     first_faces = sorted({name: position for position, name in reversed(list(enumerate(names)))}.values())
-    fixed = {"balanced_sampling": args.balanced_sampling, "train_data_shares": args.train_data_shares}
-    fixed |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "side_view_share": args.side_view_share}
-    fixed |= {"train_data": [cache.fingerprint for cache in caches], "vae": model_fingerprint(vae)}
-    fixed |= {"prediction_type": args.prediction_type, "unet": args.unet}
-    fixed |= {} if args.denoiser == "uiface" else {"denoiser": args.denoiser, "transformer": args.transformer}
+    fixed = {"train_data": [cache.fingerprint for cache in caches], "vae": model_fingerprint(vae), "init_from": None}
+    if args.init_from is not None:
+        parts = (denoiser.unet, *contexts, *denoiser.conditions.values(), sampling_scheduler)
+        fixed["init_from"] = [model_fingerprint(each) for each in parts]
+    fixed["lpips_backbone"] = None if perceptual is None else weights_fingerprint(perceptual)
+    fixed["alignment_recognizer"] = None if teacher is None else teacher.fingerprint
+    fixed["identity_recognizers"] = [weights_fingerprint(each) for each in further]
     dropouts = {name: getattr(args, f"{CONDITIONS[name].condition}_dropout") for name in conditions}
-    fixed |= {"conditions": conditions, "condition_dropouts": dropouts} if conditions else {}
     log = DenoisingLog(noise_scheduler.config.num_train_timesteps, device)
     samples = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     run = Run(
@@ -296,18 +326,21 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
     )
     denoiser.train()
     for latents, identity_embeds, *given in run:
+        targets = None if teacher is None else given.pop()
         with accelerator.accumulate(model):
             with accelerator.autocast():
                 options = (args.empty_probability, args.snr_gamma, args.timestep_sampling)
-                options += (dict(zip(conditions, given, strict=True)), dropouts)
+                options += (dict(zip(conditions, given, strict=True)), dropouts, targets)
                 loss = denoising_loss(model, noise_scheduler, latents, identity_embeds, *options)
             terms, faces = {"denoising": loss.losses.mean()}, None
+            if loss.alignment is not None:
+                terms["alignment"] = args.alignment_weight * loss.alignment.mean()
             if decodes:
                 weights = signal(loss.timesteps) if args.decoded_noise == "low" else None
                 judges = (vae, recognizer, perceptual)
-                faces = face_losses(*judges, loss, identity_embeds, args.decoded_samples, weights)
+                faces = face_losses(*judges, loss, identity_embeds, args.decoded_samples, weights, further)
                 terms["lpips"] = args.lpips_weight * faces.lpips.mean()
-                distances = ((1 - faces.cosines) * faces.has_identity).sum()
+                distances = (faces.identity_distances() * faces.has_identity).sum()
                 terms["identity"] = args.identity_weight * distances / faces.has_identity.sum().clamp(min=1)
             accelerator.backward(sum(terms.values()))
             if args.max_grad_norm is not None and accelerator.sync_gradients:

@@ -25,6 +25,7 @@ from torch import nn
 
 from uiface_cli.options import json_object, real, whole
 from uiface_diffusers.evaluation import reconstruction_quality
+from uiface_diffusers.fingerprint import model_fingerprint, weights_fingerprint
 from uiface_diffusers.latents import FirstStage
 from uiface_diffusers.pictures import to_unit_range
 from uiface_diffusers.training.autoencoding import (
@@ -239,8 +240,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
 
     # 4. train
     log = TermsLog(device)
-    fixed = {"train_data": dataset.fingerprints, "autoencoder": args.autoencoder}
-    fixed |= {"freeze_encoder": args.freeze_encoder}
+    fixed = {
+        "train_data": dataset.fingerprints,
+        "init_from": None if args.init_from is None else model_fingerprint(vae),
+    }
+    for name, judge in (("lpips_backbone", perceptual), ("identity_encoder", recognizer)):
+        fixed[name] = None if judge is None else weights_fingerprint(judge)
     run = Run(
         "train_autoencoder",
         args,

@@ -151,8 +151,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
 
     # 4. train
     log = FlowLog(device)
-    fixed = {"train_data": faces.fingerprints, "flow": args.flow, "weight_decay": args.weight_decay}
-    fixed["validation_share"] = args.validation_share
     run = Run(
         "train_identity_flow",
         args,
@@ -163,7 +161,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
         product=Flow(flow, faces, others),
         log=log,
         lr_scheduler=lr_scheduler,
-        fixed=fixed,
+        fixed={"train_data": faces.fingerprints},
         average=average,
     )
     for positions in run:

@@ -19,10 +19,10 @@ def add(commands: Commands) -> None:
         examples="""
             # two sets in any of the forms that training takes
             uiface bench dcface/train.rec mine=data --recipe training/configs/fr_ir50_arcface.yaml \\
-                --benchmarks benchmarks --output bench
+                --benchmarks bins --output bench
 
             # also measure the sets themselves
-            uiface bench data other --recipe recipe.yaml --benchmarks benchmarks --seeds 0 1 --output bench \\
+            uiface bench data other --recipe recipe.yaml --benchmarks bins --seeds 0 1 --output bench \\
                 --evaluate "--encoder buffalo_l --real cache/photos"
         """,
     )

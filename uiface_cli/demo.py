@@ -1,7 +1,15 @@
 import argparse
 
 from .options import device, path, whole
-from .shared import MODEL, Commands, add_command, add_encoder_arguments, face_encoder
+from .shared import (
+    MODEL,
+    Commands,
+    add_command,
+    add_detector_argument,
+    add_encoder_arguments,
+    face_encoder,
+    model_encoder,
+)
 
 
 def add(commands: Commands) -> None:
@@ -17,13 +25,18 @@ def add(commands: Commands) -> None:
             # then open http://127.0.0.1:7860
             uiface demo
 
-            # also from photographs, with the pack that the model was trained on
+            # also from whole photographs: any pack finds the face, the encoder that the model carries embeds it
+            uiface demo --detector buffalo_l
+
+            # with the pack that the model was trained on
             uiface demo org/model --identities bank.safetensors --encoder edgeface --encoder-root packs
         """,
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL)
     parser.add_argument("--identities", type=path, metavar="BANK", help="default: the model's identities.safetensors")
-    add_encoder_arguments(parser, default=None, help="insightface model pack for photographs (default: none)")
+    text = "insightface model pack for photographs (default: the encoder that the model carries, if it carries one)"
+    add_encoder_arguments(parser, default=None, help=text)
+    add_detector_argument(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (default: %(default)s)"
     )
@@ -38,7 +51,8 @@ def run(args: argparse.Namespace) -> None:
     def load() -> Demo:
         folder = pipeline_folder(args.model)
         identities = model_identities(folder, args.identities)
-        encoder = None if args.encoder is None else face_encoder(args, device=args.device)
+        own = args.encoder is None
+        encoder = model_encoder(args, folder) if own else face_encoder(args, device=args.device)
         return Demo(load_pipeline(folder).to(args.device), identities, encoder)
 
     run_demo(load, args.host, args.port, log=print)

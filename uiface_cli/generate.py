@@ -3,7 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .options import any_of, boolean, device, none, one_of, part, path, real, timestep_pair, whole
+from .options import any_of, boolean, boundary_word, device, none, one_of, part, path, real, timestep_pair, whole
 from .shared import MODEL, Commands, add_command, add_encoder_arguments, face_encoder
 
 MODELS_OWN = "the model's own"
@@ -29,9 +29,10 @@ SAMPLING = {
         any_of(real(low=0), none), MODELS_OWN, "how much to stress the identity; 1 is no guidance"
     ),
     "boundary": SamplingOption(
-        any_of(one_of("adaptive"), none, whole(0)),
+        any_of(boundary_word, none, whole(0)),
         "adaptive",
-        "where stage two begins: adaptive (by each sample's cross-attention), a timestep, or none: a single stage",
+        "where stage two begins: by a rule such as adaptive (each sample's cross-attention), at a timestep, or none: a"
+        " single stage",
     ),
     "boundary_threshold": SamplingOption(
         any_of(real(low=0), none), MODELS_OWN, "change of the attention maps below which the boundary is reached"
@@ -195,6 +196,20 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"{option.help} (default: {str(option.default).lower()})",
         )
 
+    group.add_argument(
+        "--diversity",
+        type=any_of(real(0, 1), one_of("recommended")),
+        metavar="VALUE",
+        help="choose boundary, latest boundary and guidance on the curve of `uiface calibrate`: from 0, most identity,"
+        " to 1, most diversity; recommended: as real faces",
+    )
+    group.add_argument(
+        "--identity-cosine",
+        type=real(-1, 1),
+        metavar="COSINE",
+        help="the same by the mean cosine of an image to its identity",
+    )
+
 
 def run(args: argparse.Namespace) -> None:
     import torch
@@ -235,6 +250,8 @@ def run(args: argparse.Namespace) -> None:
         push_to_hub=args.push_to_hub,
         layouts=args.layouts,
         distributions={name: value for name, value in distributions.items() if value is not None},
+        diversity=args.diversity,
+        identity_cosine=args.identity_cosine,
         **{name: value for name, value in vars(args).items() if name in SAMPLING},
     )
     print(

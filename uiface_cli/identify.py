@@ -13,7 +13,7 @@ def add(commands: Commands) -> None:
         help="measure a face recognizer by open-set search in a gallery",
         description="Measures TPIR at FPIR 1 and 0.1 %, rank-k and the DET curve. Gallery and probes are in any form"
         " of `uiface prepare`, or lists of FILE,IDENTITY (.txt, .csv, .tsv). Probes of identities that are not in the"
-        " gallery are the non-mated ones.",
+        " gallery are the non-mated ones. With --output, run the same command again to continue.",
         examples="""
             # folders GALLERY/IDENTITY/*.jpg and PROBES/IDENTITY/*.jpg
             uiface identify buffalo_l --gallery gallery --probes probes --output results
@@ -34,7 +34,9 @@ def add(commands: Commands) -> None:
         default=1,
         help="a mate counts as found up to this rank; none: at any (default: %(default)s)",
     )
-    parser.add_argument("--output", type=path, metavar="FOLDER", help="folder for identification.json and det.png")
+    parser.add_argument(
+        "--output", type=path, metavar="FOLDER", help="folder for identification.json, det.png and the embeddings"
+    )
     parser.add_argument(
         "--device", type=device, help="of a model that is no model pack (default: a GPU if there is one)"
     )
@@ -61,8 +63,10 @@ def run(args: argparse.Namespace) -> None:
     aligned = {name: args.aligned or _holds_aligned_faces(folder) for name, folder in folders.items()}
     encoder = None if all(aligned.values()) else face_encoder(args, device=args.device)
     recognizer = load_recognizer(args.model, args.encoder_root, args.providers, args.device)
+    kept = None if args.output is None else args.output / "cache"
     gallery, probes = (
-        embed_source(recognizer, source, None if aligned[name] else encoder, name) for name, source in sources.items()
+        embed_source(recognizer, source, None if aligned[name] else encoder, name, kept)
+        for name, source in sources.items()
     )
     result = measure_identification(
         gallery.features, gallery.identities, probes.features, probes.identities, args.rank

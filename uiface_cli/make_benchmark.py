@@ -13,7 +13,7 @@ def add(commands: Commands) -> None:
         description="Aligns the faces of a list of pairs (LFW's pairs.txt, or another list of names or paths) and"
         " saves them in InsightFace's form, .bin, for `uiface verify`.",
         examples="""
-            uiface make-benchmark --pairs lfw/pairs.txt --images lfw/images --output benchmarks/lfw.bin
+            uiface make-benchmark --pairs lfw/pairs.txt --images lfw/images --output bins/lfw.bin
         """,
     )
     parser.add_argument("--pairs", type=path, required=True, metavar="FILE", help="list of pairs")

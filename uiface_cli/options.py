@@ -86,6 +86,15 @@ def one_of(*words: str) -> Callable[[str], str]:
     return parse
 
 
+def boundary_word(text: str) -> str:
+    """The type of what names a boundary rule, of those that have a word for it."""
+    from uiface_diffusers.two_stage.boundary import RULES
+
+    if any(rule.accepts(text) for rule in RULES):
+        return text
+    return one_of(*(rule.word for rule in RULES if rule.word is not None))(text)
+
+
 def any_of(*kinds: Callable[[str], Any]) -> Callable[[str], Any]:
     """The type of a value that one of several takes; the error has what each of them says."""
 

@@ -4,12 +4,13 @@ import argparse
 import shutil
 import textwrap
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .options import provider, whole
 
 if TYPE_CHECKING:
-    from uiface_diffusers.faces import FaceEncoder
+    from uiface_diffusers.faces import CarriedEncoder, FaceEncoder
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -75,6 +76,32 @@ def face_encoder(args: argparse.Namespace, **options: Any) -> "FaceEncoder":
     from uiface_diffusers.faces import FaceEncoder
 
     return FaceEncoder(args.encoder, **encoder_settings(args), **options)
+
+
+# of --encoder, in commands that name a model: the encoder that it carries
+OF_THE_MODEL = "model"
+
+
+def add_detector_argument(parser: argparse.ArgumentParser) -> None:
+    """The option of `model_encoder`."""
+    parser.add_argument(
+        "--detector",
+        metavar="PACK",
+        help="insightface model pack that finds the faces in photographs for the encoder that the model carries",
+    )
+
+
+def model_encoder(args: argparse.Namespace, folder: Path) -> "CarriedEncoder | None":
+    """The encoder that a model's folder carries, with the detector that the options name; `None` if it has none."""
+    from uiface_diffusers.faces import CarriedEncoder, FaceEncoder, carried_encoder
+
+    carried = carried_encoder(folder)
+    if carried is None:
+        if args.detector is not None:
+            raise ValueError(f"--detector is for the encoder that a model carries: {folder} has none.")
+        return None
+    detector = None if args.detector is None else FaceEncoder(args.detector, **encoder_settings(args))
+    return CarriedEncoder(carried, detector, args.device)
 
 
 def print_left_out(left_out: Mapping[str, dict[str, Any]]) -> None:

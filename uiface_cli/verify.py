@@ -23,10 +23,10 @@ def add(commands: Commands) -> None:
         " intervals.",
         examples="""
             # an insightface model pack on all .bin files of a folder
-            uiface verify buffalo_l --benchmarks benchmarks --output results
+            uiface verify buffalo_l --benchmarks bins --output results
 
             # a recognizer of training/train_face_recognition.py
-            uiface verify runs/recognizer --benchmarks benchmarks/lfw.bin
+            uiface verify runs/recognizer --benchmarks bins/lfw.bin
 
             # photographs and a list of pairs, without a benchmark's file
             uiface verify buffalo_l --pairs lfw/pairs.txt --images lfw/images

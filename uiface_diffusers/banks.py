@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .data import FaceCache, FaceCacheSource, prepare_faces
-from .faces import FaceEncoder
+from .faces import PhotographEncoder
 from .files import local_path
 from .identities import IdentityBank, keep_distinct, perturb_embeddings
 from .seeds import PERTURBATION, image_generator
@@ -36,7 +36,7 @@ def identities_from_images(
     images: str | os.PathLike,
     output: str | os.PathLike,
     number: int,
-    encoder: FaceEncoder | None = None,
+    encoder: PhotographEncoder | None = None,
     exclude: Sequence[IdentityBank] = (),
     max_similarity: float = 0.3,
     aligned: bool = False,

@@ -13,7 +13,7 @@ import random
 import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -22,12 +22,11 @@ import numpy as np
 import PIL.Image
 import torch
 
-from .encoders import check_same_encoder, projector_mark
-from .faces import FaceEncoder
+from .faces import CarriedEncoder, PhotographEncoder, load_photograph
 from .identities import IdentityBank
-from .pictures import load_photograph
 from .pipeline_uiface import UIFacePipeline
 from .seeds import image_generator
+from .two_stage.boundary import RULES, AttentionAtRest, BoundaryRule, FixedTimestep, SingleStage
 
 if TYPE_CHECKING:
     import gradio
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 MOST_FACES = 16
 PHOTOGRAPH = "photograph"
 MAX_UPLOAD = "20mb"
-ADAPTIVE, FIXED, SINGLE = "adaptive", "one timestep for all", "none: single stage"
+ADAPTIVE, FIXED, SINGLE = AttentionAtRest.label, FixedTimestep.label, SingleStage.label
 # of an attention map: from no to all attention
 COLORS = np.array([[12, 12, 40], [120, 28, 109], [237, 105, 37], [252, 255, 164]])
 STYLE = """
@@ -137,6 +136,11 @@ def faces_html(title: str, sampled: Sampled, with_boundaries: bool = True, with_
     return f'<div class="uiface-title">{html.escape(title)}</div><div class="uiface-faces">{"".join(cells)}</div>'
 
 
+def _rule(label: str) -> type[BoundaryRule]:
+    """The rule of one of the demo's choices."""
+    return next(rule for rule in RULES if rule.label == label)
+
+
 class Demo:
     """What the page's buttons do.
 
@@ -149,12 +153,11 @@ class Demo:
         ValueError: the bank or the encoder is of another encoder than the pipeline's.
     """
 
-    def __init__(self, pipeline: UIFacePipeline, bank: IdentityBank, encoder: FaceEncoder | None = None):
+    def __init__(self, pipeline: UIFacePipeline, bank: IdentityBank, encoder: PhotographEncoder | None = None):
         self.pipeline, self.bank, self.encoder = pipeline, bank, encoder
-        wanted = projector_mark(pipeline.identity_projector)
-        check_same_encoder("the bank", bank.encoder_mark, "the pipeline", wanted)
+        pipeline.check_encoder("the bank", bank.encoder_mark)
         if encoder is not None:
-            check_same_encoder(f"`{encoder.name}`", encoder.encoder_mark, "the pipeline", wanted)
+            pipeline.check_encoder(f"`{encoder.name}`", encoder.encoder_mark)
         # of a name with several embeddings, the first one
         self.positions = {name: position for position, name in reversed(list(enumerate(bank.names)))}
         pipeline.set_progress_bar_config(disable=True)
@@ -178,9 +181,7 @@ class Demo:
             ValueError: it has no face.
         """
         assert self.encoder is not None
-        picture = PIL.Image.fromarray(load_photograph(file))
-        found = self.encoder.embed_pictures([picture]) if aligned else self.encoder.embed(picture).embeddings
-        return IdentityBank(found, self.encoder.name, [PHOTOGRAPH], self.encoder.fingerprint)
+        return replace(self.encoder.embed(load_photograph(file), aligned=aligned), names=[PHOTOGRAPH])
 
     def identity(self, name: str) -> IdentityBank:
         """One of the bank.
@@ -209,10 +210,10 @@ class Demo:
         *,
         progress: Callable[[float, str], None] = lambda share, text: None,
     ) -> str:
-        """The faces as a part of a page. `boundary` is one of `ADAPTIVE`, `FIXED` and `SINGLE`; `beside` adds the
-        single stage from the same noise."""
+        """The faces as a part of a page. `boundary` is the label of a rule; `beside` adds the single stage from the
+        same noise."""
         two_stages: dict[str, Any] = {
-            "boundary": {ADAPTIVE: "adaptive", FIXED: timestep, SINGLE: None}[boundary],
+            "boundary": timestep if _rule(boundary).takes_timestep else _rule(boundary).word,
             "injection": None if injection == "none" else injection,
         }
         title = f"{identity.names[0]}: " + ("single stage" if boundary == SINGLE else "two stages")
@@ -271,11 +272,12 @@ def build_page(demo: Demo) -> "gradio.Blocks":
         except (ValueError, OSError) as error:
             raise gr.Error(str(error)) from error
         finally:
-            _forget_uploads()
+            Path(file).unlink(missing_ok=True)
         return None, found, "Faces follow the photograph, which was deleted. Choose an identity to leave it."
 
     defaults = demo.pipeline.default_sampling()
-    with gr.Blocks(title="uiface demo", analytics_enabled=False, fill_width=True) as page:
+    # uploads that never come to `embed`, such as files that are no pictures, are deleted within minutes
+    with gr.Blocks(title="uiface demo", analytics_enabled=False, fill_width=True, delete_cache=(60, 120)) as page:
         gr.Markdown("## Faces by two-stage diffusion\nThe people do not exist, unless you give a photograph.")
         photograph = gr.State(None)
         with gr.Row():
@@ -286,13 +288,19 @@ def build_page(demo: Demo) -> "gradio.Blocks":
                 draw = gr.Button("Draw an identity", size="sm")
                 note = gr.Markdown("")
                 if demo.encoder is not None:
-                    upload = gr.Image(type="filepath", sources=["upload"], label="Photograph", height=160)
-                    aligned = gr.Checkbox(False, label="The photograph is an aligned face")
+                    # without a mode of its own, Gradio hands over the uploaded file itself and makes no copy
+                    upload = gr.Image(
+                        type="filepath", sources=["upload"], image_mode=None, label="Photograph", height=160
+                    )
+                    only_aligned = isinstance(demo.encoder, CarriedEncoder) and demo.encoder.detector is None
+                    text = "The photograph is an aligned face"
+                    text += " (others need --detector PACK)" if only_aligned else ""
+                    aligned = gr.Checkbox(only_aligned, label=text, interactive=not only_aligned)
                     upload.upload(embed, [upload, aligned], [upload, photograph, note], api_visibility="private")
                 number = gr.Slider(1, MOST_FACES, 8, step=1, label="Faces")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53)
                 button = gr.Button("Make faces", variant="primary")
-                boundary = gr.Radio([ADAPTIVE, FIXED, SINGLE], value=ADAPTIVE, label="Boundary")
+                boundary = gr.Radio([rule.label for rule in RULES], value=ADAPTIVE, label="Boundary")
                 timestep = gr.Slider(0, 1000, 500, step=10, label="Timestep of the boundary", visible=False)
                 injection = gr.Radio(["both", "self", "cross", "none"], value="both", label="Injected attention")
                 guidance = gr.Slider(1, 6, defaults["guidance_scale"], step=0.1, label="Guidance scale")
@@ -302,7 +310,10 @@ def build_page(demo: Demo) -> "gradio.Blocks":
             with gr.Column(scale=3, min_width=320):
                 faces = gr.HTML("Press “Make faces”.", elem_id="faces")
         boundary.change(
-            lambda chosen: gr.update(visible=chosen == FIXED), boundary, timestep, api_visibility="private"
+            lambda chosen: gr.update(visible=_rule(chosen).takes_timestep),
+            boundary,
+            timestep,
+            api_visibility="private",
         )
         draw.click(demo.draw, None, name, api_visibility="private")
         name.change(lambda: (None, ""), None, [photograph, note], api_visibility="private")
@@ -311,13 +322,6 @@ def build_page(demo: Demo) -> "gradio.Blocks":
         button.click(None, None, None, js=TO_THE_FACES)
         button.click(make, [name, photograph, *settings], faces, concurrency_limit=1, api_visibility="private")
     return page
-
-
-def _forget_uploads() -> None:
-    """Gradio writes what is uploaded to files."""
-    for file in Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*"):
-        if file.is_file():
-            file.unlink(missing_ok=True)
 
 
 def run_demo(

@@ -6,9 +6,13 @@ from typing import Any, NamedTuple
 
 from .files import warn_once
 
-# of insightface's own packs, see its model zoo
+# the packs that insightface publishes, and what the README of its Python package says of them all; told by name, as
+# the files of other packs and of other recognizers say nothing of a license
 INSIGHTFACE_PACKS = ("antelopev2", "buffalo_l", "buffalo_m", "buffalo_s", "buffalo_sc")
 INSIGHTFACE_LICENSE = "non-commercial research only"
+# in a pipeline's folder, where it carries an encoder of its own, see `uiface_diffusers.faces.CarriedEncoder`
+IDENTITY_ENCODER = "identity_encoder"
+CARRIED_FILES = ("README.md", "config.json", "model.safetensors", "preprocessor_config.json")
 
 
 class EncoderMark(NamedTuple):

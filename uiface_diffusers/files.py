@@ -51,6 +51,8 @@ def complete_file(path: str | os.PathLike) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+# of a data set or a model, as on the Hub
+CARD = "README.md"
 MAX_NAME = 255  # bytes of a name in a folder, on nearly all file systems
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # suffix -> the first bytes, and what unpacks it

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import tempfile
 import threading
 import warnings
@@ -30,7 +31,8 @@ from huggingface_hub import create_repo
 from .attention_processor import installed_processors
 from .conditions import ARGUMENTS, check_names, condition_values, with_arguments, with_conditions
 from .denoisers import DenoiserModel, denoiser_kind
-from .encoders import check_same_encoder, projector_mark
+from .encoders import IDENTITY_ENCODER, EncoderMark, check_same_encoder, projector_mark
+from .faces import CarriedEncoder, FaceEncoder, carried_encoder, is_by_carried, teacher_mark
 from .files import plain_numbers
 from .fingerprint import unwrapped
 from .hub import download_pipeline, fill_card, load_card, own_class_names, write_remote_code
@@ -41,13 +43,15 @@ from .models.empty_context import EmptyContext
 from .models.identity_projector import IdentityProjector
 from .pictures import Picture, as_pictures, rgb_bytes
 from .two_stage import TwoStageSampler
-from .two_stage.boundary import boundary_rule
-from .two_stage.layout import begin_within, first_evaluation, layout_boundary, noised_layout
+from .two_stage.boundary import rule_kind, rule_of_layout
+from .two_stage.dial import DIAL_ARGUMENTS, REFUSED, Dial
+from .two_stage.layout import begin_within, first_evaluation, noised_layout
 from .two_stage.schedulers import (
     check_scheduler,
     check_timesteps,
     denoiser_timesteps,
     paper_timesteps,
+    prediction_type,
     scale_model_input,
     set_timesteps,
     starts_step,
@@ -190,6 +194,7 @@ class UIFacePipeline(DiffusionPipeline):
         vae ([`AutoencoderKL`], [`AutoencoderTiny`] or [`VQModel`]): the first stage; `None` for a
             pipeline that is only saved, or gives latents.
         unet ([`ModelMixin`]): the denoiser, of `uiface_diffusers.denoisers.SUPPORTED`; it must have cross-attention.
+            It may be a transformer: the component has the name that saved pipelines know it by.
         scheduler ([`SchedulerMixin`]): one of `uiface_diffusers.two_stage.schedulers.SUPPORTED`, with epsilon or v
             prediction, or of its `FLOW`, with the velocity of flow matching.
         identity_projector ([`IdentityProjector`]): identity embedding -> identity context.
@@ -200,6 +205,8 @@ class UIFacePipeline(DiffusionPipeline):
             for the call's arguments; the paper's if not given. They are saved with the pipeline, and `from_pipe` keeps
             them. `components` does not have them: `UIFacePipeline(**pipe.components)` warns if the model's own differ
             from the paper's.
+        dial (`dict`, *optional*): the curve of `uiface calibrate` (`two_stage.dial.Dial`), for the call's `diversity`
+            and `identity_cosine`. Saved and kept like the defaults.
 
     Raises:
         ValueError: components that do not belong together or cannot be sampled from, or defaults out of range.
@@ -229,9 +236,12 @@ class UIFacePipeline(DiffusionPipeline):
         boundary_threshold: float | None = None,
         latest_boundary: int | None = None,
         injection_strength: float | None = None,
+        dial: dict[str, Any] | None = None,
         **conditions: ConditionProjector | None,
     ):
         super().__init__()
+        if dial is not None:
+            Dial.from_config(dial)
         check_names(conditions, CONDITIONS)
         self._check_components(vae, unet, identity_projector, empty_context, conditions)
         values = (guidance_scale, boundary_threshold, latest_boundary, injection_strength)
@@ -246,7 +256,7 @@ class UIFacePipeline(DiffusionPipeline):
             empty_context=empty_context,
             **dict.fromkeys(CONDITIONS) | conditions,
         )
-        self.register_to_config(**self._with_defaults(unwrapped(unet), given))
+        self.register_to_config(**self._with_defaults(unwrapped(unet), given), dial=dial)
         self.image_processor = VaeImageProcessor()
 
     @classmethod
@@ -272,8 +282,10 @@ class UIFacePipeline(DiffusionPipeline):
         return own_class_names(config, cls.__name__) if isinstance(config, dict) else config
 
     def to_json_string(self) -> str:
-        """The content of `model_index.json`, without the conditions that this pipeline does not have."""
+        """The content of `model_index.json`, without the conditions and the dial that this pipeline does not have."""
         config = json.loads(super().to_json_string())
+        if config.get("dial") is None:
+            config.pop("dial", None)
         kept = {name: value for name, value in config.items() if name not in CONDITIONS or value[0] is not None}
         return json.dumps(kept, indent=2, sort_keys=True) + "\n"
 
@@ -290,10 +302,10 @@ class UIFacePipeline(DiffusionPipeline):
         """
         if "scheduler" not in kwargs and getattr(pipeline, "scheduler", None) is not None:
             kwargs["scheduler"] = copy.deepcopy(pipeline.scheduler)
-        own = {*cls._get_signature_keys(cls)[0], *MODEL_DEFAULTS}
+        own = {*cls._get_signature_keys(cls)[0], *MODEL_DEFAULTS, "dial"}
         if not isinstance(pipeline, UIFacePipeline) or not kwargs.keys() <= own:
             return super().from_pipe(pipeline, **kwargs)
-        defaults = {name: pipeline.config[name] for name in MODEL_DEFAULTS}
+        defaults = {name: pipeline.config[name] for name in (*MODEL_DEFAULTS, "dial")}
         new = cls(**pipeline.components | defaults | kwargs)
         if pipeline.config.get("_name_or_path") is not None:
             new.register_to_config(_name_or_path=pipeline.config["_name_or_path"])
@@ -382,6 +394,13 @@ class UIFacePipeline(DiffusionPipeline):
             message = commit_message or f"Upload {type(self).__name__}"
             return self._upload_folder(folder, repo_id, token=token, commit_message=message, create_pr=create_pr)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As diffusers' own; the encoder that the pipeline carries goes with it."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        folder, copied = self.carried_encoder(), Path(save_directory) / IDENTITY_ENCODER
+        if folder is not None and folder.resolve() != copied.resolve():
+            shutil.copytree(folder, copied, dirs_exist_ok=True)
+
     @staticmethod
     def _with_defaults(unet: torch.nn.Module | None, given: dict[str, float]) -> dict[str, float]:
         """Those given, and the paper's for the others. Warns if the model's own differ."""
@@ -429,8 +448,8 @@ class UIFacePipeline(DiffusionPipeline):
             tokens = (identity_projector.config.num_tokens, empty_context.config.num_tokens)
             if tokens[0] != tokens[1]:
                 raise ValueError(f"`identity_projector` gives {tokens[0]} tokens, `empty_context` {tokens[1]}.")
-        own = 1 if empty_context is None else empty_context.config.num_tokens
         for name, projector in conditions.items():
+            own = 1 if empty_context is None else empty_context.config.num_tokens
             if projector is not None and projector.config.num_tokens % own:
                 raise ValueError(
                     f"`{name}` gives {projector.config.num_tokens} tokens, which are not a multiple of the"
@@ -479,12 +498,7 @@ class UIFacePipeline(DiffusionPipeline):
             "reuse_empty_branch": reuse_empty_branch,
         }.items():
             _check_count(name, value)
-        is_timestep = isinstance(boundary, Integral) and not isinstance(boundary, bool) and int(boundary) >= 0
-        is_adaptive = isinstance(boundary, str) and boundary == "adaptive"
-        if boundary is not None and not is_adaptive and not is_timestep:
-            raise ValueError(
-                f'`boundary` has to be "adaptive", a timestep (an integer from 0) or None but is {boundary!r}.'
-            )
+        kind = rule_kind(boundary)
         if not isinstance(guide_from_boundary, bool | np.bool_):
             raise ValueError(f"`guide_from_boundary` has to be True or False but is {guide_from_boundary!r}.")
         if not (injection is None or isinstance(injection, str)) or injection not in INJECTIONS:
@@ -502,6 +516,10 @@ class UIFacePipeline(DiffusionPipeline):
 
         batch_size = (1 if identity_embeds is None else len(identity_embeds)) * num_images_per_prompt
         _check_generator(generator, batch_size)
+        _, threshold, latest, _ = self.prepare_sampling(
+            num_inference_steps, guidance_scale, boundary_threshold, latest_boundary, injection_strength
+        )
+        rule = kind.of(boundary, batch_size, latest, guide_from_boundary, threshold)
         condition_values(self.conditions, conditions or {}, batch_size)
         if latents is not None:
             channels = self.unet.config.in_channels
@@ -520,8 +538,7 @@ class UIFacePipeline(DiffusionPipeline):
         check_timesteps(scheduler)
         if layout is not None:
             self._check_layout(layout, batch_size, self._latent_size(latents))
-            latest = self.config["latest_boundary"] if latest_boundary is None else latest_boundary
-            first_evaluation(scheduler, paper_timesteps(scheduler), layout_boundary(boundary, latest))
+            first_evaluation(scheduler, paper_timesteps(scheduler), rule.layout_timestep())
 
     def _check_layout(self, layout: torch.Tensor | list[np.ndarray], batch_size: int, size: tuple[int, int]) -> None:
         if len(layout) not in (1, batch_size):
@@ -551,7 +568,45 @@ class UIFacePipeline(DiffusionPipeline):
     def sampling_defaults(cls) -> dict[str, Any]:
         """The arguments of the call that say how to sample, with their defaults: all but those of a single call."""
         parameters = inspect.signature(cls.__call__).parameters
-        return {name: each.default for name, each in parameters.items() if name not in {"self", *CALL_ARGUMENTS}}
+        others = {"self", *CALL_ARGUMENTS, *DIAL_ARGUMENTS}
+        return {name: each.default for name, each in parameters.items() if name not in others}
+
+    def with_dial(self, sampling: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the call in which `diversity` and `identity_cosine` are replaced by what they become.
+
+        Args:
+            sampling: some of the arguments of `sampling_defaults`, and of the dial.
+
+        Raises:
+            ValueError: the pipeline has no dial, a value is out of its range, both are given, or an argument that the
+                dial decides is given, too.
+        """
+        others = {name: value for name, value in sampling.items() if name not in DIAL_ARGUMENTS}
+        asked = {name: sampling[name] for name in DIAL_ARGUMENTS if sampling.get(name) is not None}
+        if not asked:
+            return others
+        given = [*asked, *(name for name in REFUSED if name in others)]
+        if len(given) > 1:
+            raise ValueError(f"`{given[0]}` decides what `{given[1]}` would: give one of the two.")
+        if self.config.dial is None:
+            raise ValueError(
+                f"`{given[0]}` needs a pipeline whose trade-off of diversity and identity was measured: run `uiface"
+                " calibrate MODEL --encoder PACK` first, or give `boundary` and `guidance_scale`."
+            )
+        dial, value = Dial.from_config(self.config.dial), plain_numbers(asked[given[0]])
+        return others | dial.settings(dial.identity_cosine(value) if "diversity" in asked else value)
+
+    def prepare_dial(self, diversity: float | str | None, identity_cosine: float | None, *given: Any) -> list[Any]:
+        """The values of `two_stage.dial.REFUSED` in their order: those `given`, or what the dial makes of them."""
+        defaults, values = self.sampling_defaults(), dict(zip(REFUSED, given, strict=True))
+        # a default is as good as nothing
+        others = {
+            name: value
+            for name, value in values.items()
+            if not (isinstance(value, type(defaults[name])) and value == defaults[name])
+        }
+        dial = {"diversity": diversity, "identity_cosine": identity_cosine}
+        return list((values | self.with_dial(others | dial)).values())
 
     def check_sampling(
         self,
@@ -569,7 +624,7 @@ class UIFacePipeline(DiffusionPipeline):
         Raises:
             ValueError: there is no such argument, or a value does not fit.
         """
-        defaults = self.sampling_defaults()
+        defaults, sampling = self.sampling_defaults(), self.with_dial(sampling)
         unknown = sorted(sampling.keys() - defaults.keys())
         if unknown:
             raise ValueError(
@@ -578,6 +633,68 @@ class UIFacePipeline(DiffusionPipeline):
         single: dict[str, Any] = {"generator": None, "latents": None, "output_type": "latent"}
         single |= {"num_images_per_prompt": 1, "callback_on_step_end_tensor_inputs": None}
         self.check_inputs(identity_embeds=identity_embeds, layout=layout, **single, **defaults | sampling)
+
+    def carried_encoder(self) -> Path | None:
+        """The folder of the encoder that comes with the pipeline, `identity_encoder` in the folder that it was loaded
+        from; `None` if there is none."""
+        source = self.config.get("_name_or_path")
+        if source is None or Path(source).is_dir():
+            return carried_encoder(source)
+        try:
+            return carried_encoder(self.download(source, local_files_only=True))
+        except OSError:  # it was loaded from a cache elsewhere
+            return None
+
+    def check_encoder(self, what: str, mark: EncoderMark) -> None:
+        """Refuses embeddings of another encoder than the one that the pipeline was trained with, or that it carries.
+
+        Args:
+            what: has the embeddings of `mark`, such as "the bank".
+
+        Raises:
+            ValueError: they are of another one.
+        """
+        folder, trained_on = self.carried_encoder(), projector_mark(self.identity_projector)
+        if folder is not None and is_by_carried(mark, folder):
+            mark = teacher_mark(folder)  # the projector may have been exchanged
+            if trained_on.fingerprint is None:  # what came with the pipeline is no reason for a warning
+                mark = mark._replace(fingerprint=None)
+        check_same_encoder(what, mark, "this pipeline", trained_on)
+
+    def embed_photographs(
+        self,
+        photographs: Picture | list[Picture],
+        aligned: bool = False,
+        detector: FaceEncoder | None = None,
+        selection: str = "largest",
+    ) -> IdentityBank:
+        """The identities of people in photographs, by the encoder that the pipeline carries: a small copy of the one
+        that it was trained with, for which no model pack is needed. A copy's embeddings are near the real ones, not
+        the same: where you have the pack, `FaceEncoder.embed` is better.
+
+        Args:
+            photographs: one or several: files, `PIL.Image.Image` of any mode, or `(height, width, 3)` bytes.
+            aligned (`bool`, defaults to `False`): they are aligned faces already, such as those of a generated set.
+            detector (`FaceEncoder`, *optional*): finds the faces in photographs that are not aligned; of any pack.
+            selection: which face of a photograph, see `FaceEncoder.select`.
+
+        Returns:
+            An `IdentityBank` for this pipeline's call; other pipelines refuse it.
+
+        Raises:
+            NoFaceError: a photograph without a face.
+            OSError: a file cannot be read.
+            ValueError: the pipeline carries no encoder, or there is no detector for photographs.
+        """
+        folder = self.carried_encoder()
+        if folder is None:
+            trained_on = projector_mark(self.identity_projector)
+            raise ValueError(
+                f"this pipeline carries no encoder (`{IDENTITY_ENCODER}` in its folder): embed photographs by"
+                f" `FaceEncoder.embed` with the pack that it was trained with, {trained_on}."
+            )
+        encoder = CarriedEncoder(folder, detector, self.device)
+        return encoder.embed(photographs, selection, aligned)
 
     def prepare_identity_embeds(self, identity_embeds: Any) -> torch.Tensor | None:
         """Brings identity embeddings into one form: `(batch, identity_dim)`, float32, of unit length, on the CPU.
@@ -593,8 +710,7 @@ class UIFacePipeline(DiffusionPipeline):
             return None
         config = self.identity_projector.config
         if isinstance(identity_embeds, IdentityBank):
-            trained_on = projector_mark(self.identity_projector)
-            check_same_encoder("the identity bank", identity_embeds.encoder_mark, "this pipeline", trained_on)
+            self.check_encoder("the identity bank", identity_embeds.encoder_mark)
             identity_embeds = identity_embeds.embeddings
         if isinstance(identity_embeds, list | tuple):
             if not len(identity_embeds):
@@ -783,11 +899,13 @@ class UIFacePipeline(DiffusionPipeline):
         reuse_empty_branch: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        layout: torch.Tensor | Picture | list[Picture] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature
+        layout: torch.Tensor | Picture | list[Picture] | None = None,
+        diversity: float | str | None = None,
+        identity_cosine: float | None = None,
         **conditions: Any,
     ) -> UIFacePipelineOutput | tuple:
         r"""Samples faces. B below is the number of identities times `num_images_per_prompt`. The timesteps of
@@ -803,10 +921,10 @@ class UIFacePipeline(DiffusionPipeline):
             guidance_scale (`float`, *optional*, the paper's is 2.0): diffusers' scale, the paper's w plus 1:
                 e_empty + guidance_scale * (e_identity - e_empty). 1 is no guidance. By default, this,
                 `boundary_threshold`, `latest_boundary` and `injection_strength` are those of `pipe.config`.
-            boundary (`str`, `int` or `None`, defaults to `"adaptive"`): `"adaptive"` finds each sample's boundary in
-                its cross-attention (paper, sec. 3.3); a timestep is the same boundary for all, the first timestep
-                predicted from the identity; `None` is the single stage that the paper compares with: the identity with
-                guidance from the first step on, nothing injected.
+            boundary (`str`, `int` or `None`, defaults to `"adaptive"`): one of `two_stage.boundary.RULES`.
+                `"adaptive"` finds each sample's boundary in its cross-attention (paper, sec. 3.3); a timestep is the
+                same boundary for all, the first timestep predicted from the identity; `None` is the single stage that
+                the paper compares with: the identity with guidance from the first step on, nothing injected.
             boundary_threshold (`float`, *optional*, the paper's is 0.006): the adaptive boundary is reached when the
                 attention maps of two steps differ by less: the mean absolute difference of maps in [0, 1]. The one of
                 `pipe.config` is for 50 steps; it is scaled with the width of a step.
@@ -831,11 +949,6 @@ class UIFacePipeline(DiffusionPipeline):
                 sample, no sample depends on the others in its batch.
             latents (`torch.Tensor` of shape `(B, channels, height, width)`, *optional*): the start noise; by default,
                 drawn from `generator` in float32.
-            layout (`PIL.Image.Image`, `np.ndarray`, path, list of these, or `torch.Tensor`, *optional*): whose pose,
-                light, expression and background the samples take: one picture for all, or one per sample, aligned as
-                the training's faces are; a tensor is clean latents `(B or 1, channels, height, width)`. It is noised
-                to `boundary`, and the steps above are skipped: the higher, the more identity and the less layout.
-                `"adaptive"` is then `latest_boundary`, and `None` is refused.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (`(B, height, width, 3)` in [0, 1]), `"pt"`
                 (`(B, 3, height, width)` in [0, 1]) or `"latent"` (float32, whatever the UNet's dtype).
             return_dict (`bool`, defaults to `True`): a tuple `(images, boundary_timesteps)` when `False`.
@@ -845,9 +958,18 @@ class UIFacePipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs (`list[str]`): of `latents`; `stage_two`, the `(B,)` booleans of the
                 samples that followed their identity in this step; and `attention_maps`, the newest ones by which the
                 adaptive boundary is found, `(B, 32, 32)` in [0, 1], NaN for a sample in stage two, or `None`.
+            layout (`PIL.Image.Image`, `np.ndarray`, path, list of these, or `torch.Tensor`, *optional*): whose pose,
+                light, expression and background the samples take: one picture for all, or one per sample, aligned as
+                the training's faces are; a tensor is clean latents `(B or 1, channels, height, width)`. It is noised
+                to `boundary`, and the steps above are skipped: the higher, the more identity and the less layout.
+                `"adaptive"` is then `latest_boundary`, and `None` is refused.
             pose (`tuple[float, float]`, `list` or `torch.Tensor` of shape `(B, 2)`, *optional*): yaw and pitch of the
                 head in degrees, of [`PoseProjector`]; one for all samples, or one per sample, `None` for one without.
                 It and other conditions of `uiface_diffusers.models.CONDITIONS` need their component.
+            diversity (`float` or `"recommended"`, *optional*): chooses `boundary`, `latest_boundary` and
+                `guidance_scale` on the curve that `uiface calibrate` measured: 0 is most identity, 1 most diversity,
+                `"recommended"` as real faces. `with_dial` says what it becomes. Not beside one of these arguments.
+            identity_cosine (`float`, *optional*): the same by the mean cosine of an image to its identity.
 
         Examples:
 
@@ -859,6 +981,9 @@ class UIFacePipeline(DiffusionPipeline):
             RuntimeError: another call of this pipeline, or of one with the same scheduler, is running.
         """
         # 1. inputs
+        guidance_scale, boundary, latest_boundary, boundary_threshold = self.prepare_dial(
+            diversity, identity_cosine, guidance_scale, boundary, latest_boundary, boundary_threshold
+        )
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         identity_embeds, layouts = self.prepare_identity_embeds(identity_embeds), self.load_layout(layout)
@@ -883,8 +1008,6 @@ class UIFacePipeline(DiffusionPipeline):
             conditions,
         )
         num_images_per_prompt, num_inference_steps = int(num_images_per_prompt), int(num_inference_steps)
-        switch: str | float | None = plain_numbers(boundary)
-        reuse_empty_branch = int(reuse_empty_branch)
         scale, threshold, latest, strength = self.prepare_sampling(
             num_inference_steps, guidance_scale, boundary_threshold, latest_boundary, injection_strength
         )
@@ -895,22 +1018,22 @@ class UIFacePipeline(DiffusionPipeline):
         # 2. contexts, timesteps, start noise
         contexts = self.prepare_contexts(identity_embeds, num_images_per_prompt, device, conditions)
         own_empty, own_tokens = len(contexts) > 1 + has_identities * batch_size, self.empty_context.config.num_tokens
-        timesteps, denoiser_timesteps = self.prepare_timesteps(num_inference_steps, device)
+        timesteps, model_timesteps = self.prepare_timesteps(num_inference_steps, device)
         schedule, first = paper_timesteps(self.scheduler), 0
+        rule = rule_kind(boundary).of(boundary, batch_size, latest, guide_from_boundary, threshold)
         if layouts is not None:
-            switch = layout_boundary(switch, latest)
-            first = begin_within(self.scheduler, schedule, switch)
+            rule = fixed = rule_of_layout(rule)
+            first = begin_within(self.scheduler, schedule, fixed.timestep)
         # the denoiser alone works in its own dtype: rounded between the steps, latents would lead to another image
         latents_dtype = torch.promote_types(torch.float32, self.unet.dtype)
         latents = self.prepare_latents(batch_size, latents_dtype, device, generator, latents, layouts, first)
-        timesteps, denoiser_timesteps, schedule = timesteps[first:], denoiser_timesteps[first:], schedule[first:]
+        timesteps, model_timesteps, schedule = timesteps[first:], model_timesteps[first:], schedule[first:]
         self._num_timesteps = len(timesteps)
         step_kwargs = self.prepare_extra_step_kwargs(generator)
 
         # 3. denoise
-        rule = boundary_rule(switch, batch_size, latest, guide_from_boundary, threshold)
         sampler = TwoStageSampler(
-            rule, has_identities, scale, injection, guidance_interval, reuse_empty_branch, device, own_empty
+            rule, has_identities, scale, injection, guidance_interval, int(reuse_empty_branch), device, own_empty
         )
         denoiser = denoiser_kind(self.unet)(self.unet, contexts, device, sampler.injects_cross, strength, own_tokens)
         with installed_processors(cast(AttentionMixin, self.unet)), self.progress_bar(total=len(timesteps)) as bar:
@@ -921,10 +1044,9 @@ class UIFacePipeline(DiffusionPipeline):
                 sampler.guidance_scale = self.guidance_scale  # callbacks may have changed it
                 plan = sampler.begin_step(schedule[i], schedule[i + 1 :], starts_step(self.scheduler))
                 model_input = scale_model_input(self.scheduler, latents, t)
-                rows, block_maps = denoiser(model_input, denoiser_timesteps[i], plan)
+                rows, block_maps = denoiser(model_input, model_timesteps[i], plan)
                 noise_pred = sampler.combine(rows.to(latents_dtype))
-                if block_maps:
-                    sampler.observe(block_maps)
+                sampler.observe(model_input, noise_pred, prediction_type(self.scheduler), block_maps)
                 latents = step_after_switch(self.scheduler, sampler.switched, noise_pred, t, latents, **step_kwargs)
 
                 if callback_on_step_end is not None:
@@ -941,6 +1063,5 @@ class UIFacePipeline(DiffusionPipeline):
             images = decode_latents(self.vae, latents.to(self.vae.dtype))
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images, sampler.boundary_timesteps)
-        return UIFacePipelineOutput(images=images, boundary_timesteps=sampler.boundary_timesteps)
+        output = UIFacePipelineOutput(images=images, boundary_timesteps=sampler.boundary_timesteps)
+        return output if return_dict else output.to_tuple()

@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 
-class _Shapes(fx.Interpreter):
+class Shapes(fx.Interpreter):
     """Runs a network and keeps the shape of what each node gives."""
 
     def __init__(self, network: fx.GraphModule):
@@ -43,7 +43,7 @@ def with_static_shapes(network: fx.GraphModule, example: torch.Tensor) -> None:
         network: as `onnx2torch.convert` gives it, of fixed shapes.
         example: an input.
     """
-    shapes = _Shapes(network)
+    shapes = Shapes(network)
     shapes.run(example)
     for node in network.graph.nodes:
         if node.op != "call_module":

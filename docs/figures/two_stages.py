@@ -21,6 +21,7 @@ import torch
 from uiface_diffusers import IdentityBank, UIFacePipeline, default_checkpoint
 from uiface_diffusers.latents import decode_latents
 from uiface_diffusers.two_stage import AttentionAtRest, attention_map, map_distance
+from uiface_diffusers.two_stage.boundary import Observation
 
 SHOWN = (980, 940, 900, 840, 740, 640, 540, 440, 340, 240, 120, 0)
 COLORS = ("tab:blue", "tab:orange", "tab:green")
@@ -34,9 +35,9 @@ class Steps:
         self.pipe, self.latents, self.timesteps = pipe, [latents], []
         self.maps: list[dict[int, torch.Tensor]] = []
 
-    def observe(self, rule: AttentionAtRest, block_maps: Sequence[torch.Tensor], samples: torch.Tensor) -> None:
-        self.maps.append(dict(zip(samples.tolist(), attention_map(block_maps), strict=True)))
-        OBSERVE(rule, block_maps, samples)
+    def observe(self, rule: AttentionAtRest, seen: Observation) -> None:
+        self.maps.append(dict(zip(seen.samples.tolist(), attention_map(seen.block_maps), strict=True)))
+        OBSERVE(rule, seen)
 
     def __call__(self, pipe, step, timestep, tensors):
         self.timesteps.append(int(timestep))
@@ -65,7 +66,7 @@ def sample(
     noise = [torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     steps = Steps(pipe, torch.cat(noise))
     # the pipeline has no use for the maps beyond the boundary, and gives them to the rule alone
-    AttentionAtRest.observe = lambda rule, maps, samples: steps.observe(rule, maps, samples)
+    AttentionAtRest.observe = lambda rule, seen: steps.observe(rule, seen)
     options = {"latents": steps.latents[0], "callback_on_step_end": steps}
     out = pipe(bank.take(identities), num_inference_steps=num_inference_steps, **options)
     AttentionAtRest.observe = OBSERVE

@@ -1,84 +1,94 @@
 #!/usr/bin/env python
-"""The paper's ablation at any scale: one pipeline, one bank, the same noise in every arm.
+"""The paper's ablation at any scale, from a pipeline to a page: one bank, the same noise in every arm.
 
     python training/studies/ablation.py --identities bank.safetensors --real cache/devtrain cache/celeba \
-        --benchmarks benchmarks --encoder edgeface --judge judge --encoder-root insightface \
-        --lpips-backbone alexnet_features.safetensors --work runs/ablation
+        --benchmarks bins --pairs lfw_devtest=lfw/pairsDevTest.txt celeba_bench=celeba_bench/pairs.txt \
+        --encoder edgeface --judge judge --encoder-root insightface --lpips-backbone alexnet_features.safetensors \
+        --faces 4000 20000 --fast --work runs/ablation --results docs/results.md
 
-Every arm is generated and then measured as `uiface evaluate` does. Image n of an identity starts from the same noise
-in all arms. The identities are split into `--groups`, which are measured separately: the spread of a figure is that
-over the groups, and two arms are compared group by group. A small recognizer is trained from scratch on all groups
-together, with each of `--seeds`, and verified on `--benchmarks`. The arm `real` has as many real people with as many
-faces each, who look like nobody of the benchmarks. Precision and recall compare with real faces of yet other
-people. These two sets are written first, so that what is missing is named before the long work.
+`--faces` are the sizes of an arm, each a study of its own. Every arm is generated, measured as `uiface evaluate` does,
+and learned from: a small recognizer is trained from scratch with each of `--seeds` and verified on every test of
+`--benchmarks`, which `uiface make-benchmark` made of the lists `--pairs`. These say who is on a pair.
 
-Arms are made one after the other. Run the same command until the table is full: each arm goes on where it was stopped,
-and what is finished is not done again. `--arms` and `--pieces` select a part of the work. The table is written to
-`--results` after every piece; at the end it is printed, and some faces of all arms are drawn beside it. Only that
-small file has to last: an arm whose figures are in it is not made again when `--work` is gone.
+Image n of an identity starts from the same noise in all arms. The identities are split into `--groups`, which are
+measured separately: the spread of a set's figure is that over the groups. Accuracies are compared pair by pair, with
+95 % intervals by a bootstrap over people and seeds. The arm `real` has as many faces of real people, who look like
+nobody of the tests; `real_and_...` are trained on these and the faces of another arm. Precision, recall, KID and the
+classifier test compare with real faces of yet other people. `--identity-flow` adds two arms, `--more-arms` others: a
+YAML file of names and arguments of `generate_dataset`, such as `late: {boundary: 300, guidance_scale: 1.5}`.
+
+With `--fast`, `fast.yaml` is measured first by sampling_settings.py; if its `fast` is not as good as its `exact`, the
+study ends there.
+
+Run the same command until the page is full: each piece goes on where it was stopped, and what is finished is not done
+again. `--arms` and `--pieces` select a part of the work. Page, figures (JSON) and faces of all arms (JPEG) are written
+to `--results` after every piece, and the page is printed at the end. Only these files have to last: an arm whose
+figures are in them is not made again when `--work` is gone.
 """
 
 import argparse
+import copy
 import hashlib
+import inspect
 import json
-import shutil
 import statistics
 import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
-import pyarrow.parquet as pq
-import torch
-from diffusers.utils import make_image_grid
+import sampling_settings
+import yaml
+from real_faces import write_real_faces
+from study_results import boundaries_of, groups_of, is_finished, saved_arms, saved_results, write_results
 
 from uiface_cli.options import expand_home, real, whole, with_hyphens
-from uiface_diffusers import IdentityBank, UIFacePipeline, default_checkpoint, generate_dataset
-from uiface_diffusers.data.benchmarks import read_benchmarks
+from uiface_diffusers import IdentityBank, default_checkpoint, generate_dataset
+from uiface_diffusers.data.benchmarks import Benchmark, read_benchmarks
+from uiface_diffusers.data.pairs import read_pairs
 from uiface_diffusers.evaluation import evaluate_dataset, load_lpips
+from uiface_diffusers.evaluation.paired import pair_people
 from uiface_diffusers.evaluation.people import People
-from uiface_diffusers.faces import ALIGNED_SIZE, FaceEncoder, load_photograph
-from uiface_diffusers.files import check_settings, complete_file, write_json
-from uiface_diffusers.fingerprint import pipeline_fingerprint
+from uiface_diffusers.faces import FaceEncoder
+from uiface_diffusers.files import check_settings, read_json, write_json
+from uiface_diffusers.fingerprint import model_fingerprint, pipeline_fingerprint
 from uiface_diffusers.identities import bank_hash
+from uiface_diffusers.loading import load_identity_flow
 from uiface_diffusers.seeds import NOISE_VERSION
-from uiface_diffusers.training.bench import TrainingFailed, mean_text, train_and_verify
+from uiface_diffusers.training.bench import (
+    TrainingFailed,
+    benchmark_fingerprint,
+    recipe_settings,
+    train_and_verify,
+)
 from uiface_diffusers.training.options import run_script
 
-TRAINING = Path(__file__).parents[1]
-# arm -> arguments of `generate_dataset`; `fixed` has the median boundary of `adaptive`, so that only the choice for
-# each sample differs, `early` is halfway from it to one stage; a pipeline's own guidance was chosen for two stages, so
-# one stage has the paper's, too, beside two stages with all settings of the paper
-ARMS: dict[str, dict[str, Any] | None] = {
-    "single": {"boundary": None},
+STUDIES = Path(__file__).parent
+PERTURBED = {"identity_perturbation": (0.6, 1.0)}
+# arm -> arguments of `generate_dataset`; `FIXED` have their boundary of `adaptive`, so that only the choice for each
+# sample differs
+ARMS: dict[str, dict[str, Any]] = {
+    "single_guidance_1": {"boundary": None, "guidance_scale": 1.0},
     "single_guidance_2": {"boundary": None, "guidance_scale": 2.0},
+    "single": {"boundary": None},
+    "fixed_mean": {"injection": None},
+    "fixed_median": {"injection": None},
     "adaptive": {"injection": None},
-    "early": {"injection": None, "boundary": 840},
-    "fixed": {"injection": None},
     "adaptive_self": {"injection": "self"},
+    "adaptive_cross": {"injection": "cross"},
     "uiface": {},
-    "uiface_idperturb": {"identity_perturbation": (0.6, 1.0)},
-    "uiface_guided": {"guide_from_boundary": True},
-    "uiface_paper": {"guidance_scale": 2.0, "latest_boundary": 500},  # and `PAPER_THRESHOLD`
-    "real": None,
+    "single_idperturb": {"boundary": None, **PERTURBED},
+    "uiface_idperturb": PERTURBED,
 }
-PAPER_THRESHOLD = 0.006  # in 50 steps
-ONE_STAGE = ("single", "single_guidance_2")  # what the others are compared with
+FIXED = ("fixed_mean", "fixed_median")
+# with --identity-flow, which takes the place of the name
+FLOWS: dict[str, dict[str, Any]] = {"single_flow": {"boundary": None}, "uiface_flow": {}}
+# trained on the arm `real` and another one
+MIXED = {"real_and_single": "single", "real_and_uiface": "uiface"}
 PIECES = ("generate", "evaluate", "train")
-# figures of the table -> their names in report.json
-FIGURES = {
-    "LPIPS": "intra_class_lpips",
-    "precision": "precision",
-    "recall": "recall",
-    "consistency": "consistency_others",
-}
-FIGURES |= {"EER": "eer", "context": "context_cosine"}
-# of the table: share of the faces that follow their identity only from `latest_boundary`, and from which timestep on
-BOUNDARIES = ("capped", "boundary")
 REFERENCES = "references"
+# of --settings: what has to be as good as what
+AS_GOOD = {"fast": "exact", "fast-single": "exact-single"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -87,124 +97,132 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--identities", type=Path, required=True, help="bank of synthetic identities")
     parser.add_argument("--real", type=Path, nargs="+", required=True, help="caches of `uiface prepare`")
     parser.add_argument("--benchmarks", type=Path, required=True, help="InsightFace .bin files of other people")
+    parser.add_argument("--pairs", nargs="+", required=True, metavar="NAME=FILE", help="the list of each benchmark")
     parser.add_argument("--encoder", required=True, help="model pack of the bank")
     parser.add_argument("--judge", required=True, help="model pack that the pipeline was not trained with")
     parser.add_argument("--encoder-root", default="~/.insightface")
     parser.add_argument("--lpips-backbone", help="AlexNet's convolutions; torchvision downloads them if not given")
     parser.add_argument("--work", type=Path, required=True, help="folder of the faces, reports and recognizers")
-    parser.add_argument("--results", type=Path, help="the table, JSON (default: ablation.json in --work)")
-    parser.add_argument("--num-identities", type=whole(), default=200)
-    parser.add_argument("--groups", type=whole(), default=5, help="of identities, for the spread")
+    parser.add_argument("--results", type=Path, help="the page, .md (default: results.md in --work)")
+    parser.add_argument("--faces", type=whole(), nargs="+", default=[4000], help="of an arm; several: several studies")
     parser.add_argument("--images-per-identity", type=whole(), default=20)
-    parser.add_argument("--num-inference-steps", type=whole(), default=25)
+    parser.add_argument("--groups", type=whole(), default=5, help="of identities, for the spread")
+    parser.add_argument("--fast", action="store_true", help="generate by `fast` of --settings, and measure it first")
+    parser.add_argument("--settings", type=Path, default=STUDIES / "fast.yaml", help="YAML file of `exact` and `fast`")
     parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2], help="of the recognizers")
-    parser.add_argument("--recipe", type=Path, default=TRAINING / "configs" / "fr_study.yaml", help="of them")
-    parser.add_argument(
-        "--same-person",
-        type=real(-1, 1),
-        default=0.5,
-        help="cosine to a benchmark's face from which a real person is left out",
-    )
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    recipe = STUDIES.parent / "configs" / "fr_study.yaml"
+    parser.add_argument("--recipe", type=Path, default=recipe, help="of them")
+    text = "in real_and_...: how often a real face is drawn, relative to a generated one"
+    parser.add_argument("--real-weight", type=real(0), default=1.0, help=text)
+    text = "cosine to a benchmark's face from which a real person is left out"
+    parser.add_argument("--same-person", type=real(-1, 1), default=0.5, help=text)
+    parser.add_argument("--identity-flow", help="folder or Hub repository, for the arms single_flow and uiface_flow")
+    parser.add_argument("--more-arms", type=Path, help="YAML file: name -> arguments of `generate_dataset`")
+    parser.add_argument("--arms", nargs="+", help="only these (default: all)")
     parser.add_argument("--pieces", nargs="+", choices=PIECES, default=PIECES)
     args = parser.parse_args(with_hyphens(expand_home(argv)))
-    if args.num_identities % args.groups:
-        parser.error(f"--num-identities {args.num_identities} cannot be split into {args.groups} equal groups")
-    args.results = args.results or args.work / "ablation.json"
+    args.results = args.results or args.work / "results.md"
+    for faces in args.faces:
+        if faces % (args.images_per_identity * args.groups):
+            parser.error(
+                f"--faces {faces} cannot be split into {args.groups} equal groups of identities with"
+                f" {args.images_per_identity} images each"
+            )
+    args.generated = {name: dict(arm) for name, arm in (ARMS | (FLOWS if args.identity_flow else {})).items()}
+    more = yaml.safe_load(args.more_arms.read_text()) if args.more_arms else {}
+    if not isinstance(more, dict) or any(not isinstance(arm, dict | None) for arm in more.values()):
+        parser.error(f"--more-arms {args.more_arms} has to map names of arms to arguments of `generate_dataset`")
+    taken = sorted(more.keys() & {*args.generated, *MIXED, "real", REFERENCES})
+    if taken:
+        parser.error(f"--more-arms {args.more_arms} has {taken[0]}, which is an arm already: choose another name")
+    args.generated |= {name: arm or {} for name, arm in more.items()}
+    known = [*args.generated, "real", *MIXED]
+    unknown = sorted(set(args.arms or ()) - set(known))
+    if unknown:
+        parser.error(f"--arms: {unknown[0]} is none of {', '.join(known)}")
+    args.all_arms, args.arms, args.mixed = known, args.arms or known, MIXED
     return args
 
 
-def groups_of(args: argparse.Namespace, arm: str) -> list[Path]:
-    """The arm's data sets, one per group of identities."""
-    return [args.work / arm / f"group-{number}" for number in range(args.groups)]
+def read_tests(args: argparse.Namespace) -> tuple[list[Benchmark], dict[str, np.ndarray]]:
+    """The benchmarks, and by their names who is on each pair.
 
-
-def boundaries_of(folders: Iterable[Path]) -> list[int]:
-    """The timesteps from which the faces of data sets follow their identity."""
-    tables = [pq.read_table(folder / "metadata.parquet", columns=["boundary_timestep"]) for folder in folders]
-    return [timestep for table in tables for timestep in table["boundary_timestep"].to_pylist()]
-
-
-def write_faces(people: People, positions: Sequence[int], output: Path) -> None:
-    """Real faces as `IDENTITY/NNNNN.png`; the folder is whole or not there at all."""
-    beside = output.with_name(f"{output.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    for position, picture in zip(positions, people.pictures(positions), strict=True):
-        file = beside / people.bank.names[position].replace("/", "-") / f"{position:05d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        picture.resize((ALIGNED_SIZE, ALIGNED_SIZE), PIL.Image.Resampling.BILINEAR).save(file)
-    beside.rename(output)
-
-
-def write_real_faces(args: argparse.Namespace) -> None:
-    """The arm `real`, and the faces of other people that precision and recall compare with: as many as in a group."""
-    folders = [*groups_of(args, "real"), args.work / REFERENCES]
-    if all(folder.exists() for folder in folders):
-        return
-    people = People(args.real)
-    encoder = FaceEncoder(args.encoder, args.encoder_root, det_size=160)
-    faces = [
-        PIL.Image.fromarray(benchmark.face(position))
-        for benchmark in read_benchmarks(args.benchmarks)
-        for position in range(len(benchmark.images))
-    ]
-    tested = IdentityBank(encoder.embed_pictures(faces), encoder.name, [], encoder.fingerprint)
-    left_out = set(people.near(tested, args.same_person))
-    print(f"{len(left_out)} real people look like one of the benchmarks and are left out: {sorted(left_out)}")
-
-    counts = Counter(name for name in people.bank.names if name not in left_out)
-    names = sorted(name for name, count in counts.items() if count >= args.images_per_identity)
-    if len(names) < args.num_identities:
+    Raises:
+        ValueError: a benchmark has no list, or another one.
+    """
+    benchmarks = read_benchmarks(args.benchmarks)
+    lists = {name: file for name, _, file in (word.partition("=") for word in args.pairs)}
+    names = {benchmark.name for benchmark in benchmarks}
+    if lists.keys() != names:
         raise ValueError(
-            f"{args.real} have {len(names)} people with {args.images_per_identity} faces or more who are not in the"
-            f" benchmarks: take fewer than {args.num_identities} --num-identities, or fewer images of each."
+            f"{args.benchmarks} has {', '.join(sorted(names))}, --pairs {', '.join(sorted(lists))}: give the list of"
+            " each as NAME=FILE."
         )
-    chosen = [names[i * len(names) // args.num_identities] for i in range(args.num_identities)]
-    positions: dict[str, list[int]] = {name: [] for name in chosen}
-    others: list[int] = []
-    for position, name in enumerate(people.bank.names):
-        if name not in positions:
-            others += [] if name in left_out else [position]
-        elif len(positions[name]) < args.images_per_identity:
-            positions[name].append(position)
-    size = args.num_identities // args.groups
-    number = size * args.images_per_identity
-    if len(others) < number:
-        raise ValueError(f"{args.real} have {len(others)} faces of other people: {number} are needed to compare with.")
-    for group, folder in enumerate(folders[:-1]):
-        shutil.rmtree(folder, ignore_errors=True)
-        write_faces(people, [p for name in chosen[group * size : (group + 1) * size] for p in positions[name]], folder)
-    drawn = np.random.default_rng(0).permutation(len(others))[:number]
-    shutil.rmtree(folders[-1], ignore_errors=True)
-    write_faces(people, [others[i] for i in sorted(drawn)], folders[-1])
+    people = {}
+    for benchmark in benchmarks:
+        pairs = read_pairs(lists[benchmark.name])
+        if [pair.same for pair in pairs] != benchmark.same.tolist():
+            raise ValueError(f"{lists[benchmark.name]} is not the list of pairs that {benchmark.name} was made of.")
+        people[benchmark.name] = pair_people(pairs)
+    return benchmarks, people
+
+
+def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of all arms, and the scheduler."""
+    settings = yaml.safe_load(args.settings.read_text())
+    missing = [name for name in (*AS_GOOD, *AS_GOOD.values()) if name not in settings]
+    if missing:
+        raise ValueError(f"{args.settings} has no setting `{missing[0]}`.")
+    return dict(settings["fast" if args.fast else "exact"] or {})
+
+
+def check_fast(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Measures `fast` beside `exact`, once.
+
+    Returns:
+        The figures of each setting.
+
+    Raises:
+        ValueError: they are not as good.
+    """
+    output, people = args.work / "settings", People(args.real[:1]).bank
+    number = min(100, len(set(people.names)), len(people) // 4)
+    words = {"pipeline": args.pipeline, "people": args.real[0], "judge": args.judge, "encoder-root": args.encoder_root}
+    words |= {"num-people": number, "output": output}
+    words |= {"lpips-backbone": args.lpips_backbone} if args.lpips_backbone else {}
+    sampling_settings.main([str(args.settings), *(str(part) for k, v in words.items() for part in (f"--{k}", v))])
+    figures = {name: row["figures"] for name, row in read_json(output / "settings.json").items()}
+    wrong = [text for fast, exact in AS_GOOD.items() for text in sampling_settings.differing(figures, fast, exact)]
+    if wrong:
+        raise ValueError(f"--fast is not as good as exact ({'; '.join(wrong)}): leave it out, or change --settings.")
+    return figures
 
 
 def generate(args: argparse.Namespace, arm: str) -> None:
     if arm == "real":
         return  # written before everything else
-    arguments = dict(ARMS[arm] or {})
-    if arm == "fixed":
+    if arm in MIXED:
+        return generate(args, MIXED[arm])
+    pipe = sampling_settings.make_pipeline(args, setting := sampling_of(args))
+    arguments = setting | args.generated[arm]
+    if arm in FIXED:
         generate(args, "adaptive")
-        arguments["boundary"] = int(statistics.median_low(boundaries_of(groups_of(args, "adaptive"))))
-    if arm == "uiface_paper":
-        arguments["boundary_threshold"] = PAPER_THRESHOLD * 50 / args.num_inference_steps
-    bank = IdentityBank.load(args.identities)
-    if len(bank) < args.num_identities:
-        raise ValueError(f"{args.identities} has {len(bank)} identities, {args.num_identities} are asked for.")
-    pipe = UIFacePipeline.from_pretrained(args.pipeline).to("cuda" if torch.cuda.is_available() else "cpu")
-    size = args.num_identities // args.groups
+        boundaries = boundaries_of(groups_of(args, "adaptive"))
+        pipe.scheduler.set_timesteps(setting["num_inference_steps"])
+        wanted = statistics.mean(boundaries) if arm == "fixed_mean" else statistics.median(boundaries)
+        # a step of the sampler: any other number is the next lower step
+        arguments["boundary"] = min((int(t) for t in pipe.scheduler.timesteps), key=lambda t: abs(t - wanted))
+    if arm in FLOWS:
+        arguments["identity_flow"] = load_identity_flow(args.identity_flow)
+    bank, size = IdentityBank.load(args.identities), args.num_identities // args.groups
     for group, output in enumerate(groups_of(args, arm)):
-        generate_dataset(
-            pipe,
-            bank.take(range(group * size, (group + 1) * size)),
-            output,
-            args.images_per_identity,
-            num_inference_steps=args.num_inference_steps,
-            **arguments,
-        )
+        identities = bank.take(range(group * size, (group + 1) * size))
+        generate_dataset(pipe, identities, output, args.images_per_identity, **arguments)
 
 
 def evaluate(args: argparse.Namespace, arm: str) -> None:
+    if arm in MIXED:
+        return  # its parts are measured
     encoder, judge = (FaceEncoder(name, args.encoder_root, det_size=160) for name in (args.encoder, args.judge))
     perceptual = load_lpips("alex", args.lpips_backbone)
     for folder in groups_of(args, arm):
@@ -214,157 +232,83 @@ def evaluate(args: argparse.Namespace, arm: str) -> None:
             encoder,
             judge=judge,
             identities=None if arm == "real" else IdentityBank.load(folder / "identities.safetensors"),
-            real=args.work / REFERENCES,
+            real=args.folder / REFERENCES,
             perceptual=perceptual,
         )
 
 
-def saved_results(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
-    """The table in `--results`, as `collect` makes it."""
-    return json.loads(args.results.read_text()).get("arms", {})
-
-
 def train(args: argparse.Namespace, arm: str) -> None:
-    saved = saved_results(args).get(arm, {}).get("accuracy", {})
+    parts = ("real", MIXED[arm]) if arm in MIXED else (arm,)
+    sets = [folder for part in parts for folder in groups_of(args, part)]
+    weights = [args.real_weight if part == "real" else 1.0 for part in parts for _ in range(args.groups)]
+    trained = saved_arms(args).get(arm, {}).get("recognizers", {})
     for seed in args.seeds:
-        folder = args.work / arm / f"recognizer-{seed}"
-        if folder.name in saved:
-            continue
-        train_and_verify(args.recipe, groups_of(args, arm), folder, seed, args.benchmarks)
-
-
-def figures_of(args: argparse.Namespace, report: dict) -> dict[str, float]:
-    """The table's figures of one group."""
-    found = {}
-    for figure in report["figures"]:
-        by = figure["conditions"].get("recognizer")
-        for title, name in FIGURES.items():
-            # the judge's, but the cosine to the embedding, which is the encoder's
-            if figure["name"] == name and by in (None, args.encoder if title == "context" else args.judge):
-                found[title] = figure["value"]
-    return found
-
-
-def collect(args: argparse.Namespace, default_latest: int) -> dict[str, dict[str, dict[str, float]]]:
-    """What `--results` and `--work` have: arm -> figure -> its value by group; by seed, the mean accuracy over the
-    benchmarks and the share of its own faces that the recognizer has learned."""
-    table: dict[str, dict[str, dict[str, float]]] = {}
-    saved = saved_results(args)
-    for arm in ARMS:
-        row = saved.get(arm, {})
-        latest_boundary = (ARMS[arm] or {}).get("latest_boundary", default_latest)
-        for folder in groups_of(args, arm):
-            report = folder.with_name(f"evaluation-{folder.name}") / "report.json"
-            found = figures_of(args, json.loads(report.read_text())) if report.exists() else {}
-            if (folder / "metadata.parquet").exists():
-                boundaries = np.array(boundaries_of([folder]))
-                found["capped"] = float((boundaries <= latest_boundary).mean())
-                found["boundary"] = float(boundaries.mean())
-            for title, value in found.items():
-                row.setdefault(title, {})[folder.name] = value
-        for file in (args.work / arm).glob("recognizer-*/verification.json"):
-            accuracy = statistics.mean(json.loads(file.read_text()).values())
-            row.setdefault("accuracy", {})[file.parent.name] = accuracy
-            learned = file.with_name("train_results.json")
-            if learned.exists():  # not if the recipe ends a training by the clock
-                row.setdefault("learned", {})[file.parent.name] = json.loads(learned.read_text())["accuracy"]
-        if row:
-            table[arm] = row
-    return table
-
-
-def is_finished(args: argparse.Namespace, arm: str) -> bool:
-    """Whether `--results` has all figures of an arm."""
-    row = saved_results(args).get(arm, {})
-    evaluated = all(folder.name in row.get("LPIPS", {}) for folder in groups_of(args, arm))
-    return evaluated and all(f"recognizer-{seed}" in row.get("accuracy", {}) for seed in args.seeds)
-
-
-def print_table(table: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Mean and deviation of every figure; then the differences to one stage, group by group and seed by seed."""
-    columns = (*BOUNDARIES, *FIGURES, "learned", "accuracy")
-
-    def print_row(name: str, cells: Iterable[str]) -> None:
-        print(f"{name:<36}" + "".join(f"{cell:>22}" for cell in cells))
-
-    print_row("arm", columns)
-    for arm, row in table.items():
-        print_row(arm, [mean_text(row.get(title, {}).values()) for title in columns])
-    for base in ONE_STAGE:
-        for arm, row in table.items():
-            if base not in table or arm in (base, "single", "real"):
-                continue
-            cells = []
-            for title in columns:
-                ours, theirs = row.get(title, {}), table[base].get(title, {})
-                cells.append(mean_text([ours[key] - theirs[key] for key in ours if key in theirs]))
-            print_row(f"{arm} - {base}", cells)
-    adaptive = table.get("adaptive", {}).get("capped")
-    if adaptive and statistics.mean(adaptive.values()) > 0.95:
-        print(
-            "Nearly no boundary is found before `latest_boundary`: `fixed` is `adaptive`, and `uiface_guided` is"
-            " `uiface`. Search another `boundary_threshold` by training/studies/sampling_settings.py."
-        )
-
-
-def write_picture(args: argparse.Namespace) -> None:
-    """Faces of one person of two groups each, one row per arm and a column the same noise, as JPEG beside `--results`.
-    Not before all arms are generated."""
-    arms = [arm for arm in ARMS if arm != "real"]
-    groups = {arm: [folder / "images" for folder in groups_of(args, arm)[:2]] for arm in arms}
-    if not all((images.parent / "preview.png").exists() for folders in groups.values() for images in folders):
-        return
-    cells = []
-    for folders in groups.values():
-        for images in folders:
-            first = sorted(images.iterdir())[0]
-            cells += [PIL.Image.fromarray(load_photograph(file)) for file in sorted(first.iterdir())[:5]]
-    grid = make_image_grid(cells, rows=len(arms), cols=len(cells) // len(arms))
-    with complete_file(args.results.with_suffix(".jpg")) as beside:
-        grid.save(beside, "jpeg", quality=90)
+        if str(seed) not in trained:
+            folder = args.folder / arm / f"recognizer-{seed}"
+            train_and_verify(args.recipe, sets, folder, seed, args.tests, weights if arm in MIXED else None)
 
 
 def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    fixed = (
-        "num_identities",
-        "groups",
-        "images_per_identity",
-        "num_inference_steps",
-        "encoder",
-        "judge",
-        "same_person",
-    )
-    pipe = UIFacePipeline.from_pretrained(args.pipeline)
-    settings = {name: getattr(args, name) for name in fixed}
+def begin(args: argparse.Namespace) -> None:
+    """Checks all that is given before the long work, and refuses to go on with another study's figures."""
+    fixed = ("groups", "images_per_identity", "encoder", "judge", "same_person", "real_weight")
+    settings: dict[str, Any] = {name: getattr(args, name) for name in fixed}
+    setting = sampling_of(args)
+    settings["sampling"] = dict(setting)
+    pipe = sampling_settings.make_pipeline(args, setting)
+    bank = IdentityBank.load(args.identities)
     # what the figures come from: another checkpoint at the same place is another study
     settings |= {"pipeline": pipeline_fingerprint(pipe), "defaults": pipe.default_sampling(), "noise": NOISE_VERSION}
-    settings |= {"identities": bank_hash(IdentityBank.load(args.identities)), "recipe": args.recipe.read_text()}
+    settings |= {"identities": bank_hash(bank), "recipe": recipe_settings(args.recipe, args.work)}
     settings["real"] = {str(cache): file_hash(cache / "report.json") for cache in args.real}
-    benchmarks = [args.benchmarks] if args.benchmarks.is_file() else sorted(args.benchmarks.glob("*.bin"))
-    settings["benchmarks"] = {file.name: file_hash(file) for file in benchmarks}
-    for file in (args.work / "settings.json", args.results):
+    args.tests, args.people = read_tests(args)
+    settings["benchmarks"] = {each.name: benchmark_fingerprint(each) for each in args.tests}
+    needed = max(args.faces) // args.images_per_identity
+    if len(bank) < needed:
+        raise ValueError(f"{args.identities} has {len(bank)} identities, {needed} are asked for.")
+    embeds = pipe.prepare_identity_embeds(bank.one_per_row())
+    own = inspect.signature(generate_dataset).parameters
+    for arguments in args.generated.values():
+        pipe.check_sampling(embeds, **{k: v for k, v in (setting | arguments).items() if k not in own})
+    args.latest_boundary = settings["defaults"]["latest_boundary"]
+    given = json.loads(json.dumps(args.generated))
+    for arm in FLOWS if args.identity_flow else ():
+        given[arm]["identity_flow"] = model_fingerprint(load_identity_flow(args.identity_flow))
+    for file in (args.work / "settings.json", args.results.with_suffix(".json")):
         check_settings(file, settings)
-    write_real_faces(args)
-    latest = settings["defaults"]["latest_boundary"]
-    actions, failed = {"generate": generate, "evaluate": evaluate, "train": train}, []
-    for arm in args.arms:
-        if is_finished(args, arm):
-            continue
-        for piece in PIECES:
-            if piece not in args.pieces:
+    saved = saved_results(args)
+    for arm, arguments in saved.get("arms", {}).items():
+        if given.get(arm, arguments) != arguments:
+            raise ValueError(f"{args.results} has the arm {arm} with {arguments}: choose other --results and --work.")
+    measured = {"sampling": check_fast(args)} if args.fast and "sampling" not in saved else {}
+    write_json(args.results.with_suffix(".json"), saved | {"arms": saved.get("arms", {}) | given} | measured)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    begin(args)
+    studies, failed = [], []
+    for size in args.faces:
+        study = copy.copy(args)
+        study.size, study.folder = size, args.work / str(size)
+        study.num_identities = size // args.images_per_identity
+        studies.append(study)
+        write_real_faces(study, groups_of(study, "real"), study.folder / REFERENCES)
+    actions = {"generate": generate, "evaluate": evaluate, "train": train}
+    for study in studies:
+        for arm in args.arms:
+            if is_finished(study, arm):
                 continue
-            try:
-                actions[piece](args, arm)
-            except TrainingFailed as error:  # one arm's training; the others go on
-                failed.append(f"{arm}: {error}")
-            write_json(args.results, {"settings": settings, "arms": collect(args, latest)})
-    print_table(collect(args, latest))
-    write_picture(args)
+            for piece in [piece for piece in PIECES if piece in args.pieces]:
+                try:
+                    actions[piece](study, arm)
+                except TrainingFailed as error:  # one arm's training; the others go on
+                    failed.append(f"{arm}: {error}")
+                write_results(args, studies)
+    print(write_results(args, studies))
     if failed:
         sys.exit("failed: " + "; ".join(failed))
 

@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     import lpips
 
 FIGURES = ("rows", "seconds", "boundary", "capped", "judge", "others", "EER", "LPIPS", "precision", "recall")
+# by how much two settings may differ and be as good: what 400 faces tell apart
+EQUAL = {"judge": 0.02, "EER": 0.01, "LPIPS": 0.01, "precision": 0.05, "recall": 0.05}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -138,6 +140,15 @@ def measure(
         "precision": precision,
         "recall": recall,
     }
+
+
+def differing(table: dict[str, dict[str, float]], first: str, second: str) -> list[str]:
+    """In which figures two settings are not equally good, for a message."""
+    return [
+        f"{figure} of {first}: {table[first][figure]:.4f}, of {second} {table[second][figure]:.4f}"
+        for figure, most in EQUAL.items()
+        if abs(table[first][figure] - table[second][figure]) > most
+    ]
 
 
 def print_table(table: dict[str, dict[str, float]]) -> None:

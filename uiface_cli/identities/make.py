@@ -1,8 +1,21 @@
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from ..options import device, path, real, whole
-from ..shared import MODEL, Commands, add_command, add_encoder_arguments, face_encoder
+from ..shared import (
+    MODEL,
+    OF_THE_MODEL,
+    Commands,
+    add_command,
+    add_detector_argument,
+    add_encoder_arguments,
+    face_encoder,
+    model_encoder,
+)
+
+if TYPE_CHECKING:
+    from uiface_diffusers.faces import PhotographEncoder
 
 
 def add(commands: Commands) -> None:
@@ -19,6 +32,9 @@ def add(commands: Commands) -> None:
 
             # people in photographs, as far as they are unlike each other
             uiface identities make --number 1000 --output bank.safetensors --from-images photos
+
+            # people in aligned faces, by the encoder that the embedded checkpoint carries: no model pack is needed
+            uiface identities make --number 10 --output bank.safetensors --from-images faces --aligned --encoder model
 
             # random directions from the distribution of known embeddings
             uiface identities make --number 1000 --output bank.safetensors --random --exclude cache/photos
@@ -68,7 +84,9 @@ def add(commands: Commands) -> None:
         action="store_true",
         help="take random directions from the distribution of --exclude instead (weaker)",
     )
-    add_encoder_arguments(parser)
+    text = f"insightface model pack; `{OF_THE_MODEL}` with --from-images: what MODEL carries (default: %(default)s)"
+    add_encoder_arguments(parser, help=text)
+    add_detector_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -92,6 +110,22 @@ def make_random(args: argparse.Namespace) -> None:
     print(f"{args.number} identities saved to {args.output}")
 
 
+def encoder_of_images(args: argparse.Namespace) -> "PhotographEncoder":
+    if args.encoder != OF_THE_MODEL:
+        return face_encoder(args)
+    from uiface_diffusers.loading import pipeline_folder
+
+    folder = pipeline_folder(args.model)
+    encoder = model_encoder(args, folder)
+    if encoder is None:
+        raise ValueError(
+            f"--encoder {OF_THE_MODEL}: {folder} carries no encoder. Name the pack that it was trained with."
+        )
+    if not args.aligned:
+        encoder.check_detector()
+    return encoder
+
+
 def take_from_images(args: argparse.Namespace) -> dict[str, int]:
     from uiface_diffusers.banks import identities_from_images, is_cache, load_bank
 
@@ -100,7 +134,7 @@ def take_from_images(args: argparse.Namespace) -> dict[str, int]:
         args.output,
         args.number,
         exclude=[load_bank(bank) for bank in args.exclude],
-        encoder=None if is_cache(args.from_images) else face_encoder(args),
+        encoder=None if is_cache(args.from_images) else encoder_of_images(args),
         max_similarity=args.max_similarity,
         aligned=args.aligned,
     )
@@ -116,6 +150,8 @@ def make_by_model(args: argparse.Namespace) -> dict[str, int]:
     from uiface_diffusers.generation import make_identities
     from uiface_diffusers.loading import load_pipeline, pipeline_folder
 
+    if OF_THE_MODEL == args.encoder:
+        raise ValueError(f"--encoder {OF_THE_MODEL} is for --from-images: new identities are made by the pack itself.")
     exclude = [load_bank(bank) for bank in args.exclude]
     pipeline = load_pipeline(pipeline_folder(args.model))
     return make_identities(

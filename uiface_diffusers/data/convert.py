@@ -10,13 +10,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import PIL.Image
 import pyarrow as pa
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from ..files import MAX_NAME, local_path
+from ..files import CARD, MAX_NAME, local_path
+from ..hub.lineage import card_text, derived_header
 from .image_folder import IMAGES_A_SHARD, add_member, shard_name
 from .lmdb_set import DatabaseWriter, import_lmdb
 from .parquet_set import hub_schema, write_parquet
@@ -30,6 +32,7 @@ from .sources import (
     has_image_suffix,
     is_system_entry,
     open_source,
+    source_fingerprint,
     summarize_left_out,
     unreadable_reason,
 )
@@ -65,8 +68,10 @@ def convert_dataset(
     output_format: str,
     nested: bool = False,
     without: Mapping[str, str] | None = None,
+    step: Mapping[str, Any] | None = None,
 ) -> dict:
-    """Writes a data set in another form. Pictures are copied byte for byte, identities keep their names.
+    """Writes a data set in another form. Pictures are copied byte for byte, identities keep their names. The card,
+    README.md, takes over what the source's says of its origin, and says from which set this one was made, and how.
 
     - `imagefolder`: `IDENTITY/FILE`, for torchvision's `ImageFolder` and `datasets`.
     - `recordio`: `train.rec` and `train.idx` of InsightFace's form, for its loaders, and `train.lst` (key, label and
@@ -85,13 +90,15 @@ def convert_dataset(
         output_format: one of `FORMATS`.
         nested: whether `SOURCE/PERSON/VIDEO/*.jpg` is meant where all pictures are in folders within those of SOURCE.
         without (*optional*): files of the source that are not converted -> why.
+        step (*optional*): what the card says of how the set was made; the conversion if not given.
 
     Returns:
         `photographs`, `identities`, and `left_out`: reason -> `count`, and the `first` ten names.
 
     Raises:
         ValueError: `output` is not empty, lies within the source, cannot be replaced or is written by another
-            conversion; a name cannot be a folder's; or the set that was written does not hold what was read.
+            conversion; a name cannot be a folder's; the source's card has no proper header; or the set that was
+            written does not hold what was read.
     """
     if output_format not in FORMATS:
         raise ValueError(f"`output_format` has to be one of {FORMATS} but is {output_format!r}.")
@@ -107,16 +114,26 @@ def convert_dataset(
         raise ValueError(f"another conversion writes to {output}: wait for it, or choose another folder.") from error
     try:
         opened = open_source(source, nested=nested)
+        made = {
+            "name": local_path(source).resolve().name,
+            "fingerprint": source_fingerprint(opened)[:12],
+            "images": len(opened.photographs),
+            "identities": len({photograph.identity for photograph in opened.photographs}),
+            **(step or {"by": f"uiface convert --format {output_format}{' --nested' if nested else ''}"}),
+        }
+        header = derived_header(source, made, same_images=not without)
         if without:
             opened.left_out |= without
             opened.photographs = [each for each in opened.photographs if each.file not in without]
-        return _convert(opened, output, part, output_format)
+        return _convert(opened, output, part, output_format, header)
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 
-def _convert(opened: PhotographSource, output: Path, part: Path, output_format: str) -> dict:
+def _convert(
+    opened: PhotographSource, output: Path, part: Path, output_format: str, header: Mapping[str, Any]
+) -> dict:
     folders = _folder_names([photograph.identity for photograph in opened.photographs])
     if (part / MARKER).exists():
         shutil.rmtree(part)
@@ -127,6 +144,7 @@ def _convert(opened: PhotographSource, output: Path, part: Path, output_format: 
     try:
         written = WRITERS[output_format](opened, folders, part)
         _check_written(part, written)
+        (part / CARD).write_text(_card(output.name, written, header), encoding="utf-8")
         (part / MARKER).unlink()
     except BaseException:
         shutil.rmtree(part)
@@ -137,6 +155,19 @@ def _convert(opened: PhotographSource, output: Path, part: Path, output_format: 
         "identities": len(written),
         "left_out": summarize_left_out(opened.left_out),
     }
+
+
+def _card(name: str, written: Counter[str], header: Mapping[str, Any]) -> str:
+    made = header["lineage"]["derived_from"][-1]
+    text = f"""
+# {name}
+
+{written.total()} pictures of {len(written)} identities, made from `{made["name"]}` by `{made["by"]}`
+(uiface-diffusers).
+
+`lineage` in this file's header has what is known of their origin; `uiface card` prints what is missing.
+"""
+    return card_text(header, text)
 
 
 def _check_written(folder: Path, written: Counter[str]) -> None:

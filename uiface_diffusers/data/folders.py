@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import printable
+from ..files import CARD, printable
 from ..pictures import load_photograph
 from .photographs import HIDDEN, NO_PICTURE, OUTSIDE, Photograph, PhotographSource, has_image_suffix, is_system_entry
 
@@ -60,9 +60,11 @@ class FolderSource(PhotographSource):
                 deeper = {path.parent for path in files if path.parent.parent != root}
                 inner |= {entry.name: deeper} if deeper else {}
                 self._add(entry.name, files)
-            else:
+            elif entry.name != CARD:
                 self._leave_out(Path(entry.path), HIDDEN if is_system_entry(entry.name) else OUTSIDE)
         direct = {photo.identity for photo in self.photographs if photo.file.count("/") == 1}
+        if not nested:
+            self._check_not_around(direct, inner)
         name = None if direct or nested else find_part(inner)
         if name is not None:
             example = printable(min(inner[name]).relative_to(root).as_posix())
@@ -71,6 +73,25 @@ class FolderSource(PhotographSource):
                 f" that is PART/PERSON, give {printable(str(root / name))}. If it is PERSON/VIDEO, run `uiface convert"
                 f" {printable(str(root))} OUTPUT --format imagefolder --nested` and give OUTPUT: all pictures in"
                 f" {printable(name)} are then of one person."
+            )
+
+    def _check_not_around(self, direct: Collection[str], inner: Mapping[str, Collection[Path]]) -> None:
+        """
+        Raises:
+            ValueError: the only folder has pictures and several folders with pictures, which may be the identities.
+        """
+        names = {photograph.identity for photograph in self.photographs}
+        if len(names) > 1 or not direct or len(inner) != 1:
+            return
+        ((name, deeper),) = inner.items()
+        within = {path.relative_to(self.root).parts[1] for path in deeper}
+        if len(within) > 1:
+            example = printable(min(deeper).relative_to(self.root).as_posix())
+            raise ValueError(
+                f"{self.root} has one folder, {printable(name)}, with pictures in it and in {len(within)} folders"
+                f" within, such as {example}. If these are the identities, give {printable(str(self.root / name))}. If"
+                f" {printable(name)} is a person, run `uiface convert {printable(str(self.root))} OUTPUT --format"
+                f" imagefolder --nested` and give OUTPUT."
             )
 
     @staticmethod

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..files import brief, complete_file, printable, why_unreadable
 from .image_folder import METADATA
-from .photographs import Photograph, PhotographSource, is_system_entry
+from .photographs import Photograph, PhotographSource, has_image_suffix, is_system_entry
 
 # columns that say whose picture it is: the first that is there counts
 PEOPLE = ("identity", "identity_id", "person", "person_id", "subject", "subject_id")
@@ -64,7 +64,8 @@ def _with_pictures(folder: Path) -> list[Path]:
                 found.append(file)
         except (pa.ArrowException, OSError):
             found.append(file)
-    return found or ([] if any(entry.is_dir() for entry in entries) else files)
+    others = any(entry.is_dir() or has_image_suffix(entry.name) for entry in entries)
+    return found or ([] if others else files)
 
 
 def _picture_column(schema: pa.Schema) -> str | None:

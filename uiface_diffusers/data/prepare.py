@@ -24,7 +24,7 @@ from ..faces import (
     ALIGNED_SIZE,
     SELECTIONS,
     SIDE_VIEW,
-    FaceEncoder,
+    PhotographEncoder,
     UnusableFaceError,
     align_face,
     has_direction,
@@ -86,7 +86,7 @@ class _Preparation:
         ValueError: a setting is out of its range, or does not go with another.
     """
 
-    encoder: FaceEncoder
+    encoder: PhotographEncoder
     image_size: int
     face: str
     aligned: bool
@@ -139,7 +139,7 @@ class _Preparation:
 def prepare_faces(
     source: str | os.PathLike,
     output: str | os.PathLike,
-    encoder: FaceEncoder,
+    encoder: PhotographEncoder,
     image_size: int = 128,
     face: str = "largest",
     aligned: bool = False,

@@ -122,22 +122,6 @@ class RecordReader:
         labels = np.frombuffer(data[HEADER.size : end], "<f4") if flag else np.array([label], np.float32)
         return ImageRecord(labels, number, data[end:])
 
-    def read_label(self, key: int) -> float:
-        """The (first) label of a picture's record, without reading the picture.
-
-        Raises:
-            OSError: the record is damaged.
-        """
-        start = self._open(self.offsets[key]).read(8 + HEADER.size + 4)
-        # nearly always the label lies in the record's first part
-        if len(start) == 8 + HEADER.size + 4 and _head(start)[0] == MAGIC:
-            flag, label, _, _ = HEADER.unpack_from(start, 8)
-            if not flag:
-                return label
-            if _head(start)[2] >= HEADER.size + 4:
-                return struct.unpack_from("<f", start, 8 + HEADER.size)[0]
-        return float(self.read_image(key).labels[0])
-
     def read_length(self, key: int) -> int:
         """Bytes of a record (of its first part, if it is cut), without reading them."""
         return _head(self._open(self.offsets[key]).read(8))[2]

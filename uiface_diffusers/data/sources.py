@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..files import COMPRESSED, local_path, printable, same_name, why_unreadable
+from ..files import CARD, COMPRESSED, local_path, printable, same_name, why_unreadable
 from .face_cache import FaceCacheSource
 from .folders import FlatFolderSource, FolderSource
 from .image_folder import GENERATION, JOURNAL, METADATA
@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 # beside the images of a generated set
-GENERATED = (GENERATION, METADATA, JOURNAL, "identities.safetensors", "preview.png", "README.md")
+GENERATED = (GENERATION, METADATA, JOURNAL, "identities.safetensors", "preview.png")
 COMPRESSED_TARS = (".tgz", *(f".tar{suffix}" for suffix in COMPRESSED))
 
 
@@ -216,8 +216,9 @@ def _check_no_folders_beside(folder: Path, files: list[Path]) -> None:
 
 
 def _leave_out_beside(source: PhotographSource, folder: Path, used: Iterable[Path | None], what: str) -> None:
-    """What lies in a folder of which only some files are read, and in the folders that these are in."""
-    there = {file for file in used if file is not None}
+    """What lies in a folder of which only some files are read, and in the folders that these are in. The set's card
+    is no part of what is lost."""
+    there = {folder / CARD, *(file for file in used if file is not None)}
     around = {folder, *(parent for file in there for parent in file.parents if parent.is_relative_to(folder))}
     for entry in sorted(entry for inner in around for entry in inner.iterdir()):
         if entry not in there and entry not in around:
@@ -333,8 +334,9 @@ def open_faces(path: str | os.PathLike) -> PhotographSource:
     """
     folder = local_path(path)
     if folder.is_dir():
-        entries = [entry for entry in folder.iterdir() if not is_system_entry(entry.name)]
-        holds_a_set = any(entry.is_dir() or entry.suffix.lower() in (".rec", ".tar") for entry in entries)
+        entries = _visible(folder)
+        holds_a_set = any(entry.is_dir() or entry.suffix == ".rec" for entry in entries)
+        holds_a_set = holds_a_set or any(form.find(folder) for form in FORMS)
         if not holds_a_set and any(has_image_suffix(entry.name) for entry in entries):
             return FlatFolderSource(folder)
     return open_source(path)

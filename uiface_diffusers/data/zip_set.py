@@ -63,8 +63,7 @@ class ZipSource(PhotographSource):
     def _index(self, archive: Path, nested: bool) -> list[Photograph]:
         members = self._members(archive)
         paths = {name: PurePosixPath(name).parts for name in members}
-        # one folder around all identities
-        around = len({parts[0] for parts in paths.values()}) == 1 and any(len(parts) > 2 for parts in paths.values())
+        around = _is_around(list(paths.values()), nested)
         inner: dict[str, set[str]] = {}
         photographs = []
         for name in sorted(members, key=lambda name: paths[name]):
@@ -135,6 +134,14 @@ class ZipSource(PhotographSource):
     def stamp(self, photograph: Photograph) -> str:
         member = self.members[photograph.file]
         return f"{member.size} {member.crc:08x}"
+
+
+def _is_around(paths: list[tuple[str, ...]], nested: bool) -> bool:
+    """Whether the only folder is around all identities. With pictures of its own and a single folder within, it is an
+    identity, as `FolderSource` reads it; with several within, it is one where `nested` says so."""
+    within = {parts[1] for parts in paths if len(parts) > 2}
+    direct = any(len(parts) == 2 for parts in paths)
+    return len({parts[0] for parts in paths}) == 1 and len(within) > direct and not (nested and direct)
 
 
 def _check_name(archive: Path, name: str) -> None:

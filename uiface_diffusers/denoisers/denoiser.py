@@ -88,6 +88,19 @@ class Denoiser:
         return model.config.cross_attention_dim
 
     @staticmethod
+    def middle(model: Any, height: int, width: int) -> tuple[nn.Module, int, tuple[int, int]]:
+        """Where features in the middle of `model` are taken, to align them in training: the module that gives them,
+        `(batch, channels, h, w)` or `(batch, h * w, channels)`; channels; and `(h, w)`.
+
+        Args:
+            height, width: of the latents.
+
+        Raises:
+            ValueError: of this class nobody has said where.
+        """
+        raise ValueError(f"{type(model).__name__} has no known middle whose features could be aligned.")
+
+    @staticmethod
     def attends_to_contexts_only(model: Any) -> bool:
         """Whether it uses its contexts in cross-attention alone, and as they are given: then their keys and values can
         be computed beforehand. Other people's classes may do anything with them."""

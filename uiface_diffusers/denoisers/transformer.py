@@ -67,6 +67,12 @@ class PixArtDenoiser(Denoiser):
         return model.config.caption_channels or model.config.cross_attention_dim
 
     @staticmethod
+    def middle(model: Any, height: int, width: int) -> tuple[nn.Module, int, tuple[int, int]]:
+        blocks, size = model.transformer_blocks, model.config.patch_size
+        channels = model.config.num_attention_heads * model.config.attention_head_dim
+        return blocks[(len(blocks) - 1) // 2], channels, (height // size, width // size)
+
+    @staticmethod
     def attends_to_contexts_only(model: Any) -> bool:
         return type(model) is PixArtTransformer2DModel and model.caption_projection is None
 

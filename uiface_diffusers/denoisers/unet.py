@@ -1,6 +1,7 @@
 """UNets: UIFace's own, Stable Diffusion's, and other people's classes with the same signature."""
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,19 @@ class UNetDenoiser(Denoiser):
         model = UIFaceUNet2DModel(**shape | dict(options))
         model.zero_init_residual_branches()
         return model
+
+    @staticmethod
+    def middle(model: Any, height: int, width: int) -> tuple[nn.Module, int, tuple[int, int]]:
+        if not isinstance(model, UIFaceUNet2DModel):
+            return Denoiser.middle(model, height, width)
+        # A recognizer's map is 7x7, so the level with 8x8: 4x4 would blur the map, 16x16 has nothing to follow. The
+        # middle of a U-Net aligns best (Tian et al. 2025, U-REPA, arXiv 2503.18414): where 8x8 is not the lowest
+        # level, its first block after the middle, so that the middle has the gradient as well.
+        widths = model.config.block_out_channels
+        level = min(range(len(widths)), key=lambda number: abs(math.log2((height * width) ** 0.5 / 2**number / 7)))
+        last = level == len(widths) - 1
+        module = model.mid_block if last else model.up_blocks[len(widths) - 1 - level].blocks[0]
+        return module, widths[level], (height // 2**level, width // 2**level)
 
     @staticmethod
     def attends_to_contexts_only(model: Any) -> bool:

@@ -169,7 +169,14 @@ def clean_dataset(
         log(line)
     log(f"listed in {list_file}")
     if output is not None:
-        convert_dataset(dataset, output, output_format, without=without)
+        step = {
+            "by": f"uiface clean --format {output_format}",
+            "encoder": encoder.name,
+            "encoder_fingerprint": encoder.fingerprint,
+            "thresholds": {name: value for name, value in asdict(thresholds).items() if value is not None},
+            "taken_out": dict(Counter(finding.reason.partition(":")[0] for finding in findings)),
+        }
+        convert_dataset(dataset, output, output_format, without=without, step=step)
         log(f"{report.kept_images} images of {report.kept_identities} identities are in {output}")
     shutil.rmtree(cache)
     return report

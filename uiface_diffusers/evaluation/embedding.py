@@ -1,19 +1,43 @@
 """Features of all faces of a source, for the protocols that compare more than pairs."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from ..data.benchmarks import central_face
-from ..data.photographs import PhotographSource, describe_left_out, summarize_left_out, unreadable_reason
+from ..data.photographs import (
+    Photograph,
+    PhotographSource,
+    describe_left_out,
+    source_fingerprint,
+    summarize_left_out,
+    unreadable_reason,
+)
 from ..faces import FaceEncoder, Recognizer, UnusableFaceError, has_direction, resize_aligned
-from ..files import same_name
+from ..files import complete_file, open_safetensors, same_name
+from .face_set import digest
 
 BATCH_SIZE = 64
+# photographs whose embeddings are kept in one file
+KEPT_TOGETHER = 1024
+# what a file keeps of an `EmbeddedSource` beside the features
+KEPT = ("identities", "files", "digests", "skipped", "without_face")
+
+
+def _embedded_batches(recognizer: Recognizer, faces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Features `(batch, D)` of faces and of their mirror images, added."""
+    faces = iter(faces)
+    while batch := list(islice(faces, BATCH_SIZE)):
+        pixels = np.stack([resize_aligned(face, recognizer.image_size) for face in batch])
+        yield recognizer(pixels) + recognizer(np.ascontiguousarray(pixels[:, :, ::-1]))
 
 
 def embed_faces(recognizer: Recognizer, faces: Iterable[np.ndarray], total: int, description: str) -> np.ndarray:
@@ -31,11 +55,9 @@ def embed_faces(recognizer: Recognizer, faces: Iterable[np.ndarray], total: int,
     Raises:
         ValueError: there are no faces.
     """
-    features, count, faces = np.empty((0, 0), np.float32), 0, iter(faces)
+    features, count = np.empty((0, 0), np.float32), 0
     with tqdm(total=total, desc=description, unit="face") as progress:
-        while batch := list(islice(faces, BATCH_SIZE)):
-            pixels = np.stack([resize_aligned(face, recognizer.image_size) for face in batch])
-            rows = recognizer(pixels) + recognizer(np.ascontiguousarray(pixels[:, :, ::-1]))
+        for rows in _embedded_batches(recognizer, faces):
             if not count:
                 features = np.empty((total, rows.shape[1]), np.float32)
             features[count : count + len(rows)] = rows
@@ -74,7 +96,11 @@ class EmbeddedSource:
 
 
 def embed_source(
-    recognizer: Recognizer, source: PhotographSource, encoder: FaceEncoder | None, description: str
+    recognizer: Recognizer,
+    source: PhotographSource,
+    encoder: FaceEncoder | None,
+    description: str,
+    folder: Path | None = None,
 ) -> EmbeddedSource:
     """Aligns and embeds every photograph of a source. Of several faces the one nearest to the center is taken, of a
     photograph without one the square about its center, as `make_benchmark` does.
@@ -84,36 +110,104 @@ def embed_source(
         source: the photographs.
         encoder: detects faces; `None` for faces that are aligned to the 112x112 template already.
         description (`str`): of the progress bar.
+        folder (*optional*): keeps what is done, so that the same call goes on where an earlier one was stopped.
 
     Raises:
-        ValueError: no photograph gives an embedding.
+        ValueError: no photograph gives an embedding, or a file in `folder` is damaged.
     """
     result = EmbeddedSource(np.empty((0, 0)), left_out=dict(source.left_out))
+    photographs, count = source.photographs, 0
+    kept = None if folder is None else folder / f"photographs-{_key(recognizer, source, encoder)}"
+    with tqdm(total=len(photographs), desc=description, unit="photo") as progress:
+        for start in range(0, len(photographs), KEPT_TOGETHER):
+            block = photographs[start : start + KEPT_TOGETHER]
+            file = None if kept is None else kept / f"{start // KEPT_TOGETHER:06d}.safetensors"
+            if file is not None and file.exists():
+                part = _read_part(file)
+            else:
+                part = _embed_part(recognizer, source, block, encoder, progress)
+                if file is not None:
+                    _keep_part(file, part)
+            progress.update(start + len(block) - progress.n)
+            if len(part.files) and not count:
+                result.features = np.empty((len(photographs), part.features.shape[1]), np.float32)
+            result.features[count : count + len(part.files)] = part.features
+            count += len(part.files)
+            for name in ("identities", "files", "digests", "without_face"):
+                getattr(result, name).extend(getattr(part, name))
+            result.skipped |= part.skipped
+    if not count:
+        raise ValueError(f"{description}: no photograph gives an embedding.")
+    result.features = result.features[:count]
+    return result
+
+
+def _key(recognizer: Recognizer, source: PhotographSource, encoder: FaceEncoder | None) -> str:
+    """Twelve hexadecimal digits of all that the embeddings of a source depend on."""
+    detection = None if encoder is None else (encoder.detector_fingerprint, encoder.det_size, encoder.det_thresh)
+    return digest(recognizer.fingerprint, recognizer.image_size, detection, source_fingerprint(source))
+
+
+def _embed_part(
+    recognizer: Recognizer,
+    source: PhotographSource,
+    photographs: Sequence[Photograph],
+    encoder: FaceEncoder | None,
+    progress: tqdm,
+) -> EmbeddedSource:
+    """Some photographs of a source."""
+    part = EmbeddedSource(np.empty((0, 0), np.float32))
 
     def faces() -> Iterator[np.ndarray]:
-        for photograph in source.photographs:
+        for photograph in photographs:
             try:
                 pixels = source.read(photograph)
                 face, found = (resize_aligned(pixels), 1) if encoder is None else central_face(pixels, encoder)
             except OSError as error:
-                result.skipped[photograph.file] = unreadable_reason(source, photograph, error)
+                part.skipped[photograph.file] = unreadable_reason(source, photograph, error)
                 continue
             except UnusableFaceError as error:
-                result.skipped[photograph.file] = str(error)
+                part.skipped[photograph.file] = str(error)
                 continue
             if not found:
-                result.without_face.append(photograph.file)
-            result.identities.append(same_name(photograph.identity))
-            result.files.append(photograph.file)
-            result.digests.append(hashlib.sha256(pixels.tobytes()).hexdigest())
+                part.without_face.append(photograph.file)
+            part.identities.append(same_name(photograph.identity))
+            part.files.append(photograph.file)
+            part.digests.append(hashlib.sha256(pixels.tobytes()).hexdigest())
             yield face
 
-    features = embed_faces(recognizer, faces(), len(source.photographs), description)
+    rows = []
+    for batch in _embedded_batches(recognizer, faces()):
+        rows.append(batch)
+        progress.update(len(batch))
+    if not rows:
+        return part
+    features = np.concatenate(rows)
     usable = has_direction(features)
     for position in np.flatnonzero(~usable)[::-1]:
-        result.skipped[result.files[position]] = "no embedding: zero or not finite"
-        del result.files[position], result.identities[position], result.digests[position]
-    result.features = features if usable.all() else features[usable]
-    if not len(result.features):
-        raise ValueError(f"{description}: no photograph gives an embedding.")
-    return result
+        part.skipped[part.files[position]] = "no embedding: zero or not finite"
+        del part.files[position], part.identities[position], part.digests[position]
+    part.features = np.ascontiguousarray(features[usable], np.float32)
+    return part
+
+
+def _keep_part(file: Path, part: EmbeddedSource) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {name: json.dumps(getattr(part, name)) for name in KEPT}
+    with complete_file(file) as beside:
+        save_file({"features": part.features}, beside, metadata)
+
+
+def _read_part(file: Path) -> EmbeddedSource:
+    try:
+        with open_safetensors(file) as opened:
+            metadata = opened.metadata() or {}
+            features = opened.get_tensor("features").numpy()
+        part = EmbeddedSource(features, **{name: json.loads(metadata[name]) for name in KEPT})
+        if not len(features) == len(part.identities) == len(part.files) == len(part.digests):
+            raise ValueError(f"{file} has {len(features)} features of {len(part.files)} photographs.")
+    except (KeyError, SafetensorError) as error:
+        raise ValueError(f"{file} is of another kind. Delete it, and it is computed again.") from error
+    except ValueError as error:
+        raise ValueError(f"{error} Delete it, and it is computed again.") from error
+    return part

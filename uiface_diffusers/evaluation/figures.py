@@ -12,8 +12,8 @@ class Question(Enum):
     ONE_PERSON = ("Is an identity one person?", "")
     DISTINCT = ("Are people distinct?", "")
     DIVERSE = ("Is it diverse?", "")
-    REAL = ("Does it look real?", "real faces (`--real`)")
-    LEAK = ("Does it leak?", "embeddings of real people (`--against`)")
+    REAL = ("Does it look real?", "real faces (--real)")
+    LEAK = ("Does it leak?", "embeddings of real people (--against)")
     OTHER = ("Other figures", "")
 
     def __init__(self, text: str, needs: str):

@@ -33,8 +33,8 @@ small { display: block; color: #666; font-weight: normal; white-space: normal; }
 details { margin: .5em 0; }
 details td { overflow-wrap: anywhere; }
 summary { cursor: pointer; color: #0645ad; }
-div.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30em), 1fr)); gap: 1em; }
-figure { margin: 0; }
+div.pictures { columns: 30em; column-gap: 1em; }
+figure { margin: 0 0 1em; break-inside: avoid; }
 figcaption { font-weight: 600; overflow-wrap: anywhere; }
 img { max-width: 100%; height: auto; }
 """

@@ -14,6 +14,8 @@ from .verification import equal_error_rate, true_accept_rate
 
 # rows of one gather: 65,536 pairs of 512 dimensions are 256 MiB
 PAIRS_AT_ONCE = 65_536
+# of cosines
+QUANTILES = {"low": 0.05, "median": 0.5, "high": 0.95}
 
 
 @dataclass
@@ -26,6 +28,8 @@ class Separability:
         fdr (`float`): Fisher discriminant ratio `(mu_g - mu_i)^2 / (var_g + var_i)`, variances of the population; not
             finite when no pair differs from another.
         genuine_mean (`float`), genuine_std (`float`), impostor_mean (`float`), impostor_std (`float`).
+        genuine_low, genuine_median, genuine_high, impostor_low, impostor_median, impostor_high (`float`): quantiles of
+            5, 50 and 95 %.
     """
 
     eer: float
@@ -36,6 +40,12 @@ class Separability:
     genuine_std: float
     impostor_mean: float
     impostor_std: float
+    genuine_low: float
+    genuine_median: float
+    genuine_high: float
+    impostor_low: float
+    impostor_median: float
+    impostor_high: float
 
 
 def genuine_pairs(labels: np.ndarray, max_pairs: int | None = None, seed: int = 0) -> np.ndarray:
@@ -120,6 +130,11 @@ def measure_separability(genuine: np.ndarray, impostor: np.ndarray) -> Separabil
     genuine, impostor = np.asarray(genuine, np.float64), np.asarray(impostor, np.float64)
     eer = equal_error_rate(genuine, impostor)
     distance, spread = genuine.mean() - impostor.mean(), genuine.var() + impostor.var()
+    quantiles = {
+        f"{kind}_{name}": float(np.quantile(scores, share))
+        for kind, scores in (("genuine", genuine), ("impostor", impostor))
+        for name, share in QUANTILES.items()
+    }
     return Separability(
         eer=eer,
         fmr100=false_non_match_rate(genuine, impostor, 1e-2),
@@ -129,6 +144,7 @@ def measure_separability(genuine: np.ndarray, impostor: np.ndarray) -> Separabil
         genuine_std=float(genuine.std()),
         impostor_mean=float(impostor.mean()),
         impostor_std=float(impostor.std()),
+        **quantiles,
     )
 
 
@@ -187,6 +203,16 @@ class SeparabilityMeasure(Measure):
             "Standard deviation of the cosines of impostor pairs.",
             Question.DISTINCT,
         ),
+        **{
+            f"{kind}_{name}": Description(
+                f"{100 * share:.0f} % quantile of {kind} pairs",
+                "",
+                f"This share of {kind} pairs has a lower cosine.",
+                question,
+            )
+            for kind, question in (("genuine", Question.ONE_PERSON), ("impostor", Question.DISTINCT))
+            for name, share in QUANTILES.items()
+        },
         "uniqueness": Description(
             "Uniqueness",
             "%",

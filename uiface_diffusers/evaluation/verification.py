@@ -43,6 +43,7 @@ class VerificationResult:
             than one impostor pair are left out.
         genuine (`np.ndarray` of shape `(N,)`): cosines of the pairs of one person.
         impostor (`np.ndarray` of shape `(M,)`): of the others.
+        right (`np.ndarray` of shape `(N + M,)`): booleans, whether each pair is told right, in the benchmark's order.
     """
 
     fold_accuracies: np.ndarray
@@ -51,6 +52,7 @@ class VerificationResult:
     tar_at_far: dict[float, TrueAcceptRate]
     genuine: np.ndarray
     impostor: np.ndarray
+    right: np.ndarray
 
     @property
     def accuracy(self) -> float:
@@ -192,6 +194,7 @@ def measure_verification(
     accuracies, thresholds = fold_accuracies(distances, same)
     if any(part.all() or not part.any() for part in np.array_split(same, NUM_FOLDS)):
         warnings.warn("a fold is all genuine or all impostor: order the pairs so that tenths have both.", stacklevel=2)
+    sizes = [len(part) for part in np.array_split(same, NUM_FOLDS)]
     cosines = 1 - distances / 2
     genuine, impostor = cosines[same], cosines[~same]
     tar_at_far = {}
@@ -206,6 +209,7 @@ def measure_verification(
         tar_at_far=tar_at_far,
         genuine=genuine,
         impostor=impostor,
+        right=(distances < thresholds.repeat(sizes)) == same,
     )
 
 

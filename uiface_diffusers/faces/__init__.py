@@ -1,7 +1,8 @@
 """Photographs -> aligned faces -> identity embeddings."""
 
 from ..pictures import load_photograph
-from .encoder import SELECTIONS, DetectedFace, FaceEncoder, NoFaceError
+from .carried import CarriedEncoder, carried_encoder, is_by_carried, teacher_mark
+from .encoder import SELECTIONS, DetectedFace, FaceEncoder, NoFaceError, PhotographEncoder
 from .geometry import (
     ALIGNED_SIZE,
     FRONTAL_NOSE,
@@ -24,23 +25,28 @@ __all__ = [
     "FRONTAL_NOSE",
     "SELECTIONS",
     "SIDE_VIEW",
+    "CarriedEncoder",
     "DetectedFace",
     "FaceEncoder",
     "NoEmbeddingError",
     "NoFaceError",
     "PackReport",
+    "PhotographEncoder",
     "Recognizer",
     "TorchRecognizer",
     "UnusableFaceError",
     "align_face",
     "alignment_matrix",
+    "carried_encoder",
     "execution_providers",
     "has_direction",
     "head_pose",
+    "is_by_carried",
     "load_photograph",
     "make_pack",
     "out_of_frame",
     "resize_aligned",
+    "teacher_mark",
     "template_landmarks",
     "unit_embeddings",
 ]

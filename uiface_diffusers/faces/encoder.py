@@ -13,7 +13,7 @@ import torch
 from ..encoders import EncoderMark
 from ..identities import IdentityBank
 from ..pictures import Picture, as_pictures, rgb_bytes
-from .geometry import ALIGNED_SIZE, UnusableFaceError, align_face
+from .geometry import ALIGNED_SIZE, UnusableFaceError, align_face, resize_aligned
 from .packs import PROVIDER, execution_providers, file_fingerprint, load_pack, pack_folder
 from .recognizer import unit_embeddings
 from .torch_recognizer import TorchRecognizer
@@ -42,7 +42,142 @@ class DetectedFace:
     score: float
 
 
-class FaceEncoder:
+class PhotographEncoder:
+    """What embeds the faces of photographs: a `Recognizer` of aligned 112x112 faces, and `detect`, which finds them.
+    `FaceEncoder` and `CarriedEncoder` are two."""
+
+    name: str
+    # of the detector; `None` where it is not known or there is none
+    det_size: int | None = None
+    det_thresh: float | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits of the recognition model's weights."""
+        raise NotImplementedError
+
+    @property
+    def detector_fingerprint(self) -> str:
+        """Twelve hexadecimal digits of the detector's weights."""
+        raise NotImplementedError
+
+    @property
+    def runs_on_cpu(self) -> bool:
+        raise NotImplementedError
+
+    @property
+    def image_size(self) -> int:
+        return ALIGNED_SIZE
+
+    @property
+    def encoder_mark(self) -> EncoderMark:
+        """By which embeddings of this encoder are told from others'."""
+        return EncoderMark(self.name, self.fingerprint)
+
+    def detect(self, photograph: np.ndarray) -> list[DetectedFace]:
+        """All faces of a `(height, width, 3)` RGB photograph in bytes, most confident first."""
+        raise NotImplementedError
+
+    def __call__(self, faces: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+        """The features of a `Recognizer`: `(N, identity_dim)` float32 of `(112, 112, 3)` RGB bytes each."""
+        raise NotImplementedError
+
+    def select(
+        self, faces: Sequence[DetectedFace], shape: tuple[int, ...], selection: str = "largest"
+    ) -> DetectedFace:
+        """The face that a photograph of one person is about: the largest, or the one nearest to the center.
+
+        Args:
+            faces: of one photograph.
+            shape: the photograph's, height and width first.
+            selection: `"largest"` or `"central"`.
+
+        Raises:
+            NoFaceError: there is none.
+            ValueError: there is no such selection.
+        """
+        if selection not in SELECTIONS:
+            raise ValueError(f"`selection` has to be one of {SELECTIONS} but is {selection!r}.")
+        if not faces:
+            raise NoFaceError("no face")
+        if selection == "largest":
+            return max(faces, key=lambda face: float(np.prod(face.box[2:] - face.box[:2])))
+        center = np.array([shape[1], shape[0]]) / 2
+        return min(faces, key=lambda face: float(np.linalg.norm((face.box[:2] + face.box[2:]) / 2 - center)))
+
+    def embed_aligned(self, faces: Sequence[np.ndarray], batch_size: int = 64) -> np.ndarray:
+        """The `unit_embeddings` of aligned faces."""
+        return unit_embeddings(self, faces, batch_size)
+
+    def embed_pictures(self, pictures: Sequence[PIL.Image.Image], batch_size: int = 64) -> torch.Tensor:
+        """Embeds pictures that are aligned faces already, as `UIFacePipeline` makes them: resized to 112x112
+        (bilinear), not detected again.
+
+        Args:
+            pictures: of any mode, see `rgb_bytes`.
+
+        Returns:
+            `torch.Tensor` of shape `(N, identity_dim)`, unit length.
+
+        Raises:
+            NoEmbeddingError: the model makes nothing of a picture.
+        """
+        size = (ALIGNED_SIZE, ALIGNED_SIZE)
+        resized = [PIL.Image.fromarray(rgb_bytes(each)).resize(size, BILINEAR) for each in pictures]
+        return torch.from_numpy(self.embed_aligned([np.asarray(each) for each in resized], batch_size))
+
+    def embed(
+        self, photographs: Picture | Sequence[Picture], selection: str = "largest", aligned: bool = False
+    ) -> IdentityBank:
+        """Embeds the people in photographs, for `UIFacePipeline.__call__`.
+
+        Args:
+            photographs: one or several of what `rgb_bytes` takes: files, `PIL.Image.Image` of any mode, or arrays.
+            selection: which face of a photograph, see `select`.
+            aligned (`bool`, defaults to `False`): they are aligned faces already, square ones.
+
+        Raises:
+            NoEmbeddingError: the model makes nothing of a face.
+            NoFaceError: a photograph without a face; the message has its position.
+            OSError: a file cannot be read.
+            ValueError: no photographs, or an array that is no picture, or no square one where they are aligned.
+        """
+        given = as_pictures(photographs)
+        if not given:
+            raise ValueError("`photographs` is empty.")
+        faces = []
+        for position, photograph in enumerate(given):
+            try:
+                pixels = rgb_bytes(photograph)
+            except ValueError as error:
+                raise ValueError(f"photograph {position}: {error}") from error
+            try:
+                faces.append(resize_aligned(pixels) if aligned else self._align(pixels, selection))
+            except NoFaceError as error:
+                raise NoFaceError(f"no face found in photograph {position}") from error
+            except UnusableFaceError as error:
+                raise UnusableFaceError(f"photograph {position}: {error}") from error
+        embeddings = torch.from_numpy(self.embed_aligned(faces))
+        return IdentityBank(embeddings, self.name, identity_encoder_fingerprint=self.fingerprint)
+
+    def _align(self, photograph: np.ndarray, selection: str) -> np.ndarray:
+        face = self.select(self.detect(photograph), photograph.shape, selection)
+        return align_face(photograph, face.landmarks)
+
+
+def check_aligned(faces: np.ndarray | Sequence[np.ndarray]) -> None:
+    """
+    Raises:
+        ValueError: a face is not of `(112, 112, 3)` bytes.
+    """
+    for face in faces:
+        if face.dtype != np.uint8:
+            raise ValueError(f"aligned faces are of uint8 in 0..255, this one is {face.dtype}.")
+        if face.shape != (ALIGNED_SIZE, ALIGNED_SIZE, 3):
+            raise ValueError(f"aligned faces are 112x112x3, this one is {'x'.join(map(str, face.shape))}.")
+
+
+class FaceEncoder(PhotographEncoder):
     """Detects, aligns and embeds faces with an insightface model pack.
 
     Args:
@@ -95,10 +230,6 @@ class FaceEncoder:
         self.detector.prepare(0, det_thresh=det_thresh, **size)
         self.recognizer.prepare(0)
 
-    @property
-    def image_size(self) -> int:
-        return ALIGNED_SIZE
-
     @cached_property
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits of the recognition model's weights: packs of one name can differ."""
@@ -113,11 +244,6 @@ class FaceEncoder:
     def runs_on_cpu(self) -> bool:
         return self.recognizer.session.get_providers()[0] == f"CPU{PROVIDER}"
 
-    @property
-    def encoder_mark(self) -> EncoderMark:
-        """By which embeddings of this encoder are told from others'."""
-        return EncoderMark(self.name, self.fingerprint)
-
     def detect(self, photograph: np.ndarray) -> list[DetectedFace]:
         """All faces of a `(height, width, 3)` RGB photograph in bytes, most confident first."""
         photograph = rgb_bytes(photograph)
@@ -128,28 +254,6 @@ class FaceEncoder:
             raise UnusableFaceError(f"a picture of {shape} cannot be searched for faces") from error
         faces = [DetectedFace(box[:4], points, float(box[4])) for box, points in zip(boxes, landmarks, strict=True)]
         return sorted(faces, key=lambda face: -face.score)
-
-    def select(
-        self, faces: Sequence[DetectedFace], shape: tuple[int, ...], selection: str = "largest"
-    ) -> DetectedFace:
-        """The face that a photograph of one person is about: the largest, or the one nearest to the center.
-
-        Args:
-            faces: of one photograph.
-            shape: the photograph's, height and width first.
-            selection: `"largest"` or `"central"`.
-
-        Raises:
-            NoFaceError: there is none.
-        """
-        if selection not in SELECTIONS:
-            raise ValueError(f"`selection` has to be one of {SELECTIONS} but is {selection!r}.")
-        if not faces:
-            raise NoFaceError("no face")
-        if selection == "largest":
-            return max(faces, key=lambda face: float(np.prod(face.box[2:] - face.box[:2])))
-        center = np.array([shape[1], shape[0]]) / 2
-        return min(faces, key=lambda face: float(np.linalg.norm((face.box[:2] + face.box[2:]) / 2 - center)))
 
     def __call__(self, faces: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
         """The features of a `Recognizer`: what the recognition model makes of aligned faces.
@@ -163,11 +267,7 @@ class FaceEncoder:
         Raises:
             ValueError: a face has another shape, or is not of bytes.
         """
-        for face in faces:
-            if face.dtype != np.uint8:
-                raise ValueError(f"aligned faces are of uint8 in 0..255, this one is {face.dtype}.")
-            if face.shape != (ALIGNED_SIZE, ALIGNED_SIZE, 3):
-                raise ValueError(f"aligned faces are 112x112x3, this one is {'x'.join(map(str, face.shape))}.")
+        check_aligned(faces)
         bgr = [np.ascontiguousarray(face[:, :, ::-1]) for face in faces]
         # some models are exported for a batch of one
         size = self.recognizer.input_shape[0]
@@ -175,56 +275,6 @@ class FaceEncoder:
         features = [self.recognizer.get_feat(bgr[start : start + size]) for start in range(0, len(bgr), size)]
         return np.concatenate(features)
 
-    def embed_aligned(self, faces: Sequence[np.ndarray], batch_size: int = 64) -> np.ndarray:
-        """The `unit_embeddings` of aligned faces."""
-        return unit_embeddings(self, faces, batch_size)
-
-    def embed_pictures(self, pictures: Sequence[PIL.Image.Image], batch_size: int = 64) -> torch.Tensor:
-        """Embeds pictures that are aligned faces already, as `UIFacePipeline` makes them: resized to 112x112
-        (bilinear), not detected again.
-
-        Args:
-            pictures: of any mode, see `rgb_bytes`.
-
-        Returns:
-            `torch.Tensor` of shape `(N, identity_dim)`, unit length.
-
-        Raises:
-            NoEmbeddingError: the model makes nothing of a picture.
-        """
-        size = (ALIGNED_SIZE, ALIGNED_SIZE)
-        resized = [PIL.Image.fromarray(rgb_bytes(each)).resize(size, BILINEAR) for each in pictures]
-        return torch.from_numpy(self.embed_aligned([np.asarray(each) for each in resized], batch_size))
-
     def to_torch(self) -> TorchRecognizer:
         """The recognition model as a differentiable torch module, for losses and gradients."""
         return TorchRecognizer(self.recognizer.model_file, self.recognizer.input_mean, self.recognizer.input_std)
-
-    def embed(self, photographs: Picture | Sequence[Picture], selection: str = "largest") -> IdentityBank:
-        """Embeds the people in photographs, for `UIFacePipeline.__call__`.
-
-        Args:
-            photographs: one or several of what `rgb_bytes` takes: files, `PIL.Image.Image` of any mode, or arrays.
-            selection: which face of a photograph, see `select`.
-
-        Raises:
-            NoFaceError: a photograph without a face; the message has its position.
-            OSError: a file cannot be read.
-            ValueError: no photographs, or an array that is no picture.
-        """
-        given = as_pictures(photographs)
-        if not given:
-            raise ValueError("`photographs` is empty.")
-        aligned = []
-        for position, photograph in enumerate(given):
-            try:
-                pixels = rgb_bytes(photograph)
-            except ValueError as error:
-                raise ValueError(f"photograph {position}: {error}") from error
-            try:
-                face = self.select(self.detect(pixels), pixels.shape, selection)
-            except NoFaceError as error:
-                raise NoFaceError(f"no face found in photograph {position}") from error
-            aligned.append(align_face(pixels, face.landmarks))
-        embeddings = torch.from_numpy(self.embed_aligned(aligned))
-        return IdentityBank(embeddings, self.name, identity_encoder_fingerprint=self.fingerprint)

@@ -8,11 +8,11 @@ import onnx
 import onnxruntime
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from ..files import why_unreadable
 from ..pictures import from_unit_range
-from ..static_shapes import with_static_shapes
+from ..static_shapes import Shapes, with_static_shapes
 from .geometry import ALIGNED_SIZE
 
 
@@ -73,11 +73,52 @@ class TorchRecognizer(nn.Module):
         Returns:
             `torch.Tensor` of shape `(N, identity_dim)`: unit length.
         """
+        return F.normalize(torch.vmap(self._features)(self._pixels(faces)[:, None])[:, 0])
+
+    def _pixels(self, faces: torch.Tensor) -> torch.Tensor:
         size = (ALIGNED_SIZE, ALIGNED_SIZE)
         faces = F.interpolate(faces, size, mode="bilinear", antialias=True) if faces.shape[-2:] != size else faces
-        pixels = (from_unit_range(faces) - self.mean) / self.std
-        return F.normalize(torch.vmap(self._features)(pixels[:, None])[:, 0])
+        return (from_unit_range(faces) - self.mean) / self.std
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         # a function of its own: `torch.compile` cannot name a module that `vmap` is given
         return self.network(pixels)
+
+    def spatial(self) -> "SpatialRecognizer":
+        """The same model up to its last map of features.
+
+        Raises:
+            ValueError: it has none of 7x7 to 14x14.
+        """
+        return SpatialRecognizer(self)
+
+
+class SpatialRecognizer(nn.Module):
+    """A `TorchRecognizer` up to its last map of features of 7x7 to 14x14, which an IResNet flattens; weights are
+    shared.
+
+    Raises:
+        ValueError: it has none of 7x7 to 14x14.
+    """
+
+    def __init__(self, recognizer: TorchRecognizer):
+        super().__init__()
+        shapes = Shapes(recognizer.network)
+        shapes.run(torch.zeros(1, 3, ALIGNED_SIZE, ALIGNED_SIZE))
+        # a sixteenth of the picture to an eighth: EdgeFace ends in 3x3, and its maps of attention are 48x48; square,
+        # since it also has maps whose channels come last
+        squares = {node: shape[-1] for node, shape in shapes.of.items() if len(shape) == 4 and shape[-1] == shape[-2]}
+        maps = [node for node, side in squares.items() if ALIGNED_SIZE // 16 <= side <= ALIGNED_SIZE // 8]
+        if not maps:
+            raise ValueError("the recognition model has no map of features: choose a convolutional one.")
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        graph.graph_copy(recognizer.network.graph, copies)
+        graph.output(copies[maps[-1]])
+        self.recognizer_pixels, self.network = recognizer._pixels, fx.GraphModule(recognizer.network, graph)
+        self.network.graph.eliminate_dead_code()
+        self.network.recompile()
+
+    def forward(self, faces: torch.Tensor) -> torch.Tensor:
+        """Features `(N, C, h, w)` of faces `(N, 3, size, size)` in [-1, 1]; 7x7 of IResNets."""
+        return torch.vmap(self.network)(self.recognizer_pixels(faces)[:, None])[:, 0]

@@ -271,7 +271,7 @@ class ImageMaker:
         if self.encoder is not None:
             wanted = self._embeddings(sampled.attempts)
             similarities = (self.encoder.embed_pictures(pictures) * wanted).sum(dim=1).tolist()
-        columns = (sampled.attempts, sampled.boundaries, sampled.perturbations, similarities, sampled.layouts)
+        marks = (sampled.boundaries, sampled.perturbations, similarities, sampled.layouts, sampled.conditions)
         return [
             ImageRow(
                 attempt.key.identity,
@@ -286,7 +286,7 @@ class ImageMaker:
                 conditions=conditions,
             )
             for attempt, boundary, perturbation, similarity, layout, conditions in zip(
-                *columns, sampled.conditions, strict=True
+                sampled.attempts, *marks, strict=True
             )
         ]
 

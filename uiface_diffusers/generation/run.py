@@ -21,6 +21,7 @@ from ..identities import IdentityBank, safe_cosines
 from ..identities.selection import check_same_dimension
 from ..models import CONDITIONS, IdentityFlow
 from ..pipeline_uiface import UIFacePipeline
+from ..two_stage.dial import DIAL_ARGUMENTS
 from .distributions import Distribution
 from .finish import finish_dataset
 from .layouts import Layouts
@@ -102,13 +103,16 @@ def generate_dataset(
             one, whose layout it takes: see `layout` of the pipeline's call. All are read before anything is generated.
         distributions (`Mapping[str, str]`, *optional*): of conditions, such as `{"pose": "uniform:-60:60"}` or
             `{"pose": CACHE}`. Each image draws a value, which its row of metadata has; see `Distribution`.
-        sampling: further arguments of the pipeline's call, as `guidance_scale`.
+        sampling: further arguments of the pipeline's call, as `guidance_scale`. In place of `diversity` or
+            `identity_cosine`, the settings hold what the pipeline's dial makes of them.
 
     Raises:
         ValueError: an argument is out of range, or `output` was begun with other settings.
         RuntimeError: another process is at work on the same part of `output`.
     """
-    sampling = {name: plain_numbers(value) for name, value in sampling.items()}
+    given = {name: plain_numbers(value) for name, value in sampling.items()}
+    sampling = pipeline.with_dial(given)
+    dial = {name: given[name] for name in DIAL_ARGUMENTS if given.get(name) is not None}
     drawn_from = None if layouts is None else Layouts(layouts)
     conditions = _open_distributions(pipeline, distributions or {})
     _check_inputs(pipeline, identities, encoder, drawn_from, sampling)
@@ -144,7 +148,7 @@ def generate_dataset(
         pipeline, identities, encoder, settings, batch_size, writer, identity_flow, drawn_from, conditions
     )
     with locked(folder, part):
-        with_noise_of(settings, writer, part).begin(folder, versions=_versions())
+        with_noise_of(settings, writer, part).begin(folder, versions=_versions(), **({"dial": dial} if dial else {}))
         made, seconds = maker.make(part)
     # the last one to come here completes the data set
     complete, wrote = finish_dataset(settings, identities, writer, pipeline.config.get("_name_or_path"))

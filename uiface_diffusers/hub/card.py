@@ -118,7 +118,7 @@ def _card_section(pipeline: DiffusionPipeline, repo_id: str, metadata: ModelCard
     encoder = projector.config.identity_encoder or "not stated"
     return f"""
 A [UIFace](https://arxiv.org/abs/2502.19803) pipeline (two-stage, identity-conditioned latent diffusion) for synthetic
-face recognition data, of [uiface-diffusers](https://pypi.org/project/uiface-diffusers).
+face recognition data, of the Python package `uiface-diffusers`.
 
 | | |
 |---|---|
@@ -131,7 +131,7 @@ face recognition data, of [uiface-diffusers](https://pypi.org/project/uiface-dif
 
 ```python
 import torch
-from uiface_diffusers import UIFacePipeline  # pip install uiface-diffusers
+from uiface_diffusers import UIFacePipeline
 
 pipe = UIFacePipeline.from_pretrained("{repo_id}")
 embedding = torch.randn({projector.config.identity_dim})  # better: an embedding by `{encoder}`

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ..encoders import CARRIED_FILES, IDENTITY_ENCODER
 from ..identities import IDENTITIES
 from .remote_code import MODEL_INDEX
 
@@ -105,4 +106,6 @@ def _files_to_download(
     found: Any = variant_compatible_siblings(inside, variant=variant, ignore_patterns=["*.bin", "*.onnx", "*.pb"])
     weights = [name for name in found[0] if name.split("/")[0] not in passed_components]
     configs = [name for name in inside if name.endswith("config.json")]
-    return [MODEL_INDEX, *configs, *sorted(weights), *({IDENTITIES} & set(names))]
+    # the encoder that a model can carry is no component; it has one form, whatever the variant
+    beside = (IDENTITIES, *(f"{IDENTITY_ENCODER}/{name}" for name in CARRIED_FILES))
+    return [MODEL_INDEX, *configs, *sorted(weights), *(name for name in beside if name in names)]

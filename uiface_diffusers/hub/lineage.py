@@ -9,6 +9,9 @@ field for any of this, and a second description beside it would go stale. So the
       encoder: {name, fingerprint, license}
       identities: {number, fingerprint, source}
       leakage_audit: {against, embeddings, encoder, encoder_fingerprint, images, thresholds}
+      derived_from: [{name, fingerprint, images, identities, by}, ...]
+
+`derived_from` is of a set that was converted or cleaned, one entry per step, with what `uiface clean` took out.
 
 A model's card has `lineage` with `training_data` (a list of names, or of mappings with `name` and `license`),
 `encoder` and `identities`; its license is the card's own. What is not known is left out: `missing_lineage` names it.
@@ -24,12 +27,14 @@ import yaml
 from huggingface_hub.errors import HTTPError
 
 from ..encoders import EncoderMark
-from ..files import brief, complete_file, local_path, read_json, read_lines, warn_once
+from ..files import CARD, brief, complete_file, local_path, read_json, read_lines, warn_once
 from .card import load_card, without_unknown
 
-CARD = "README.md"
 # in the embedded checkpoint's folder: the header of its card, which is not in the package
 HEADER = "card.json"
+# of a card's header: about the files of this one set
+OF_FILES = ("configs", "dataset_info", "size_categories")
+DERIVED = "derived_from"
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 # what a card should say -> what is meant, and an example
 FIELDS = {
@@ -83,6 +88,28 @@ def read_header(card: str | os.PathLike) -> dict[str, Any]:
 def card_text(header: Mapping[str, Any], text: str) -> str:
     """A card of a header and what follows it."""
     return f"---\n{yaml.safe_dump(dict(header), sort_keys=False, allow_unicode=True, width=10_000)}---\n{text}"
+
+
+def derived_header(dataset: str | os.PathLike, step: Mapping[str, Any], same_images: bool) -> dict[str, Any]:
+    """The header of the card of a set that is made of another one: what that one's card says of its origin and
+    license, and the step from it. What describes its files is left out.
+
+    Args:
+        dataset: folder, whose card is read if it has one, or a file, which has none.
+        step: what was done, with `name` and `fingerprint` of the other set.
+        same_images: otherwise an audit of the other set says nothing of the new one.
+
+    Raises:
+        ValueError: see `read_card`.
+    """
+    path = local_path(dataset)
+    header = read_header(path / CARD) if path.is_dir() else {}
+    lineage = {**_mapping(header.get("lineage"))}
+    if not same_images:
+        lineage.pop("leakage_audit", None)
+    before = lineage.get(DERIVED)
+    lineage[DERIVED] = [*(before if isinstance(before, list) else []), dict(step)]
+    return {name: value for name, value in header.items() if name not in OF_FILES} | {"lineage": lineage}
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -209,8 +236,11 @@ def describe_lineage(dataset: str | os.PathLike) -> list[str]:
     card = path / CARD if path.is_dir() else path
     header = read_header(card)
     known, missing = known_lineage(header), missing_lineage(header)
-    lines = [f"known, in {card}:" if known else f"{card} says nothing of the origin"]
+    lines = [
+        f"known, in {card}:" if known or _value(header, f"lineage.{DERIVED}") else f"{card} says nothing of the origin"
+    ]
     lines += [f"  {field}: {_in_one_line(value)}" for field, value in known.items()]
+    lines += [f"  made from: {_in_one_line(step)}" for step in _value(header, f"lineage.{DERIVED}") or []]
     if not missing:
         return [*lines, "nothing is missing"]
     lines.append("missing:")

@@ -6,7 +6,7 @@ from typing import Any
 
 PACKAGE = "uiface_diffusers"
 MODEL_INDEX = "model_index.json"
-SHIM = '"""For stock diffusers with `trust_remote_code=True`: needs `pip install uiface-diffusers`."""\n'
+SHIM = '"""For stock diffusers with `trust_remote_code=True`: needs the package uiface-diffusers."""\n'
 
 
 def own_class_names(config: dict[str, Any], class_name: str) -> dict[str, Any]:

@@ -171,18 +171,29 @@ class IResNetModel(PreTrainedModel):
         Raises:
             ValueError: the faces are of another size.
         """
+        hidden_states = self.dropout(self.spatial_features(pixel_values).flatten(1))
+        # the embedding has the weights' precision within autocast, too
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            embeddings = self.features(self.fc(hidden_states.to(self.fc.weight.dtype)))
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return IResNetModelOutput(embeddings=embeddings) if return_dict else (embeddings,)
+
+    def spatial_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The map of features that the last layer takes, `(batch_size, 8 * width, h, w)`: 7x7 of 112x112 faces.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`): as `forward` takes them.
+
+        Raises:
+            ValueError: the faces are of another size.
+        """
         size = self.config.image_size
         if pixel_values.shape[1:] != (3, size, size):
             raise ValueError(f"faces have to be (N, 3, {size}, {size}) but are {tuple(pixel_values.shape)}.")
         hidden_states = self.prelu(self.bn1(self.conv1(pixel_values.to(self.conv1.weight.dtype))))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             hidden_states = stage(hidden_states)
-        hidden_states = self.dropout(self.bn2(hidden_states).flatten(1))
-        # the embedding has the weights' precision within autocast, too
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            embeddings = self.features(self.fc(hidden_states.to(self.fc.weight.dtype)))
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return IResNetModelOutput(embeddings=embeddings) if return_dict else (embeddings,)
+        return self.bn2(hidden_states)
 
     @classmethod
     def from_insightface_state_dict(

@@ -39,11 +39,15 @@ class PoseProjector(ConditionProjector):
         super().__init__()
         features = 2 * num_frequencies * len(self.fields)
         last = nn.Linear(hidden_dim, num_tokens * context_dim)
-        self.mlp = nn.Sequential(
-            nn.Linear(features, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU(), last
-        )
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
+        self.mlp = nn.Sequential(
+            nn.Linear(features, hidden_dim),
+            nn.SiLU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.SiLU(),
+            last,
+        )
         self.without = nn.Parameter(torch.zeros(num_tokens, context_dim))
 
     def forward(

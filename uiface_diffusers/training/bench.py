@@ -2,11 +2,13 @@
 
 import gc
 import hashlib
+import io
 import json
 import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ from ..data.benchmarks import Benchmark, read_benchmarks
 from ..data.labeled_faces import LabeledFaces
 from ..evaluation import load_recognizer, verify_benchmarks
 from ..evaluation.figures import Figure
+from ..evaluation.paired import pack_answers
 from ..evaluation.report import REPORT, load_report
 from ..files import check_settings, complete_file, local_path, read_json, write_json
 from . import face_recognition
+from .options import INDIFFERENT
 from .recognition import LEAST_ACCURACY, RESULTS
 
 # in the folder of the bench, and of each set
@@ -27,13 +31,11 @@ SETTINGS = "settings.json"
 TABLE, PAGE = "bench.json", "bench.md"
 # of a set: the report of `uiface evaluate`
 EVALUATION = "evaluation"
-# of one training: benchmark -> accuracy
-VERIFICATION = "verification.json"
-# options of a recipe that the weights do not depend on
-INDIFFERENT = {"config", "train_data", "output_dir", "seed", "resume_from_checkpoint", "benchmarks", "checked_faces"}
-INDIFFERENT |= {"dataloader_num_workers", "checkpointing_steps", "checkpoints_total_limit", "validation_steps"}
-INDIFFERENT |= {"report_to", "logging_steps", "hub_model_id", "hub_private", "license"}
-# and those that it must not have, with the reason
+# of one training: benchmark -> accuracy, and benchmark -> which pairs are told right
+VERIFICATION, ANSWERS = "verification.json", "answers.json"
+# options that the table has a row for, each
+OF_ROWS = {"train_data", "seed"}
+# and those that a recipe must not have, with the reason
 REFUSED = {"max_train_hours": "tables of two machines would differ", "push_to_hub": "recognizers are not uploaded"}
 
 
@@ -42,7 +44,12 @@ class TrainingFailed(RuntimeError):
 
 
 def train_and_verify(
-    recipe: Path, sets: Sequence[str | os.PathLike], folder: Path, seed: int, benchmarks: Path | Sequence[Benchmark]
+    recipe: Path,
+    sets: Sequence[str | os.PathLike],
+    folder: Path,
+    seed: int,
+    benchmarks: Path | Sequence[Benchmark],
+    weights: Sequence[float] | None = None,
 ) -> dict[str, float]:
     """Trains a recognizer in this process and measures it, or goes on where that was interrupted. What is finished is
     not done again.
@@ -50,9 +57,11 @@ def train_and_verify(
     Args:
         recipe: YAML file of options of `training/train_face_recognition.py`.
         sets: what is trained on together.
-        folder: of the recognizer; the accuracies are written to `verification.json`.
+        folder: of the recognizer; the accuracies are written to `verification.json`, and what `pack_answers` gives of
+            each benchmark's pairs to `answers.json`.
         seed: of the training.
         benchmarks: what `verify_benchmarks` takes.
+        weights (*optional*): one per set: how often a face of it is drawn, relative to the others'.
 
     Returns:
         Accuracy by benchmark.
@@ -63,12 +72,14 @@ def train_and_verify(
     file = folder / VERIFICATION
     if not file.exists():
         words = ["--config", str(recipe), "--train-data", *map(str, sets), "--output-dir", str(folder)]
+        words += [] if weights is None else ["--train-data-weights", *map(str, weights)]
         try:
             face_recognition.main([*words, "--seed", str(seed), "--resume-from-checkpoint", "latest"])
         except (OSError, RuntimeError, ValueError) as error:
             raise TrainingFailed(f"{folder}: {error}") from error
         gc.collect()  # a recognizer and its optimizer are circles
         results = verify_benchmarks(load_recognizer(folder), benchmarks)
+        write_json(folder / ANSWERS, {name: pack_answers(result.right) for name, result in results.items()})
         write_json(file, {name: result.accuracy for name, result in results.items()})
     return read_json(file)
 
@@ -107,16 +118,23 @@ def recipe_settings(recipe: Path, output: Path) -> dict[str, Any]:
     """The options of a recipe that its results depend on, defaults among them.
 
     Raises:
-        ValueError: it is missing, or has one of `REFUSED`.
+        ValueError: it is missing or damaged, an option or a value is wrong, or it has one of `REFUSED`.
     """
     if not recipe.is_file():
         raise ValueError(f"{recipe} is missing: the recipe is a YAML file of options.")
     words = ["--config", str(recipe), "--train-data", "-", "--output-dir", str(output)]
-    args = vars(face_recognition.parse_args(words))
+    written = io.StringIO()
+    try:
+        with redirect_stderr(written):
+            args = vars(face_recognition.parse_args(words))
+    except SystemExit as error:
+        # without the usage of the training script, which nobody called
+        reason = " ".join(written.getvalue().rpartition("error: ")[2].split())
+        raise ValueError(f"the recipe {recipe} cannot be used: {reason}") from error
     for name, reason in REFUSED.items():
         if args[name]:
             raise ValueError(f"{recipe} has {name.replace('_', '-')}: {reason}. Take it out.")
-    return {name: value for name, value in args.items() if name not in INDIFFERENT | REFUSED.keys()}
+    return {name: value for name, value in args.items() if name not in INDIFFERENT | OF_ROWS | REFUSED.keys()}
 
 
 def benchmark_fingerprint(benchmark: Benchmark) -> str:
@@ -231,7 +249,8 @@ def _collect(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
     return found
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown; the first column is of names, the others of numbers."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
@@ -249,7 +268,7 @@ def page(table: dict[str, Any]) -> list[str]:
         learned = mean_text(row["learned"].values(), 100, 2)
         size = f"{row['images']:,} of {row['identities']:,}"
         rows.append([name, size, f"{len(done)} of {len(seeds)}", *cells, learned])
-    lines += _markdown(["set", "images of identities", "trainings", *benchmarks, "learned"], rows)
+    lines += markdown_table(["set", "images of identities", "trainings", *benchmarks, "learned"], rows)
     unlearned = [
         f"{name} with seed {seed}"
         for name, row in sets.items()
@@ -264,7 +283,7 @@ def page(table: dict[str, Any]) -> list[str]:
         for name, row in sets.items()
         for seed, accuracies in row["accuracy"].items()
     ]
-    lines += _markdown(["set", "seed", *benchmarks], rows)
+    lines += markdown_table(["set", "seed", *benchmarks], rows)
     return lines + _figures(sets)
 
 
@@ -281,4 +300,4 @@ def _figures(sets: dict[str, dict[str, Any]]) -> list[str]:
     cells = [[t, *(figures[t].text if t in figures else "-" for figures in found.values())] for t in titles]
     lines = ["", "## The sets, by `uiface evaluate`", ""]
     lines += [f"- {name}: {report['summary']}" for name, report in reports.items()]
-    return [*lines, "", *_markdown(["figure", *found], cells)]
+    return [*lines, "", *markdown_table(["figure", *found], cells)]

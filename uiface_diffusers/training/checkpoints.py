@@ -102,21 +102,17 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(
-    accelerator: Accelerator, ema: EMAModel | None, checkpoint: Path, fixed: dict
-) -> tuple[int, float]:
-    """Restores the state of a checkpoint, with the averaged weights if there are any. Warns if `max_train_steps` is
-    among the settings and has changed: trainings are extended, but the learning rate jumps.
-
-    Returns:
-        Its step, and the hours that it took to come there.
+def check_unchanged(checkpoint: Path, fixed: dict) -> None:
+    """Compares some of the settings that a resumed training has to share with those of a checkpoint. Warns of those
+    that the checkpoint does not have, and if `max_train_steps` is among them and has changed: trainings are extended,
+    but the learning rate jumps.
 
     Raises:
-        ValueError: a setting has changed since, by which the order of the data would be another (some faces would be
-            seen twice, others never), or which the checkpoint's state would silently overrule.
+        ValueError: a setting has changed since: the training would go on with two kinds of steps, the order of the
+            data would be another (some faces would be seen twice, others never), or the checkpoint's state would
+            silently overrule it.
     """
-    state = _read_state(checkpoint)
-    before, fixed = state.get("fixed", {}), json.loads(json.dumps(fixed))
+    before, fixed = _read_state(checkpoint).get("fixed", {}), json.loads(json.dumps(fixed))
     unknown = sorted(fixed.keys() - before.keys())
     if unknown:  # of an earlier version
         logger.warning(f"{checkpoint} does not say its {', '.join(unknown)}: whether they are the same is not checked")
@@ -125,7 +121,6 @@ def load_checkpoint(
         for name, value in fixed.items()
         if name in before and before[name] != value
     }
-    changed |= {name: f"{name}: {before[name]} then, none now" for name in before.keys() - fixed.keys()}
     steps = changed.pop("max_train_steps", None)
     if steps is not None:
         logger.warning(f"{checkpoint} is resumed with another end of the schedule ({steps}): the learning rate jumps")
@@ -134,6 +129,15 @@ def load_checkpoint(
             f"{checkpoint} cannot be resumed with other settings ({'; '.join(changed.values())}): go on with the"
             " earlier ones, or begin in another --output-dir."
         )
+
+
+def load_checkpoint(accelerator: Accelerator, ema: EMAModel | None, checkpoint: Path) -> tuple[int, float]:
+    """Restores the state of a checkpoint, with the averaged weights if there are any.
+
+    Returns:
+        Its step, and the hours that it took to come there.
+    """
+    state = _read_state(checkpoint)
     try:
         accelerator.load_state(checkpoint)
     except RuntimeError as error:

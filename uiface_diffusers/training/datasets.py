@@ -51,7 +51,8 @@ def describe_caches(folders: Sequence[str | os.PathLike]) -> list[dict[str, Any]
 
 
 class LatentFaces(Dataset):
-    """Latents of both flips `(2, C, h, w)`, identity embeddings, and values of conditions; fetched a batch at a time.
+    """Latents of both flips `(2, C, h, w)`, identity embeddings, values of conditions, and the teacher's features of
+    both flips `(2, locations, channels)` if `features` was set; fetched a batch at a time.
 
     Args:
         latents: of the faces.
@@ -61,13 +62,15 @@ class LatentFaces(Dataset):
 
     def __init__(self, latents: LatentSet, embeddings: torch.Tensor, values: Sequence[torch.Tensor] = ()):
         self.latents, self.embeddings, self.values = latents, embeddings, values
+        self.features: LatentSet | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, ...]:
-        values = [each[indices] for each in self.values]
-        return self.latents.__getitems__(indices), self.embeddings[indices], *values
+        further = [each[indices] for each in self.values]
+        further += [] if self.features is None else [self.features.__getitems__(indices)]
+        return self.latents.__getitems__(indices), self.embeddings[indices], *further
 
 
 def read_condition(projector: type[ConditionProjector], caches: Sequence[FaceCache]) -> torch.Tensor:

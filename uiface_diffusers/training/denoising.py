@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -195,14 +195,16 @@ def load_judges(
 
 
 class DenoisingLoss(NamedTuple):
-    """Of every sample: loss `(batch,)`, timestep `(batch,)`, whether the context was empty `(batch,)`, and the clean
-    latents as predicted and as they are `(batch, C, h, w)`."""
+    """Of every sample: loss `(batch,)`, timestep `(batch,)`, whether the context was empty `(batch,)`, the clean
+    latents as predicted and as they are `(batch, C, h, w)`, and how far its features are from the teacher's
+    `(batch,)`, where they are aligned: the mean of 1 - cosine over the locations."""
 
     losses: torch.Tensor
     timesteps: torch.Tensor
     is_empty: torch.Tensor
     denoised: torch.Tensor
     latents: torch.Tensor
+    alignment: torch.Tensor | None = None
 
 
 def denoising_loss(
@@ -215,6 +217,7 @@ def denoising_loss(
     timestep_sampling: str = "uniform",
     values: Mapping[str, torch.Tensor] | None = None,
     dropouts: Mapping[str, float] | None = None,
+    teacher: torch.Tensor | None = None,
 ) -> DenoisingLoss:
     """Loss of every sample: MSE of the predicted noise (or v, or velocity) at a random timestep, under the identity
     or, with `empty_probability` and always in row 0, under the empty context (UIFace, sec. 3.2; the published code).
@@ -225,26 +228,37 @@ def denoising_loss(
         values (*optional*): component -> values of its condition `(batch, fields)`, of the first flip. The empty
             context is trained with them, too.
         dropouts (*optional*): component -> how often a sample goes without its value.
+        teacher (`torch.Tensor` of shape `(batch, 2, locations, channels)`, *optional*): features of both flips; the
+            denoiser is an `AlignedDenoiser` then.
     """
     batch_size, device = len(latents), latents.device
     flip = torch.randint(2, (batch_size,), device=device)
-    latents = latents[torch.arange(batch_size, device=device), flip].float()
+    chosen = (torch.arange(batch_size, device=device), flip)
+    latents = latents[chosen].float()
     noise = torch.randn_like(latents)
     num_train_timesteps = cast(ConfigMixin, scheduler).config.num_train_timesteps
     timesteps = TIMESTEP_SAMPLING[timestep_sampling](batch_size, num_train_timesteps, device)
     is_empty = torch.rand(batch_size, device=device) < empty_probability
     # the empty context gets a gradient in every step
     is_empty[:1].fill_(True)  # assigning to `is_empty[0]` would wait for the device
-    inputs = (condition_inputs(values, flip.bool(), dropouts or {}),) if values else ()
+    arguments: tuple[Any, ...] = (identity_embeds, is_empty)
+    if values:
+        arguments += (condition_inputs(values, flip.bool(), dropouts or {}),)
 
     objective = objective_of(scheduler)
     noisy = objective.noisy(latents, noise, timesteps)
-    prediction = denoiser(noisy, objective.denoiser_timesteps(timesteps), identity_embeds, is_empty, *inputs).float()
+    prediction = denoiser(noisy, objective.denoiser_timesteps(timesteps), *arguments)
+    alignment = None
+    if teacher is not None:
+        prediction, features = prediction
+        alignment = 1 - F.cosine_similarity(features.float(), teacher[chosen].float(), dim=-1).mean(dim=1)
+    prediction = prediction.float()
     target = objective.target(latents, noise, timesteps)
     loss = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
     if snr_gamma is not None:
         loss = objective.weighted(loss, timesteps, snr_gamma)
-    return DenoisingLoss(loss, timesteps, is_empty, objective.denoised(noisy, prediction, timesteps), latents)
+    denoised = objective.denoised(noisy, prediction, timesteps)
+    return DenoisingLoss(loss, timesteps, is_empty, denoised, latents, alignment)
 
 
 def condition_inputs(
@@ -262,11 +276,19 @@ def condition_inputs(
 
 class FaceLosses(NamedTuple):
     """Of the decoded faces: cosine to the identity they were given, whether it counts (not under the empty context),
-    and LPIPS to the clean face (zeros where it is not asked for), `(decoded_samples,)` each."""
+    LPIPS to the clean face (zeros where it is not asked for), `(decoded_samples,)` each; and by further recognizers,
+    the cosine to the clean face, `(recognizers, decoded_samples)`."""
 
     cosines: torch.Tensor
     has_identity: torch.Tensor
     lpips: torch.Tensor
+    further_cosines: torch.Tensor | None = None
+
+    def identity_distances(self) -> torch.Tensor:
+        """The mean of 1 - cosine over the recognizers, `(decoded_samples,)`: none alone can be fooled."""
+        if self.further_cosines is None:
+            return 1 - self.cosines
+        return 1 - torch.cat([self.cosines[None], self.further_cosines]).mean(dim=0)
 
 
 def face_losses(
@@ -277,6 +299,7 @@ def face_losses(
     identity_embeds: torch.Tensor,
     num_samples: int,
     weights: torch.Tensor | None = None,
+    further: Sequence[nn.Module] = (),
 ) -> FaceLosses:
     """Decodes some of the faces as denoised in one step, and compares them with what they should be, in float32
     whatever the model is trained in. Differentiable in the prediction.
@@ -285,25 +308,33 @@ def face_losses(
         recognizer: embeds `(N, 3, height, width)` in [-1, 1].
         perceptual: LPIPS with `spatial=True`.
         weights (`torch.Tensor` of shape `(batch,)`, *optional*): the faces are drawn in proportion to it.
+        further: recognizers of any embedding, beside `recognizer`: they compare with the clean face, decoded.
     """
     weights = torch.ones_like(loss.losses) if weights is None else weights
     rows = draw_rows(weights if perceptual is not None else weights * ~loss.is_empty, num_samples)
     with full_precision(loss.denoised.device):
         faces = decode_latents(vae, loss.denoised[rows].to(vae.dtype)).float()
         cosines = lpips = torch.zeros(len(rows), device=faces.device)
-        if recognizer is not None:
-            cosines = F.cosine_similarity(recognizer(jitter(faces)), identity_embeds[rows])
-        if perceptual is not None:
+        further_cosines = None
+        if perceptual is not None or further:
             with torch.no_grad():
                 clean = decode_latents(vae, loss.latents[rows].to(vae.dtype)).float()
+                wanted = [each(clean) for each in further]
+        if recognizer is not None:
+            jittered = jitter(faces)
+            cosines = F.cosine_similarity(recognizer(jittered), identity_embeds[rows])
+            if further:
+                pairs = zip(further, wanted, strict=True)
+                further_cosines = torch.stack([F.cosine_similarity(each(jittered), own) for each, own in pairs])
+        if perceptual is not None:
             weights = facial_feature_weights(faces.shape[-1], faces.device)
             lpips = (perceptual(clean, faces) * weights).mean(dim=(1, 2, 3))
-    return FaceLosses(cosines, ~loss.is_empty[rows], lpips)
+    return FaceLosses(cosines, ~loss.is_empty[rows], lpips, further_cosines)
 
 
 class DenoisingLog(RunningMeans):
-    """Means of the loss: over all, by quarter of the timesteps, by context; and of the decoded faces' identity cosine
-    and LPIPS, where they are measured."""
+    """Means of the loss: over all, by quarter of the timesteps, by context; and of the alignment and of the decoded
+    faces' identity cosine (one per recognizer) and LPIPS, where they are measured."""
 
     QUARTERS = 4
 
@@ -318,7 +349,11 @@ class DenoisingLog(RunningMeans):
         parts |= {f"loss/quarter_{i + 1}": finite & (quarter == i) for i in range(self.QUARTERS)}
         for name, part in parts.items():
             self.add_mean(name, loss.losses, part)
+        if loss.alignment is not None:
+            self.add_mean("alignment", loss.alignment, loss.alignment.isfinite())
         if faces is not None:
+            for number, cosines in enumerate(() if faces.further_cosines is None else faces.further_cosines):
+                self.add_mean(f"identity_cosine_{number + 2}", cosines, faces.has_identity)
             self.add_mean("identity_cosine", faces.cosines, faces.has_identity)
             self.add_mean("lpips", faces.lpips, torch.ones_like(faces.lpips, dtype=torch.bool))
 

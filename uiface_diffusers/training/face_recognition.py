@@ -220,9 +220,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
     accelerator.register_for_checkpointing(lr_scheduler, last_epoch)
 
     # 4. train
-    fixed = {"identities": faces.num_identities, "train_data": [faces.fingerprint], "recognizer": args.recognizer}
-    names = ("gradient_accumulation_steps", "head", "momentum", "weight_decay", "class_sample_rate")
-    fixed |= {name: getattr(args, name) for name in (*names, "train_data_weights", *AUGMENTATION)}
     log = RecognitionLog(device)
     run = Run(
         "train_face_recognition",
@@ -234,7 +231,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
         product=Recognizer(recognizer, benchmarks, log),
         log=log,
         lr_scheduler=lr_scheduler,
-        fixed=fixed,
+        fixed={"identities": faces.num_identities, "train_data": [faces.fingerprint]},
         per_step={"epoch": 1 / steps_per_epoch},
         skips_overflow=False,  # what was not finite is in batch norm's running averages
     )

@@ -20,6 +20,11 @@ from .schedules import LR_SCHEDULERS
 
 # a parser or a group of its options
 Options = argparse._ActionsContainer
+# options that what is learned does not depend on, of any script
+INDIFFERENT = {"config", "output_dir", "resume_from_checkpoint", "dataloader_num_workers", "checked_faces"}
+INDIFFERENT |= {"checkpointing_steps", "checkpoints_total_limit", "snapshot_steps", "logging_steps", "report_to"}
+INDIFFERENT |= {"validation_steps", "validation_data", "validation_faces", "validation_seeds", "benchmarks"}
+INDIFFERENT |= {"validation_inference_steps", "push_to_hub", "hub_model_id", "hub_private", "license"}
 # an option that the command line can also turn off, as --no-NAME
 SWITCH: dict[str, Any] = {"action": argparse.BooleanOptionalAction, "default": False}
 

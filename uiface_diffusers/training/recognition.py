@@ -202,10 +202,10 @@ def model_card(repo_id: str, config: IResNetConfig, license_name: str | None, re
 # {repo_id.split("/")[-1]}
 
 A face recognizer: IResNet-{config.layers} of width {config.width}, {config.embedding_dim}-d embeddings of aligned
-{config.image_size}x{config.image_size} faces, of [uiface-diffusers](https://pypi.org/project/uiface-diffusers).
+{config.image_size}x{config.image_size} faces, of the Python package `uiface-diffusers`.
 
 ```python
-import uiface_diffusers  # registers the model; pip install uiface-diffusers
+import uiface_diffusers  # registers the model
 from transformers import AutoImageProcessor, AutoModel
 
 model = AutoModel.from_pretrained("{repo_id}")

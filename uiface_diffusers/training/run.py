@@ -36,14 +36,22 @@ from tqdm import tqdm
 from ..evaluation import load_lpips
 from ..seeds import mix_seed
 from .averages import WeightAverage
-from .checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoints import check_unchanged, find_checkpoint, load_checkpoint, save_checkpoint
 from .means import RunningMeans
+from .options import INDIFFERENT
 from .order import EndlessBatchSampler
 from .schedules import schedule_settings
 
 logger = get_logger(__name__)
 
 Module = TypeVar("Module", bound=nn.Module)
+
+# what else a resumed training may change: its length; how it computes the same; paths, whose contents the scripts
+# compare (`fixed` of `Run`); and of the schedule's options those that it does not read
+CHANGEABLE = INDIFFERENT | {"max_train_steps", "max_train_hours", "epochs", "channels_last", "gradient_checkpointing"}
+CHANGEABLE |= {"train_data", "init_from", "vae", "vae_subfolder", "encoder_root", "identity_encoder", "lpips_backbone"}
+CHANGEABLE |= {"alignment_recognizer", "identity_recognizers"}
+CHANGEABLE |= {"lr_warmup_steps", "lr_restart_steps", "lr_restart_factor", "lr_milestones", "lr_decay"}
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -65,18 +73,32 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
+def lasting_options(accelerator: Accelerator, args: argparse.Namespace) -> dict[str, Any]:
+    """The options of a script that a resumed training has to share, all but `CHANGEABLE`."""
+    options = {name: value for name, value in vars(args).items() if name not in CHANGEABLE}
+    options |= {name: value for name, value in schedule_settings(args).items() if name != "max_train_steps"}
+    return options | {"mixed_precision": accelerator.mixed_precision, "num_processes": accelerator.num_processes}
+
+
+def _checkpoint(accelerator: Accelerator, args: argparse.Namespace) -> Path | None:
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if checkpoint is not None:
+        check_unchanged(checkpoint, lasting_options(accelerator, args))
+    return checkpoint
+
+
 @contextmanager
 def training_folder(accelerator: Accelerator, args: argparse.Namespace) -> Iterator[Path | None]:
     """Makes the folder of a training, `args.output_dir`. Within it, no other training can work there: both would write
     one checkpoint. Gives the checkpoint to go on from, as `find_checkpoint` does.
 
     Raises:
-        ValueError: another one does; or `find_checkpoint`'s.
+        ValueError: another one does; the checkpoint is of other options; or `find_checkpoint`'s.
     """
     folder = args.output_dir
     folder.mkdir(parents=True, exist_ok=True)
     if not accelerator.is_main_process:
-        yield find_checkpoint(folder, args.resume_from_checkpoint)
+        yield _checkpoint(accelerator, args)
         return
     lock = FileLock(folder / ".lock", timeout=0)
     try:
@@ -86,7 +108,7 @@ def training_folder(accelerator: Accelerator, args: argparse.Namespace) -> Itera
             f"another training works in {folder}: wait for it, or choose another --output-dir."
         ) from error
     try:
-        yield find_checkpoint(folder, args.resume_from_checkpoint)
+        yield _checkpoint(accelerator, args)
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
@@ -157,7 +179,7 @@ class Run:
         product (`Product`): what is saved, validated and uploaded.
         log (`RunningMeans`): the script adds to it in its loop.
         lr_scheduler: stepped once per step, whatever the number of processes: not given to `Accelerator.prepare`.
-        fixed (`dict`): settings, besides those that all scripts share, that a resumed run has to share.
+        fixed (`dict`): what a resumed run has to share besides its options: fingerprints of what paths lead to.
         average (`WeightAverage`, *optional*): stepped after every step.
         per_step (`dict[str, float]`, *optional*): what is logged in proportion to the steps, as samples seen.
         skips_overflow (`bool`, defaults to `True`): whether fp16 may skip a step whose loss is not finite.
@@ -166,7 +188,7 @@ class Run:
         step (`int`): optimizer steps so far; within the loop, the number of the present one, from 0.
 
     Raises:
-        ValueError: the checkpoint is of other settings.
+        ValueError: the checkpoint is of other data or models.
     """
 
     def __init__(
@@ -189,9 +211,10 @@ class Run:
         self.args, self.accelerator, self.product, self.log = args, accelerator, product, log
         self.dataset, self.sampler, self.lr_scheduler, self.average = dataset, sampler, lr_scheduler, average
         self.per_step, self.skips_overflow = per_step or {}, skips_overflow
-        # what the data's order depends on, besides the step, and what a checkpoint's optimizer would overrule
-        self.fixed = {"seed": args.seed, "train_batch_size": args.train_batch_size, "faces": sampler.length}
-        self.fixed |= {"num_processes": accelerator.num_processes, **fixed, **schedule_settings(args)}
+        fixed = {"faces": sampler.length, **fixed}
+        if "max_train_steps" in schedule_settings(args):
+            fixed["max_train_steps"] = args.max_train_steps
+        self.fixed = lasting_options(accelerator, args) | fixed
         self.step, self.stopped = 0, False
         self._hours_before, self._started = 0.0, time.monotonic()
         if args.report_to != "none":
@@ -199,7 +222,8 @@ class Run:
             accelerator.init_trackers(name, config=settings)
         if checkpoint is not None:
             ema = None if average is None else average.ema
-            self.step, self._hours_before = load_checkpoint(accelerator, ema, checkpoint, self.fixed)
+            check_unchanged(checkpoint, fixed)  # the options were, in `training_folder`
+            self.step, self._hours_before = load_checkpoint(accelerator, ema, checkpoint)
             logger.info(f"resumed from {checkpoint}")
         self._progress: tqdm
 

@@ -42,7 +42,7 @@ def make_lr_scheduler(
 
 def schedule_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The options that the learning rate's schedule reads: a resumed run has to share them, except for
-    `max_train_steps`, which `load_checkpoint` only warns of."""
+    `max_train_steps`, which `check_unchanged` only warns of."""
     names = ["learning_rate", "lr_scheduler"]
     if args.lr_scheduler == "cosine_warm_restarts":
         names += ["lr_restart_steps", "lr_restart_factor"]

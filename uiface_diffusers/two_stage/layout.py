@@ -15,18 +15,6 @@ from diffusers import DPMSolverSinglestepScheduler, LMSDiscreteScheduler, PNDMSc
 NO_START_WITHIN = (LMSDiscreteScheduler, PNDMScheduler)
 
 
-def layout_boundary(boundary: str | float | None, latest_boundary: float) -> float:
-    """The timestep that a layout is noised to, by the pipeline's argument `boundary`. There is no stage one whose
-    attention could come to rest: the adaptive boundary of a layout is `latest_boundary`.
-
-    Raises:
-        ValueError: a single stage has no boundary.
-    """
-    if boundary is None:
-        raise ValueError("`layout` is noised to the boundary, and boundary=None has none: give a timestep.")
-    return latest_boundary if isinstance(boundary, str) else boundary
-
-
 def first_evaluation(scheduler: Any, schedule: Sequence[float], boundary: float) -> int:
     """Which of the denoiser's evaluations is the first one after a layout.
 

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 import torch
 
-from .boundary import BoundaryRule
+from .boundary import BoundaryRule, Observation
 from .rows import RowPlan, combine_rows, guidance_difference, plan_rows
 
 
 class TwoStageSampler:
     """Says which rows each denoiser call computes, and makes the prediction from them. For every evaluation of the
-    denoiser: `begin_step`, then `combine`, then `observe` where the plan has `recorded` rows.
+    denoiser: `begin_step`, then `combine`, then `observe`.
 
     Args:
         rule (`BoundaryRule`): when the samples change stage; of this call alone.
@@ -54,7 +54,8 @@ class TwoStageSampler:
         self._plan: RowPlan | None = None
         self._planned: tuple[list[bool], dict[str, bool]] | None = None
         self._difference: torch.Tensor | None = None
-        self._guides = self._in_interval = self._can_reuse = self._reuses = False
+        self._guides = self._in_interval = self._can_reuse = self._reuses = self._seeks = False
+        self._timestep = math.nan
         self._steps_since_empty = 0
 
     def begin_step(self, t: float, later: Sequence[float], starts_step: bool = True) -> RowPlan:
@@ -69,6 +70,8 @@ class TwoStageSampler:
         before = self.stage_two
         if starts_step:
             self._decide(t)
+        self._timestep = t
+        self._seeks = self.has_identities and starts_step and self.rule.seeks(t, later)
         began = self.stage_two & ~before
         self.boundary_timesteps[began] = int(t)
         # at the first evaluation nothing is remembered of another context
@@ -77,7 +80,7 @@ class TwoStageSampler:
             "guided": self._guided,
             "self_injection": self.injects_self and self._in_interval,
             "cross_injection": self.injects_cross and self._guides and self._in_interval,
-            "record": self.has_identities and starts_step and self.rule.seeks(t, later),
+            "record": self._seeks and self.rule.records_attention,
             "keep_empty": self._can_reuse,
             "reuse_empty": self._reuses,
             "own_empty": self.own_empty,
@@ -117,7 +120,23 @@ class TwoStageSampler:
             self._steps_since_empty = 0  # nothing was kept
         return prediction
 
-    def observe(self, block_maps: Sequence[torch.Tensor]) -> None:
-        """Takes the attention maps of the plan's `recorded` rows, `(R, 32, 32)` for every cross-attention."""
+    def observe(
+        self,
+        latents: torch.Tensor,
+        prediction: torch.Tensor,
+        prediction_type: str,
+        block_maps: Sequence[torch.Tensor] = (),
+    ) -> None:
+        """Shows the evaluation to the rule, if that looks at it.
+
+        Args:
+            latents (`torch.Tensor` of shape `(B, C, H, W)`): scaled as the denoiser takes them.
+            prediction (`torch.Tensor` of shape `(B, C, H, W)`): by `combine`.
+            prediction_type (`str`): what it is of.
+            block_maps: attention maps of the plan's `recorded` rows, `(R, 32, 32)` for every cross-attention.
+        """
+        if not self._seeks or self.stage_two.all():
+            return
         plan = self._present_plan
-        self.rule.observe(block_maps, plan.empty[plan.recorded])
+        samples = plan.empty[:0] if plan.recorded is None else plan.empty[plan.recorded]
+        self.rule.observe(Observation(self._timestep, latents, prediction, prediction_type, samples, block_maps))
