@@ -295,6 +295,19 @@ def test_a_pose_that_is_not_given_has_learned_tokens():
     assert not PoseProjector(32)(values).tokens.any()
 
 
+def test_a_fresh_projector_tells_poses_apart():
+    """What its last layer, which begins at zero, has to learn from: values of unit size that differ by the pose."""
+    torch.manual_seed(0)
+    hidden = PoseProjector().mlp[:-1]
+    with torch.no_grad():
+        values = torch.tensor(
+            [(yaw, pitch) for yaw in range(-45, 46, 5) for pitch in (-15, 0, 15)], dtype=torch.float32
+        )
+        angles = torch.deg2rad(values)[..., None] * 2.0 ** torch.arange(4)
+        found = hidden(torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1))
+    assert found.std(dim=0).mean() > 0.4 and 0.5 < found.abs().mean() < 1.5
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 

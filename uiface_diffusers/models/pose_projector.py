@@ -46,6 +46,8 @@ class PoseProjector(ConditionProjector):
             nn.SiLU(),
             nn.Linear(hidden_dim, hidden_dim),
             nn.SiLU(),
+            # without it the hidden values hardly differ from pose to pose, and what follows hardly learns
+            nn.LayerNorm(hidden_dim),
             last,
         )
         self.without = nn.Parameter(torch.zeros(num_tokens, context_dim))
