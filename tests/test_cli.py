@@ -149,7 +149,7 @@ def test_defaults_are_those_of_the_function(command, function, own):
 def test_defaults_of_the_encoder_are_its_own():
     defaults = defaults_of(FaceEncoder)
     commands = [name for name in COMMANDS if "encoder_root" in options(name)]
-    assert len(commands) == 10
+    assert len(commands) == 11
     for command in commands:
         ours = {name.removeprefix("encoder_"): action.default for name, action in options(command).items()}
         assert {name: ours[name] for name in ("root", "providers", "det_size")}.items() <= defaults.items()

@@ -26,7 +26,6 @@ def add(commands: Commands) -> None:
         examples="""
             # into a copy of the embedded checkpoint, with real faces for a recommended value
             uiface calibrate --encoder buffalo_l --real cache/photos --output runs/calibrated
-            uiface generate runs/calibrated --diversity recommended --output data
 
             # into the model's own folder, with LPIPS as the measure of diversity
             uiface calibrate runs/uiface --encoder buffalo_l --lpips-backbone alexnet.safetensors
