@@ -114,6 +114,7 @@ def test_training_with_alignment_resumes_exactly(workspace):
         (("--alignment-weight", "1"), "--alignment-weight needs a teacher"),
         (("--alignment-weight", "1", "--alignment-recognizer", "nowhere"), "nowhere is no folder of a recognizer"),
         (("--identity-recognizers", "nowhere"), "are beside the encoder"),
+        (("--identity-recognizers", "nowhere", "--encoder-root", "packs"), "are beside the encoder"),
     ],
 )
 def test_what_is_missing_is_named(workspace, options, message):

@@ -257,6 +257,13 @@ def test_training(caches, tmp_path, capsys):
     assert again["measured"] == config["measured"] and again["license"] is None
     wrong = run_script(distill_encoder.main, [*finished, "--validation-data", str(seen)])
     assert "is of the training data: name caches of other people" in wrong.stderr
+    # before the first step
+    wrong = run_script(
+        distill_encoder.main,
+        [*options[:2], "--validation-data", str(seen), *options[4:5], str(tmp_path / "w"), *options[6:]],
+    )
+    assert "is of the training data: name caches of other people" in wrong.stderr
+    assert not list((tmp_path / "w").glob("checkpoint-*"))
 
 
 def test_matrices_are_kept_in_half_precision(tmp_path):

@@ -1,5 +1,6 @@
 import json
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -264,6 +265,28 @@ def test_blocks_of_photographs_are_joined(people, toy_root, monkeypatch):
         for name in ("identities", "files", "digests", "skipped", "without_face", "left_out"):
             assert getattr(parts, name) == getattr(whole, name), name
     assert len(list((people / "kept").rglob("*.safetensors"))) == 3  # the last is of a file that is no picture
+
+
+def test_a_photograph_is_told_once(people, toy_root, monkeypatch):
+    """Without a face its center is taken; that has no embedding either, and then it is left out."""
+
+    class Colors:
+        name, fingerprint, image_size = "colors", "none", 112
+
+        def __call__(self, faces):
+            return np.array([face.mean(axis=(0, 1)) for face in faces], np.float32)
+
+    (people / "black" / "p0").mkdir(parents=True)
+    PIL.Image.new("RGB", (160, 160)).save(people / "black" / "p0" / "0.png")
+    PIL.Image.new("RGB", (160, 160), (9, 0, 0)).save(people / "black" / "p0" / "1.png")
+    encoder, source = FaceEncoder("toy", str(toy_root), det_size=160), open_source_or_list(people / "black")
+    monkeypatch.setattr(embedding, "KEPT_TOGETHER", 1)  # the first block has nothing
+    found = embed_source(Colors(), source, encoder, "black")
+    assert [Path(file).name for file in found.skipped] == ["0.png"]
+    assert [Path(file).name for file in found.without_face] == [Path(file).name for file in found.files] == ["1.png"]
+    (people / "black" / "p0" / "1.png").unlink()
+    with pytest.raises(ValueError, match="black: no photograph gives an embedding"):
+        embed_source(Colors(), open_source_or_list(people / "black"), encoder, "black")
 
 
 def test_the_command_line_names_the_problem(people, toy_root):

@@ -151,6 +151,7 @@ def test_predictors_are_sorted_by_how_sure_they_are():
         "some": {"a": 1.0, "b": 3.0, "c": 2.0, "elsewhere": 5.0},
         "falls": {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0},
         "two sets": {"a": 1.0, "b": 2.0},
+        "two of three": {"a": 1.0, "b": 2.0, "c": float("nan")},
     }
     found = rank_predictors(figures, accuracies)
     assert [(each.figure, each.sets) for each in found] == [("falls", 4), ("some", 3)]

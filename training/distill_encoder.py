@@ -16,6 +16,7 @@ measured and saved by `--finished FOLDER`, without training.
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -31,7 +32,14 @@ from uiface_diffusers.faces import teacher_mark
 from uiface_diffusers.files import write_json
 from uiface_diffusers.pictures import to_unit_range
 from uiface_diffusers.training.datasets import describe_caches
-from uiface_diffusers.training.distillation import DistillationLog, EmbeddedFaces, compare_copy, save_carried, vary
+from uiface_diffusers.training.distillation import (
+    DistillationLog,
+    EmbeddedFaces,
+    check_unseen,
+    compare_copy,
+    save_carried,
+    vary,
+)
 from uiface_diffusers.training.options import (
     Options,
     add_checkpoint_arguments,
@@ -95,7 +103,7 @@ class Copy(Product):
     @torch.no_grad()
     def validate(self, run: Run) -> None:
         assert self.others is not None  # otherwise `--validation-steps` is 0
-        step = max(1, len(self.others) // run.args.validation_faces)
+        step = math.ceil(len(self.others) / run.args.validation_faces)
         pixels, embeddings = self.others.__getitems__(list(range(0, len(self.others), step)))
         self.copy.eval()
         parts = [self.copy(to_unit_range(part).to(self.copy.device)).embeddings for part in pixels.split(128)]
@@ -144,6 +152,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
 
     # 2. data
     faces = EmbeddedFaces(args.train_data, copy.config.image_size)
+    check_unseen(faces.teacher, faces.fingerprints, [FaceCache(each) for each in args.validation_data or ()])
     others = EmbeddedFaces(args.validation_data, copy.config.image_size) if args.validation_data else None
     sampler = EndlessBatchSampler(len(faces), args.train_batch_size, args.seed, rank, world_size)
     logger.info(f"{len(faces)} faces of {faces.teacher}; {copy.num_parameters() / 1e6:.1f}M parameters")

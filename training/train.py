@@ -135,7 +135,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # of predicted noise the clean latents are no stable function: the noisier, the less
     if args.identity_weight and (args.encoder_root is None or args.prediction_type not in PREDICTS_LATENTS):
         parser.error("--identity-weight needs --encoder-root and --prediction-type v_prediction or flow_prediction")
-    if args.identity_recognizers and args.encoder_root is None:
+    if args.identity_recognizers and not args.identity_weight:
         parser.error("--identity-recognizers are beside the encoder: give --encoder-root and --identity-weight, too")
     if args.alignment_weight and args.alignment_recognizer is None and args.encoder_root is None:
         parser.error("--alignment-weight needs a teacher: --alignment-recognizer or --encoder-root")

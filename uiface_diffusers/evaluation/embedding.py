@@ -129,10 +129,11 @@ def embed_source(
                 if file is not None:
                     _keep_part(file, part)
             progress.update(start + len(block) - progress.n)
-            if len(part.files) and not count:
-                result.features = np.empty((len(photographs), part.features.shape[1]), np.float32)
-            result.features[count : count + len(part.files)] = part.features
-            count += len(part.files)
+            if part.files:
+                if not count:
+                    result.features = np.empty((len(photographs), part.features.shape[1]), np.float32)
+                result.features[count : count + len(part.files)] = part.features
+                count += len(part.files)
             for name in ("identities", "files", "digests", "without_face"):
                 getattr(result, name).extend(getattr(part, name))
             result.skipped |= part.skipped
@@ -185,7 +186,10 @@ def _embed_part(
     features = np.concatenate(rows)
     usable = has_direction(features)
     for position in np.flatnonzero(~usable)[::-1]:
-        part.skipped[part.files[position]] = "no embedding: zero or not finite"
+        file = part.files[position]
+        part.skipped[file] = "no embedding: zero or not finite"
+        if file in part.without_face:
+            part.without_face.remove(file)
         del part.files[position], part.identities[position], part.digests[position]
     part.features = np.ascontiguousarray(features[usable], np.float32)
     return part

@@ -57,7 +57,7 @@ def rank_predictors(figures: Mapping[str, Mapping[str, float]], accuracies: Mapp
     """
     found = []
     for figure, values in figures.items():
-        sets = [name for name in values if name in accuracies]
+        sets = [name for name in values if name in accuracies and np.isfinite([values[name], accuracies[name]]).all()]
         if len(sets) >= FEWEST:
             correlation = rank_correlation([values[name] for name in sets], [accuracies[name] for name in sets])
             found.append(Prediction(figure, correlation, len(sets)))

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
@@ -140,6 +141,8 @@ def load_checkpoint(accelerator: Accelerator, ema: EMAModel | None, checkpoint: 
     state = _read_state(checkpoint)
     try:
         accelerator.load_state(checkpoint)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise ValueError(
             f"{checkpoint} is of another network than these settings make ({brief(error)}): go on with the earlier"

@@ -1,6 +1,6 @@
 """What the distillation of an encoder is made of: faces with their teacher's embeddings, and what is saved."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,25 @@ class DistillationLog(RunningMeans):
         self.add_mean("cosine", 1 - losses, self.count(losses))
 
 
+def check_unseen(teacher: EncoderMark, trained: Collection[str | None], caches: Sequence[FaceCache]) -> EncoderMark:
+    """The teacher, as far as all of them name it.
+
+    Args:
+        trained: fingerprints of the caches of the training.
+        caches: those that the copy is compared on.
+
+    Raises:
+        ValueError: one of `caches` is of another encoder, or was trained on.
+    """
+    # a cache of earlier versions does not name the weights, a newer one does
+    marks = {"the training data": teacher, **{str(each.folder): each.encoder_mark for each in caches}}
+    teacher = common_encoder(marks)
+    seen = [str(each.folder) for each in caches if each.fingerprint in trained]
+    if seen:
+        raise ValueError(f"{seen[0]} is of the training data: name caches of other people.")
+    return teacher
+
+
 def save_carried(
     model: IResNetModel,
     folder: Path,
@@ -116,13 +135,7 @@ def save_carried(
         ValueError: an unseen cache is of another encoder, or of the training data.
     """
     caches = [FaceCache(each) for each in unseen]
-    # a cache of earlier versions does not name the weights, a newer one does
-    marks = {"the training data": teacher, **{str(each.folder): each.encoder_mark for each in caches}}
-    teacher = common_encoder(marks)
-    trained = {each.get("fingerprint") for each in training_data}
-    seen = [str(each.folder) for each in caches if each.fingerprint in trained]
-    if seen:
-        raise ValueError(f"{seen[0]} is of the training data: name caches of other people.")
+    teacher = check_unseen(teacher, [each.get("fingerprint") for each in training_data], caches)
     sizes = {
         name: getattr(model.config, name) for name in ("layers", "width", "embedding_dim", "image_size", "use_se")
     }
