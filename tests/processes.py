@@ -34,9 +34,15 @@ def fork(target: Callable[..., None], *arguments: object) -> BaseProcess:
         # every step is shown; tqdm reads it while it is imported, by the server
         patch.setenv("TQDM_MININTERVAL", "0")
         forkserver.ensure_running()
-    process = CONTEXT.Process(target=target, args=arguments)
+    process = CONTEXT.Process(target=_with_threads, args=(torch.get_num_threads(), target, *arguments))
     process.start()
     return process
+
+
+def _with_threads(number: int, target: Callable[..., None], *arguments: object) -> None:
+    """With as many threads as whoever compares: their number decides the order in which they add."""
+    torch.set_num_threads(number)
+    target(*arguments)
 
 
 def _run(module: str, arguments: list[str], variables: dict[str, str], written: Connection) -> None:
@@ -48,7 +54,6 @@ def _run(module: str, arguments: list[str], variables: dict[str, str], written: 
     sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
     sys.path.insert(0, str(REPOSITORY / "training"))
     sys.argv = [module, *arguments]
-    torch.set_num_threads(1)  # nothing is left to the order in which threads add
     importlib.import_module(module).main(arguments)
 
 
