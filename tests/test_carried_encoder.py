@@ -255,6 +255,13 @@ def test_training(caches, tmp_path, capsys):
     assert run_script(distill_encoder.main, finished).returncode == 0
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert again["measured"] == config["measured"] and again["license"] is None
+    # its embeddings have to be as wide as the teacher's, also where nothing is measured
+    IResNetModel(IResNetConfig(**TINY, embedding_dim=6)).save_pretrained(tmp_path / "narrow")
+    unmeasured = [*options[:2], "--output-dir", str(tmp_path / "n"), "--report-to", "none", "--max-train-steps", "1"]
+    for given in (["--finished", str(tmp_path / "narrow")], ["--recognizer", json.dumps(TINY | {"embedding_dim": 6})]):
+        wrong = run_script(distill_encoder.main, [*unmeasured, *given])
+        assert wrong.returncode == 1 and "the copy's embedding_dim is 6, that of" in wrong.stderr
+        assert not (tmp_path / "n" / "config.json").exists()
     wrong = run_script(distill_encoder.main, [*finished, "--validation-data", str(seen)])
     assert "is of the training data: name caches of other people" in wrong.stderr
     # before the first step

@@ -265,6 +265,9 @@ def test_blocks_of_photographs_are_joined(people, toy_root, monkeypatch):
         for name in ("identities", "files", "digests", "skipped", "without_face", "left_out"):
             assert getattr(parts, name) == getattr(whole, name), name
     assert len(list((people / "kept").rglob("*.safetensors"))) == 3  # the last is of a file that is no picture
+    # of another version, with other blocks
+    monkeypatch.setattr(embedding, "KEPT_TOGETHER", 2)
+    assert embed_source(recognizer, source, encoder, "probes", people / "kept").files == whole.files
 
 
 def test_a_photograph_is_told_once(people, toy_root, monkeypatch):

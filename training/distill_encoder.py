@@ -89,6 +89,16 @@ def make_copy(args: argparse.Namespace, embedding_dim: int) -> IResNetModel:
         raise ValueError(f"--recognizer {json.dumps(args.recognizer)} makes no network: {error}") from error
 
 
+def check_width(copy: IResNetModel, folder: str, embedding_dim: int) -> None:
+    """
+    Raises:
+        ValueError: the copy's embeddings are not as wide as its teacher's.
+    """
+    width = copy.config.embedding_dim
+    if width != embedding_dim:
+        raise ValueError(f"the copy's embedding_dim is {width}, that of the embeddings of {folder} {embedding_dim}.")
+
+
 class Copy(Product):
     """The copy; on the way, how near it is to its teacher on faces of other people."""
 
@@ -134,6 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         caches = [FaceCache(each) for each in args.train_data]
         teacher = common_encoder({str(cache.folder): cache.encoder_mark for cache in caches})
         copy = IResNetModel.from_pretrained(args.finished, dtype=torch.float32, use_safetensors=True)
+        check_width(copy, args.train_data[0], caches[0].embeddings().embeddings.shape[1])
         save_and_report(args, copy.eval(), teacher, args.output_dir)
         return
     accelerator = make_accelerator(args)
@@ -146,7 +157,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path |
 
     # 1. model
     torch.manual_seed(args.seed)
-    copy = make_copy(args, FaceCache(args.train_data[0]).embeddings().embeddings.shape[1]).train()
+    embedding_dim = FaceCache(args.train_data[0]).embeddings().embeddings.shape[1]
+    copy = make_copy(args, embedding_dim).train()
+    check_width(copy, args.train_data[0], embedding_dim)
     if args.channels_last:
         copy.to(memory_format=torch.channels_last)
 

@@ -144,9 +144,9 @@ def embed_source(
 
 
 def _key(recognizer: Recognizer, source: PhotographSource, encoder: FaceEncoder | None) -> str:
-    """Twelve hexadecimal digits of all that the embeddings of a source depend on."""
+    """Twelve hexadecimal digits of all that the kept embeddings of a source depend on."""
     detection = None if encoder is None else (encoder.detector_fingerprint, encoder.det_size, encoder.det_thresh)
-    return digest(recognizer.fingerprint, recognizer.image_size, detection, source_fingerprint(source))
+    return digest(recognizer.fingerprint, recognizer.image_size, detection, source_fingerprint(source), KEPT_TOGETHER)
 
 
 def _embed_part(
