@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +58,14 @@ def model_fingerprint(component: Any) -> str:
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:12]
+
+
+def files_fingerprint(*files: str | os.PathLike) -> str:
+    """Twelve hexadecimal digits of the contents of files, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(Path(file).read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -28,7 +28,6 @@ figures are in them is not made again when `--work` is gone.
 
 import argparse
 import copy
-import hashlib
 import inspect
 import json
 import statistics
@@ -51,7 +50,7 @@ from uiface_diffusers.evaluation.paired import pair_people
 from uiface_diffusers.evaluation.people import People
 from uiface_diffusers.faces import FaceEncoder
 from uiface_diffusers.files import check_settings, read_json, write_json
-from uiface_diffusers.fingerprint import model_fingerprint, pipeline_fingerprint
+from uiface_diffusers.fingerprint import files_fingerprint, model_fingerprint, pipeline_fingerprint
 from uiface_diffusers.identities import bank_hash
 from uiface_diffusers.loading import load_identity_flow
 from uiface_diffusers.seeds import NOISE_VERSION
@@ -248,10 +247,6 @@ def train(args: argparse.Namespace, arm: str) -> None:
             train_and_verify(args.recipe, sets, folder, seed, args.tests, weights if arm in MIXED else None)
 
 
-def file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-
-
 def begin(args: argparse.Namespace) -> None:
     """Checks all that is given before the long work, and refuses to go on with another study's figures."""
     fixed = ("groups", "images_per_identity", "encoder", "judge", "same_person", "real_weight")
@@ -263,7 +258,7 @@ def begin(args: argparse.Namespace) -> None:
     # what the figures come from: another checkpoint at the same place is another study
     settings |= {"pipeline": pipeline_fingerprint(pipe), "defaults": pipe.default_sampling(), "noise": NOISE_VERSION}
     settings |= {"identities": bank_hash(bank), "recipe": recipe_settings(args.recipe, args.work)}
-    settings["real"] = {str(cache): file_hash(cache / "report.json") for cache in args.real}
+    settings["real"] = {str(cache): files_fingerprint(cache / "report.json") for cache in args.real}
     args.tests, args.people = read_tests(args)
     settings["benchmarks"] = {each.name: benchmark_fingerprint(each) for each in args.tests}
     needed = max(args.faces) // args.images_per_identity

@@ -1,6 +1,5 @@
 """The encoder that a pipeline's folder can carry: a small copy of the one that the pipeline was trained with."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,6 +10,7 @@ import torch
 
 from ..encoders import IDENTITY_ENCODER, EncoderMark
 from ..files import brief, local_path, read_json, read_safetensors
+from ..fingerprint import files_fingerprint
 from ..models.face_recognition import IResNetConfig, IResNetImageProcessor, IResNetModel
 from .encoder import DetectedFace, FaceEncoder, PhotographEncoder, check_aligned
 
@@ -61,7 +61,7 @@ class CarriedEncoder(PhotographEncoder):
 
     @cached_property
     def fingerprint(self) -> str:
-        return _file_fingerprint(self.folder / WEIGHTS)
+        return files_fingerprint(self.folder / WEIGHTS)
 
     @property
     def detector_fingerprint(self) -> str:
@@ -120,8 +120,4 @@ def carried_name(folder: Path) -> str:
 
 def is_by_carried(mark: EncoderMark, folder: Path) -> bool:
     """Whether embeddings of this mark are by the encoder of a folder: of its name and its very weights."""
-    return mark.name == carried_name(folder) and mark.fingerprint == _file_fingerprint(folder / WEIGHTS)
-
-
-def _file_fingerprint(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    return mark.name == carried_name(folder) and mark.fingerprint == files_fingerprint(folder / WEIGHTS)

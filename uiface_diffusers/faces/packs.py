@@ -1,6 +1,5 @@
 """insightface's model packs: where they are, how onnxruntime runs them, and which weights they hold."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from insightface.model_zoo import get_model
 from insightface.utils import ensure_available
 
 from ..files import local_path, warn_once, why_unreadable
+from ..fingerprint import files_fingerprint
 
 PROVIDER = "ExecutionProvider"
 # execution providers that take a `device_id`
@@ -140,10 +140,7 @@ def load_pack(folder: Path, providers: list | None, threads: int | None = None) 
 
 def file_fingerprint(file: str | os.PathLike) -> str:
     """Twelve hexadecimal digits of an ONNX model: of its file and, if they are elsewhere, of its weights' files."""
-    digest = hashlib.sha256(Path(file).read_bytes())
-    for beside in weights_beside(file):
-        digest.update(beside.read_bytes())
-    return digest.hexdigest()[:12]
+    return files_fingerprint(file, *weights_beside(file))
 
 
 def weights_beside(file: str | os.PathLike) -> list[Path]:
