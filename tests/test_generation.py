@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import torchvision
 import webdataset
 from conftest import FIXTURES, TINY_UNET, complaint, tiny_components
+from generated_sets import rows_of
 from killed import run_until_complete
 from written_files import write
 
@@ -53,10 +54,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def metadata(folder: Path) -> list[dict]:
-    return pq.read_table(folder / "metadata.parquet").to_pylist()
-
-
 def assert_same_images(first: dict, second: dict) -> None:
     """At most one gray level apart, and that in at most 0.1 % of the values."""
     assert first.keys() == second.keys()
@@ -85,8 +82,8 @@ def test_a_face_depends_on_identity_number_and_seed_only(tiny_pipeline, tmp_path
     assert_same_images({name: image for name, image in first.items() if name in part}, part)
     assert all(np.abs(first[name].astype(int) - other[name]).max() > 1 for name in first)
     assert len({image.tobytes() for image in first.values()}) == 15
-    assert [row["boundary_timestep"] for row in metadata(tmp_path / "a")] == [
-        row["boundary_timestep"] for row in metadata(tmp_path / "d")
+    assert [row["boundary_timestep"] for row in rows_of(tmp_path / "a")] == [
+        row["boundary_timestep"] for row in rows_of(tmp_path / "d")
     ]
     preview = np.asarray(PIL.Image.open(tmp_path / "a" / "preview.png"))
     assert np.array_equal(preview[32:48, 48:64], first["000002/0003.png"])
@@ -96,7 +93,7 @@ def test_an_image_can_be_made_again_from_its_row(tiny_pipeline, tmp_path):
     """By the pipeline alone: seed, perturbed embedding, boundary and file."""
     options = {"identity_perturbation": (0.6, 0.9), "size": 12, "guidance_scale": 3.0, **FAST}
     generate_dataset(tiny_pipeline, bank(), tmp_path, 2, **options)
-    rows = metadata(tmp_path)
+    rows = rows_of(tmp_path)
     assert [(row["identity"], row["index"]) for row in rows] == [(f"{i:06d}", n) for i in range(3) for n in range(2)]
     for position in (0, 5):
         row = rows[position]
@@ -153,7 +150,7 @@ def test_killed_again_and_again_the_folder_is_the_same(tmp_path, output_format, 
     if output_format == "imagefolder":
         assert_same_images(read(killed), read(whole))
         assert contents(killed)["generation.json"] == contents(whole)["generation.json"]
-    rows, expected = metadata(killed), metadata(whole)
+    rows, expected = rows_of(killed), rows_of(whole)
     assert [{**row, "size": 0} for row in rows] == [{**row, "size": 0} for row in expected]
 
 
@@ -177,9 +174,7 @@ def test_a_folder_of_the_first_version_goes_on(tiny_pipeline, tmp_path):
     assert whole.split('"versions"')[0] == text.split('"versions"')[0]
     new = {name: image for name, image in read(tmp_path / "begun").items() if f"images/{name}" not in before}
     assert_same_images(new, {name: image for name, image in read(tmp_path / "whole").items() if name in new})
-    assert [row["seed"] for row in metadata(tmp_path / "begun")] == [
-        row["seed"] for row in metadata(tmp_path / "whole")
-    ]
+    assert [row["seed"] for row in rows_of(tmp_path / "begun")] == [row["seed"] for row in rows_of(tmp_path / "whole")]
 
 
 def test_two_processes_share_the_work(tiny_pipeline, tmp_path):
@@ -195,7 +190,7 @@ def test_two_processes_share_the_work(tiny_pipeline, tmp_path):
     assert result.returncode == 0, result.stderr
     assert {line.split(" of ")[0] for line in result.stdout.splitlines() if "made here" in line} == {"10"}
     assert_same_images(read(tmp_path / "one"), read(tmp_path / "two"))
-    assert len(metadata(tmp_path / "two")) == 20
+    assert len(rows_of(tmp_path / "two")) == 20
 
 
 def test_parts_of_other_batch_sizes_complete_each_other(tiny_pipeline, tmp_path):
@@ -229,7 +224,7 @@ def test_readers_of_the_field_read_it(tiny_pipeline, tmp_path):
     assert len(rows) == 12 and rows[5]["identity"] == "000001" and rows[5]["image"].size == (16, 16)
     folder = torchvision.datasets.ImageFolder(tmp_path / "folder" / "images")
     assert len(folder) == 12 and [label for _, label in folder.samples] == [0] * 4 + [1] * 4 + [2] * 4
-    assert (tmp_path / "folder" / metadata(tmp_path / "folder")[0]["file_name"]).exists()
+    assert (tmp_path / "folder" / rows_of(tmp_path / "folder")[0]["file_name"]).exists()
 
     samples = list(
         webdataset.WebDataset(str(tmp_path / "shards" / "shards" / "000000.tar"), shardshuffle=False).decode("pil")
@@ -263,7 +258,7 @@ def test_shards_by_parts_that_do_not_know_each_other(tiny_pipeline, tmp_path):
             names = [name for name in tar.getnames() if name.endswith(".png")]
         assert len(names) == row
         keys += [f"shards/{shard.name}/{name}" for name in names]
-    assert keys == [row["file_name"] for row in metadata(tmp_path)]
+    assert keys == [row["file_name"] for row in rows_of(tmp_path)]
     assert generate_dataset(tiny_pipeline, bank(10), tmp_path, shard=(1, 2), **options).made == 0
 
 
@@ -294,7 +289,7 @@ def test_parquet_shards_with_their_rows(tiny_pipeline, tmp_path):
                        {row["image"]["path"]: np.asarray(PIL.Image.open(io.BytesIO(row["image"]["bytes"])))
                         for row in rows})  # fmt: skip
     names = [row.pop("image")["path"] for row in rows]
-    listed = metadata(folder)
+    listed = rows_of(folder)
     assert names == list(expected)
     assert [row.pop("file_name") for row in listed] == [
         f"data/{shards[number // 1000].name}/{name}" for number, name in enumerate(names)
@@ -332,7 +327,7 @@ def test_images_below_the_similarity_are_made_again(tiny_pipeline, toy_root, tmp
     for values in similarities.reshape(12, 3):
         good = np.flatnonzero(values >= threshold)
         expected.append(int(good[0]) if len(good) else int(values.argmax()))
-    rows = metadata(tmp_path)
+    rows = rows_of(tmp_path)
     assert len(set(expected)) == 3 and [row["attempt"] for row in rows] == expected
     chosen = np.take_along_axis(similarities.reshape(12, 3), np.array(expected)[:, None], axis=1)[:, 0]
     assert np.allclose([row["similarity"] for row in rows], chosen, atol=1e-3)

@@ -7,11 +7,11 @@ import textwrap
 
 import numpy as np
 import PIL.Image
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import REPOSITORY, complaint, draw_person, run_script
+from generated_sets import rows_of
 from hub_server import HubServer
 from processes import Running
 from safetensors.torch import load_file
@@ -213,10 +213,6 @@ def test_a_neighbor_safe_identity_stays_nearest_to_itself():
         assert torch.equal((turned @ bank.embeddings.T).argmax(dim=1), torch.arange(40)) and torch.equal(cosines, low)
     with pytest.raises(ValueError, match="two identities"):
         safe_cosines(bank.take([0]))
-
-
-def rows_of(folder) -> list[dict]:
-    return pq.read_table(folder / "metadata.parquet").to_pylist()
 
 
 def test_images_follow_the_flow_and_can_be_made_again(tiny_pipeline, tmp_path):

@@ -16,8 +16,9 @@ from conftest import BETAS, DDIM, Predictor, Trace, all_samples, complaint, max_
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from exact_denoisers import DEVIATION, IDENTITY_MEAN, NOISE, make_exact_pipeline, sample_exactly
 from exact_flow import flow_level
+from generated_sets import bank, images_of, rows_of
 
-from uiface_diffusers import IdentityBank, UIFacePipeline, cli, generate_dataset
+from uiface_diffusers import UIFacePipeline, cli, generate_dataset
 from uiface_diffusers.data.sources import open_source, source_fingerprint
 from uiface_diffusers.latents import encode_images
 from uiface_diffusers.seeds import noise_generator
@@ -217,18 +218,6 @@ def test_schedulers_that_cannot_begin_within_are_refused(pipe, scheduler):
     pipe.scheduler = scheduler(**BETAS)
     with pytest.raises(ValueError, match=f"{scheduler.__name__} cannot begin within its schedule"):
         call(pipe, LAYOUT[:3])
-
-
-def bank(number: int = 3) -> IdentityBank:
-    return IdentityBank(torch.eye(16)[:number], "toy")
-
-
-def rows_of(folder: Path) -> list[dict]:
-    return pq.read_table(folder / "metadata.parquet").to_pylist()
-
-
-def images_of(folder: Path) -> list[np.ndarray]:
-    return [np.array(PIL.Image.open(folder / row["file_name"])).astype(int) for row in rows_of(folder)]
 
 
 @pytest.fixture(scope="module")

@@ -22,13 +22,14 @@ from conftest import (
     write_toy_pack,
 )
 from diffusers import DDIMScheduler, DDPMScheduler
+from generated_sets import bank, images_of, rows_of
 from safetensors.torch import load_file
 from slow_references import MaterializingProcessor
 from tiny_training import train, write_workspace
 from torch.nn import functional as F
 
 from uiface_cli import generate as generate_command
-from uiface_diffusers import IdentityBank, PoseProjector, UIFacePipeline, cli, generate_dataset
+from uiface_diffusers import PoseProjector, UIFacePipeline, cli, generate_dataset
 from uiface_diffusers.attention_processor import AttentionMapRecorder, cross_attention_names
 from uiface_diffusers.data import FaceCache, prepare_faces
 from uiface_diffusers.faces import FaceEncoder, head_pose
@@ -137,7 +138,7 @@ def test_sampling_is_two_passes_with_concatenated_contexts(tiny_pipeline, denois
 
 
 def test_one_empty_context_serves_all_samples_that_share_a_pose(pipe, tiny_pipeline):
-    """The contexts that are encoded, once a call, and the rows of its steps."""
+    """The contexts that are encoded, once per call, and the rows of its steps."""
 
     def contexts_and_rows(pipe: UIFacePipeline, **options) -> tuple[int, int]:
         encoded, rows = [], 0
@@ -425,18 +426,6 @@ def test_a_cache_without_poses_is_named_with_the_remedy(workspace, toy_root, tmp
 
 SET = {"num_inference_steps": 4, "size": 16, "batch_size": 4}
 UNIFORM = {"pose": "uniform:-60:60"}
-
-
-def bank(number: int = 3) -> IdentityBank:
-    return IdentityBank(torch.eye(16)[:number], "toy")
-
-
-def rows_of(folder: Path) -> list[dict]:
-    return pq.read_table(folder / "metadata.parquet").to_pylist()
-
-
-def images_of(folder: Path) -> list[np.ndarray]:
-    return [np.array(PIL.Image.open(folder / row["file_name"])).astype(int) for row in rows_of(folder)]
 
 
 def test_every_image_of_a_set_draws_a_pose(pipe, tmp_path):
