@@ -9,7 +9,7 @@ Prints for both, by the encoder's detector and by a recognizer that the model wa
 - yaw, pitch: correlation of what was asked for with what is measured, in degrees; error: the median absolute
   difference; slope: of the line that predicts measured from asked yaw (1: as far as asked);
 - spread: the standard deviation of the measured yaw;
-- of: in how many of the faces a face was found;
+- of: the number of faces that the detector found;
 - EER between images of one identity and of two; genuine: mean cosine within an identity; identity: mean cosine of the
   model's own encoder to the embedding that was asked for.
 """

@@ -88,15 +88,11 @@ def add_loss_arguments(group: Options) -> None:
     text = "of 1 - cosine between the denoised face and the identity it was given (DCFace, Kim et al. 2023); needs"
     text += " --encoder-root and v_prediction or flow_prediction"
     group.add_argument("--identity-weight", type=real(0), default=0.0, help=text)
-    text = (
-        "folders of IResNets (training/train_face_recognition.py), of any embedding, beside the encoder: they compare"
-    )
-    text += " the denoised with the clean face, both decoded, and the recognizers' mean is taken"
+    text = "folders of IResNets (training/train_face_recognition.py), of any embedding, beside the encoder: they"
+    text += " compare the denoised with the clean face, both decoded, and the recognizers' mean is taken"
     group.add_argument("--identity-recognizers", nargs="+", default=[], help=text)
-    text = (
-        "of 1 - cosine between features in the middle of the denoiser and a recognizer's map of the clean face (REPA,"
-    )
-    text += " Yu et al. 2025); needs --alignment-recognizer or --encoder-root"
+    text = "of 1 - cosine between features in the middle of the denoiser and a recognizer's map of the clean face"
+    text += " (REPA, Yu et al. 2025); needs --alignment-recognizer or --encoder-root"
     group.add_argument("--alignment-weight", type=real(0), default=0.0, help=text)
     text = "that recognizer: folder of an IResNet; by default, the encoder"
     group.add_argument("--alignment-recognizer", help=text)

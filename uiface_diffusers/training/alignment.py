@@ -47,7 +47,7 @@ class OwnRecognizer(nn.Module):
             raise ValueError(
                 f"{folder} is no folder: give that of a recognizer of training/train_face_recognition.py."
             )
-        loaded = load_recognizer(folder, device="cpu") if "/" in str(folder) else load_recognizer(f"./{folder}")
+        loaded = load_recognizer(folder, device="cpu")
         model = loaded.model if isinstance(loaded, ModelRecognizer) else None
         if not isinstance(model, IResNetModel):
             raise ValueError(f"{folder} has a {type(model).__name__}, not an IResNet.")

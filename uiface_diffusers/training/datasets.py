@@ -233,7 +233,7 @@ def load_training_data(
     if args.side_view_share is not None:
         poses = np.concatenate([cache.poses() for cache in caches])
         unknown = np.isnan(poses[:, 0]).sum()
-        if unknown:
+        if unknown and accelerator.is_main_process:
             logger.warning(f"{unknown} of {len(poses)} faces have no head pose: they count as no side views")
     shares = (args.train_data_shares, args.side_view_share)
     weights = sampling_weights(names, lengths, poses, args.balanced_sampling, *shares)
